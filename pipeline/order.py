@@ -1,0 +1,116 @@
+"""Which samples make up which global batch: a pure function of (seed, epoch, step).
+
+Each epoch permutes the shards and lays their samples out in that order. The row is cut into L equal *lanes*; inside a
+lane, samples are shuffled within windows of a few neighbouring shards, so that disks see nearly sequential reads. A
+global batch takes B/L samples of every lane, in lane order, and rank r of W serves lanes r*L/W .. (r+1)*L/W - 1. So
+the global batch and its order do not depend on W, every rank takes the same number of steps, and the position in an
+epoch is one number. A shard that a lane's border cuts is read by two lanes (at most L - 1 of them an epoch).
+"""
+
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.philox import SHARD_ORDER, WINDOW_ORDER, permutation
+from shards.errors import UserError
+
+Ids = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Order:
+    """The order of a run. Sample ids are positions in the shard set's storage order.
+
+    shard_sizes: samples per shard. global_batch: pairs per step over all ranks (B). lanes: L, divides B.
+    window: neighbouring shards of a lane that are shuffled together. seed: of the run.
+    """
+
+    shard_sizes: tuple[int, ...]
+    global_batch: int
+    lanes: int
+    window: int
+    seed: int
+    samples: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "samples", sum(self.shard_sizes))
+        if self.global_batch % self.lanes:
+            raise UserError(
+                f"lanes is {self.lanes}, which does not divide the global batch of {self.global_batch}; choose a divisor"
+            )
+        if self.steps_per_epoch < 1:
+            raise UserError(
+                f"a global batch of {self.global_batch} does not fit the {self.samples} samples of the data set; lower train_batch_size"
+            )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Global batches per epoch, the same in every epoch; fewer than B + L samples are left out of each."""
+        return (self.samples // self.lanes) // (self.global_batch // self.lanes)
+
+    def batch(self, epoch: int, step: int, rank: int = 0, world: int = 1) -> Ids:
+        """Sample ids, int64 (B/W,), of ``rank``'s part of global batch ``step`` of ``epoch`` (both from 0)."""
+        if self.lanes % world:
+            raise UserError(
+                f"{world} processes do not divide the {self.lanes} lanes of the data order; start with a divisor of {self.lanes}"
+            )
+        if not 0 <= step < self.steps_per_epoch:
+            raise IndexError(f"step {step} is outside of the epoch's {self.steps_per_epoch} steps")
+        per_lane = self.global_batch // self.lanes
+        lanes_per_rank = self.lanes // world
+        lanes = range(rank * lanes_per_rank, (rank + 1) * lanes_per_rank)
+        layout = _layout(self, epoch)
+        return np.concatenate([layout.take(lane, step * per_lane, (step + 1) * per_lane) for lane in lanes])
+
+
+class _Layout:
+    """One epoch's samples in a row: storage ids by position, and the pieces of shards in each lane."""
+
+    def __init__(self, order: Order, epoch: int) -> None:
+        self.order, self.epoch = order, epoch
+        sizes = np.array(order.shard_sizes, np.int64)
+        permuted = permutation(len(sizes), order.seed, SHARD_ORDER, epoch)
+        self.ends = np.cumsum(sizes[permuted])
+        # A position in the row plus this shift of its shard is the storage id.
+        self.shift = (np.cumsum(sizes) - sizes)[permuted] - (self.ends - sizes[permuted])
+        self.window_ids = lru_cache(maxsize=2 * order.lanes)(self._window_ids)
+
+    def take(self, lane: int, start: int, stop: int) -> Ids:
+        """Ids start..stop-1 of the lane's shuffled sequence."""
+        bounds = self._window_bounds(lane)
+        parts = []
+        for window in range(int(np.searchsorted(bounds, start, "right")) - 1, len(bounds) - 1):
+            low, high = int(bounds[window]), int(bounds[window + 1])
+            if low >= stop:
+                break
+            parts.append(self.window_ids(lane, window)[max(start - low, 0) : min(stop, high) - low])
+        return np.concatenate(parts)
+
+    def _lane_range(self, lane: int) -> tuple[int, int]:
+        samples, lanes = self.order.samples, self.order.lanes
+        return lane * samples // lanes, (lane + 1) * samples // lanes
+
+    def _window_bounds(self, lane: int) -> Ids:
+        """Borders of the lane's windows, counted from the lane's start: every K-th border between shards."""
+        low, high = self._lane_range(lane)
+        inner = self.ends[np.searchsorted(self.ends, low, "right") : np.searchsorted(self.ends, high, "left")]
+        pieces = len(inner) + 1
+        windows = -(-pieces // self.order.window)
+        cuts = [inner[round(pieces * w / windows) - 1] for w in range(1, windows)]
+        return np.array([low, *cuts, high], np.int64) - low
+
+    def _window_ids(self, lane: int, window: int) -> Ids:
+        bounds = self._window_bounds(lane)
+        low = self._lane_range(lane)[0] + int(bounds[window])
+        count = int(bounds[window + 1] - bounds[window])
+        stream = lane << 16 | window
+        positions = low + permutation(count, self.order.seed, WINDOW_ORDER, self.epoch, stream)
+        shards = np.searchsorted(self.ends, positions, "right")
+        return positions + self.shift[shards]
+
+
+@lru_cache(maxsize=2)
+def _layout(order: Order, epoch: int) -> _Layout:
+    return _Layout(order, epoch)

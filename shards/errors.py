@@ -1,0 +1,33 @@
+"""How a mistake of the user ends a program: one sentence on stderr, exit code 2, no traceback."""
+
+import os
+import sys
+import time
+from collections.abc import Callable
+
+EXIT_CODE = 2
+SECONDS_FOR_RANK_0_TO_SPEAK = 4.0
+
+
+class UserError(ValueError):
+    """What the user gave cannot be used. The message says what was wrong, the offending value and what to do."""
+
+
+def run_main(main: Callable[[], None], *also: type[Exception]) -> None:
+    """Run ``main`` and turn a :class:`UserError` (or one of ``also``) into one sentence and exit code 2.
+
+    Every other exception is a bug of ours and keeps its traceback. Under a launcher all ranks meet most
+    mistakes together; rank 0 speaks first, and another rank only if it is still alive some seconds later
+    (the launcher ends the group as soon as one rank has left).
+    """
+    try:
+        main()
+    except (UserError, *also) as error:
+        rank = int(os.environ.get("RANK", "0"))
+        if rank:
+            time.sleep(SECONDS_FOR_RANK_0_TO_SPEAK)
+        speaker = f"rank {rank}: " if rank else ""
+        sys.stdout.flush()
+        print(f"error: {speaker}{' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        # Not sys.exit: a process group or a reader thread that is still up must not hold the exit back.
+        os._exit(EXIT_CODE)

@@ -1,0 +1,122 @@
+"""Processes, device and the DeepSpeed engine."""
+
+import contextlib
+import logging
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from shards.errors import UserError
+from train.config import Config
+from train.lars import LARS, parameter_groups
+
+
+@dataclass(frozen=True)
+class Process:
+    """This process among those of the run. local_world: processes on this machine. cores: its share of them."""
+
+    rank: int
+    world: int
+    local_world: int
+    device: torch.device
+    cores: int
+
+
+def start() -> Process:
+    """Join the process group: NCCL with a GPU per process, else gloo on the CPU.
+
+    Without a launcher this process is the whole group. ``DS_ACCELERATOR=cpu`` keeps a machine with GPUs on its CPU.
+    """
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
+    on_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+    if on_gpu and local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"{local_world} processes were started on a machine with {torch.cuda.device_count()} GPUs; start one per GPU"
+        )
+    cores = max(1, len(os.sched_getaffinity(0)) // local_world)
+    if on_gpu:
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    else:
+        os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed reads it on import
+        device = torch.device("cpu")
+        torch.set_num_threads(cores)
+    deepspeed = _import_deepspeed()
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
+        store = {"init_method": f"file://{_fresh_file()}", "rank": 0, "world_size": 1}
+    else:
+        store = {}
+    deepspeed.init_distributed(
+        dist_backend="nccl" if on_gpu else "gloo", auto_mpi_discovery=False, verbose=False, **store
+    )
+    return Process(dist.get_rank(), dist.get_world_size(), local_world, device, cores)
+
+
+def _fresh_file() -> str:
+    """A rendezvous of one process needs no port, which another job on the machine might hold."""
+    import tempfile
+
+    return os.path.join(tempfile.mkdtemp(prefix="simclr-"), "store")
+
+
+def _import_deepspeed() -> Any:
+    import deepspeed
+    import deepspeed.ops
+
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    if os.environ.get("DS_ACCELERATOR") == "cpu":
+        # On the CPU, init_distributed compiles a C++ all-reduce for inference (many minutes, and a killed build hangs
+        # the next run) unless DeepSpeed's cached table of ops that this machine can build lacks it. 0.19.8 offers no
+        # other switch.
+        deepspeed.ops.__dict__["__compatible_ops__"] = {}
+    return deepspeed
+
+
+def deepspeed_config(config: Config, process: Process) -> dict[str, Any]:
+    """The part of the configuration that DeepSpeed sees, resolved for this number of processes and this device."""
+    micro_batch = config.micro_batch(process.world)
+    return {
+        "train_batch_size": config.train_batch_size,
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": config.local_batch(process.world) // micro_batch,
+        "gradient_clipping": config.gradient_clipping,
+        "communication_data_type": config.communication_data_type,
+        "zero_optimization": {"stage": 0},
+        "torch_autocast": {
+            "enabled": config.torch_autocast.enabled and process.device.type == "cuda",
+            "dtype": config.torch_autocast.dtype,
+        },
+        # The timer would wait for the device twice a step; we time on the host.
+        "timers": {"throughput": {"enabled": False}},
+    }
+
+
+def build_engine(model: nn.Module, config: Config, process: Process) -> tuple[Any, LARS]:
+    """Wrap ``model`` in a DeepSpeed engine with LARS. Parameters and buffers of rank 0 are given to all ranks."""
+    import deepspeed
+
+    model.to(process.device)
+    for buffer in model.buffers():  # the engine gives all ranks the parameters of rank 0, but not the buffers
+        dist.broadcast(buffer, 0)
+    params = config.optimizer.params
+    optimizer = LARS(
+        parameter_groups(model, params.weight_decay),
+        lr=params.lr,
+        momentum=params.momentum,
+        trust_coefficient=params.trust_coefficient,
+    )
+    with contextlib.redirect_stdout(None):
+        engine, wrapped, _, _ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=deepspeed_config(config, process)
+        )
+    # LARS needs the model's own tensors, layer by layer and in float32, and unclipped gradients.
+    assert wrapped is optimizer and engine.zero_optimization_stage() == 0 and engine.gradient_clipping() == 0
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+    model.to(memory_format=torch.channels_last)  # only now: DeepSpeed's broadcast of parameters needs dense strides
+    return engine, optimizer

@@ -1,0 +1,64 @@
+"""One training step: forward, NT-Xent over the global batch, backward, reduction, update."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from model.ntxent import Contrast, nt_xent
+
+
+def train_step(engine: Any, micro_batches: Sequence[Tensor], temperature: float) -> Contrast:
+    """Update the engine's model on one global batch; ``micro_batches`` [2b, 3, h, w] are this rank's share of it.
+
+    With several micro-batches the loss still sees the whole global batch (gradient caching, Gao et al. 2021): all are
+    embedded without gradient, the loss and its gradient dz are computed once, and each is embedded again with its
+    slice of dz. That costs one more forward pass, and BatchNorm sees micro-batches instead of the rank's whole share.
+    """
+    if len(micro_batches) == 1:
+        contrast = nt_xent(engine(micro_batches[0]), temperature)
+        engine.backward(contrast.loss)
+        engine.step()
+        return contrast
+    with torch.no_grad(), _statistics_kept(engine.module):
+        embedded = [engine(views).float() for views in micro_batches]
+    z = _by_view(embedded).requires_grad_()
+    contrast = nt_xent(z, temperature)
+    (dz,) = torch.autograd.grad(contrast.loss, z)
+    for views, dz_slice in zip(micro_batches, _by_micro_batch(dz, embedded), strict=True):
+        # The gradient of <z, dz> for constant dz is what the loss would send back through this micro-batch. The loss
+        # has its scale already; the engine must not divide it by the number of micro-batches.
+        engine.backward((engine(views).float() * dz_slice).sum(), scale_wrt_gas=False)
+        engine.step()
+    return contrast
+
+
+def _by_view(parts: Sequence[Tensor]) -> Tensor:
+    """Rows view by view within each part -> view by view over all parts, as the loss takes them."""
+    halves = [part.chunk(2) for part in parts]
+    return torch.cat([half[view] for view in range(2) for half in halves])
+
+
+def _by_micro_batch(rows: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """The inverse of _by_view."""
+    sizes = [len(part) // 2 for part in like]
+    return [torch.cat(pair) for pair in zip(*(half.split(sizes) for half in rows.chunk(2)), strict=True)]
+
+
+@contextlib.contextmanager
+def _statistics_kept(model: nn.Module) -> Iterator[None]:
+    """BatchNorm normalises by the batch, but leaves its running statistics: the second pass will count, not this one."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    counts = [norm.num_batches_tracked.clone() for norm in norms if norm.num_batches_tracked is not None]
+    for norm in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, momentum, count in zip(norms, momenta, counts, strict=True):
+            norm.momentum = momentum
+            assert norm.num_batches_tracked is not None
+            norm.num_batches_tracked.copy_(count)
