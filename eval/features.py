@@ -20,7 +20,7 @@ class Features:
 
 @torch.inference_mode()
 def extract(encoder: nn.Module, shards: ShardSet, setting: Setting, *, batch: int, center_fraction: float) -> Features:
-    """Run every image of ``shards`` once, as its central view, through ``encoder`` (in eval mode, on setting.device)."""
+    """Run every image of ``shards`` once, centrally cropped, through ``encoder`` (in eval mode, on setting.device)."""
     assert not encoder.training
     features, labels = [], []
     with tqdm(total=len(shards), desc=f"features of {shards.split}", unit=" images", disable=None) as bar:

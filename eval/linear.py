@@ -46,7 +46,7 @@ def main() -> None:
         raise UserError(f"train and val of {data} name different classes; pack them together")
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    encoder.to(device, memory_format=torch.channels_last)
+    encoder.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     frozen = fingerprint(encoder)
     size = arguments.image_size or found.state["image_size"]
     setting = Setting(size=size, device=device, threads=len(os.sched_getaffinity(0)))
@@ -90,7 +90,8 @@ def main() -> None:
         out / f"{name}.pt",
     )
     print(
-        f"protocol {PROTOCOL}{' (untrained encoder)' if arguments.untrained else ''}: top-1 {top1:.2f} %, top-5 {top5:.2f} % on {len(val):,} images "
+        f"protocol {PROTOCOL}{' (untrained encoder)' if arguments.untrained else ''}: top-1 {top1:.2f} %, top-5 "
+        f"{top5:.2f} % on {len(val):,} images "
         f"({extracted - started:.0f} s features, {time.monotonic() - extracted:.0f} s classifier); {out / name}.json"
     )
 

@@ -1,7 +1,7 @@
 """Checkpoints: complete or absent, hashed, readable without unpickling code.
 
-``RUN/checkpoints/step-00001000/`` holds ``state.pt`` (tensors and plain values) and ``checkpoint.json`` (sha256 and size
-of the former); ``RUN/checkpoints/latest`` names the newest folder.
+``RUN/checkpoints/step-00001000/`` holds ``state.pt`` (tensors and plain values) and ``checkpoint.json`` (its sha256 and
+size); ``RUN/checkpoints/latest`` names the newest folder.
 """
 
 import hashlib

@@ -13,7 +13,7 @@ _PREFIX = "encoder."
 
 
 def load_encoder(path: Path, *, untrained: bool = False) -> tuple[nn.Module, Checkpoint]:
-    """The encoder of a run folder, checkpoint folder or ``state.pt``: images [n, 3, h, w] -> pooled features [n, width].
+    """The encoder of a run folder, checkpoint folder or ``state.pt``: images [n, 3, h, w] -> features [n, width].
 
     In eval mode, on the CPU, in float32. untrained: with the weights its run began with, the baseline of any claim.
     Raises CheckpointError where the file is missing, damaged, or does not fit its own architecture.

@@ -54,7 +54,7 @@ def build(
     """
     on_gpu = device_id is not None
 
-    @pipeline_def(  # type: ignore[untyped-decorator]
+    @pipeline_def(
         batch_size=batch,
         num_threads=threads,
         device_id=device_id,

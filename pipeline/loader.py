@@ -4,7 +4,7 @@ Legend: b = images per batch of this process, V = views.
 """
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,7 +71,7 @@ def two_views(
     rank: int = 0,
     world: int = 1,
     micro_batch: int | None = None,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Two views of each of ``rank``'s images, from ``start`` = (epoch, step) to the end of ``epochs``.
 
     A step's images come in micro-batches of ``micro_batch`` (None: in one). The stream does not stop between epochs,
@@ -96,8 +96,8 @@ def two_views(
     return _run(shards, plans(), draws, setting, batch=batch, views=2, augment=True)
 
 
-def labelled(shards: ShardSet, setting: Setting, *, batch: int, center_fraction: float) -> Iterator[Batch]:
-    """Every image of the set once, in storage order, as its central view (see draws.center); the last batch is short."""
+def labelled(shards: ShardSet, setting: Setting, *, batch: int, center_fraction: float) -> Generator[Batch, None, None]:
+    """Every image of the set once, in storage order, as its central view (draws.center); the last batch is short."""
 
     def plans() -> Iterator[_Plan]:
         for at in range(0, len(shards), batch):
@@ -111,7 +111,7 @@ def labelled(shards: ShardSet, setting: Setting, *, batch: int, center_fraction:
 
 def _run(
     shards: ShardSet, plans: Iterable[_Plan], draws: Any, setting: Setting, *, batch: int, views: int, augment: bool
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     reader = SampleReader(shards)
 
     def prepare(plan: _Plan) -> tuple[_Plan, list[Any]]:
@@ -149,7 +149,7 @@ def _run(
             except StopIteration:
                 return
             plan = handed_over.popleft()
-            images = torch.cat([torch.from_dlpack(output.as_tensor()) for output in outputs])
+            images = torch.cat([torch.utils.dlpack.from_dlpack(output.as_tensor()) for output in outputs])
             labels = torch.from_numpy(shards.samples["label"][plan.ids].astype(np.int64))
             yield Batch(images.permute(0, 3, 1, 2), labels, torch.from_numpy(plan.ids), plan.epoch, plan.step)
     finally:

@@ -38,23 +38,26 @@ class Order:
         object.__setattr__(self, "samples", sum(self.shard_sizes))
         if self.global_batch % self.lanes:
             raise UserError(
-                f"lanes is {self.lanes}, which does not divide the global batch of {self.global_batch}; choose a divisor"
+                f"lanes is {self.lanes}, which does not divide the global batch of {self.global_batch}; choose a "
+                f"divisor"
             )
         if self.steps_per_epoch < 1:
             raise UserError(
-                f"a global batch of {self.global_batch} does not fit the {self.samples} samples of the data set; lower train_batch_size"
+                f"a global batch of {self.global_batch} does not fit the {self.samples} samples of the data set; "
+                f"lower train_batch_size"
             )
 
     @property
     def steps_per_epoch(self) -> int:
-        """Global batches per epoch, the same in every epoch; fewer than B + L samples are left out of each."""
+        """Global batches per epoch, always the same; fewer than B + L samples are left out of each."""
         return (self.samples // self.lanes) // (self.global_batch // self.lanes)
 
     def batch(self, epoch: int, step: int, rank: int = 0, world: int = 1) -> Ids:
         """Sample ids, int64 (B/W,), of ``rank``'s part of global batch ``step`` of ``epoch`` (both from 0)."""
         if self.lanes % world:
             raise UserError(
-                f"{world} processes do not divide the {self.lanes} lanes of the data order; start with a divisor of {self.lanes}"
+                f"{world} processes do not divide the {self.lanes} lanes of the data order; start with a divisor of "
+                f"{self.lanes}"
             )
         if not 0 <= step < self.steps_per_epoch:
             raise IndexError(f"step {step} is outside of the epoch's {self.steps_per_epoch} steps")

@@ -35,7 +35,7 @@ def philox(seed: int, counters: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint32
 
 
 def permutation(count: int, seed: int, purpose: int, epoch: int, stream: int = 0) -> npt.NDArray[np.int64]:
-    """A permutation of 0..count-1, int64: random 64-bit words, sorted (ties, of odds 1e-7 for 1.3 million, keep their order)."""
+    """A permutation of 0..count-1, int64, that sorts random 64-bit words (ties keep their order)."""
     blocks = (count + 1) // 2
     counters = np.zeros((blocks, 4), np.uint32)
     counters[:, 0] = np.arange(blocks)

@@ -4,7 +4,7 @@ import os
 import resource
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -58,12 +58,15 @@ def _allow_open_files(count: int) -> None:
     if soft != resource.RLIM_INFINITY and soft < count:
         if hard != resource.RLIM_INFINITY and hard < count:
             raise UserError(
-                f"the data set needs {count} open files, the limit is {hard}; raise it (ulimit -n {count}) or pack larger shards"
+                f"the data set needs {count} open files, the limit is {hard}; raise it (ulimit -n {count}) or pack "
+                f"larger shards"
             )
         resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
 
 
-def ahead(plans: Iterable[Plan], prepare: Callable[[Plan], Prepared], threads: int, depth: int) -> Iterator[Prepared]:
+def ahead(
+    plans: Iterable[Plan], prepare: Callable[[Plan], Prepared], threads: int, depth: int
+) -> Generator[Prepared, None, None]:
     """``prepare`` of each plan, in order, computed by ``threads`` threads and at most ``depth`` plans ahead.
 
     What ``prepare`` raises is raised here, at its place in the order. Closing the iterator ends the threads.

@@ -2,83 +2,122 @@
 
     python scripts/draw_pictures.py OUT
 
-Each class is one of four outlines (disc, square, triangle, cross) filled with one of three textures (stripes, checks,
-dots). Colors, background, position, size, rotation, scale of the texture and noise are drawn at random for every
-picture and independently of the class; outlines cover the same area and textures are half one tone, half the other,
-so neither mean color nor brightness tells a class.
+Each class is a pattern in two tones that covers the picture. Tones, scale, rotation, position, a brightness gradient
+and noise are drawn at random for every picture, independently of its class, and every pattern is half one tone and
+half the other, so neither mean color nor brightness tells a class.
 """
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import PIL.Image
+import PIL.ImageFilter
 from tqdm import tqdm
 
 Plane = npt.NDArray[np.float64]
 
-SHAPES = ("disc", "square", "triangle", "cross")
-TEXTURES = ("stripes", "checks", "dots")
-CLASSES = tuple(f"{texture}-{shape}" for texture in TEXTURES for shape in SHAPES)
 PICTURE_SIZE = 96  # pixels
 TRAIN_PER_CLASS, VAL_PER_CLASS = 200, 60
 
 
-def outline(shape: str, x: Plane, y: Plane) -> Plane:
-    """True inside a shape of area pi around the origin; x and y in units of the disc's radius."""
-    inside: Plane
-    if shape == "disc":
-        inside = x * x + y * y < 1
-    elif shape == "square":
-        inside = np.maximum(np.abs(x), np.abs(y)) < np.sqrt(np.pi) / 2
-    elif shape == "triangle":
-        inradius = np.sqrt(np.pi / (3 * np.sqrt(3)))
-        angles = np.deg2rad([90.0, 210.0, 330.0])
-        inside = np.all([x * np.cos(a) + y * np.sin(a) < inradius for a in angles], axis=0)
-    else:  # a cross of five squares
-        arm = np.sqrt(np.pi / 5) / 2
-        along, across = np.maximum(np.abs(x), np.abs(y)), np.minimum(np.abs(x), np.abs(y))
-        inside = (across < arm) & (along < 3 * arm)
-    return inside
+def _stripes(x: Plane, y: Plane) -> Plane:
+    return x % 1
 
 
-def texture_pattern(texture: str, x: Plane, y: Plane) -> Plane:
-    """True on half of the plane; x and y in units of the texture's period."""
-    pattern: Plane
-    if texture == "stripes":
-        pattern = x % 1 < 0.5
-    elif texture == "checks":
-        pattern = (np.floor(2 * x) + np.floor(2 * y)) % 2 == 0
-    else:
-        pattern = np.hypot(x % 1 - 0.5, y % 1 - 0.5) < np.sqrt(0.5 / np.pi)
-    return pattern
+def _waves(x: Plane, y: Plane) -> Plane:
+    return (x + 0.35 * np.sin(np.pi * y)) % 1
 
 
-def rotated(x: Plane, y: Plane, angle: float) -> tuple[Plane, Plane]:
-    return x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
+def _zigzag(x: Plane, y: Plane) -> Plane:
+    return (x + np.abs(y % 2 - 1)) % 1
+
+
+def _checks(x: Plane, y: Plane) -> Plane:
+    return (np.floor(2 * x) + np.floor(2 * y)) % 2
+
+
+def _bricks(x: Plane, y: Plane) -> Plane:
+    row = np.floor(2 * y)
+    return np.minimum(_to_edge(2 * y), _to_edge(x + 0.5 * row) * 2)
+
+
+def _dots(x: Plane, y: Plane) -> Plane:
+    return np.hypot(_from_middle(x), _from_middle(y))
+
+
+def _crosses(x: Plane, y: Plane) -> Plane:
+    return np.minimum(np.abs(_from_middle(x)), np.abs(_from_middle(y)))
+
+
+def _triangles(x: Plane, y: Plane) -> Plane:
+    return sum(np.floor(2 * (x * np.cos(a) + y * np.sin(a))) for a in np.deg2rad([0.0, 120.0, 240.0])) % 2
+
+
+def _rings(x: Plane, y: Plane) -> Plane:
+    return np.hypot(x, y) % 1
+
+
+def _rays(x: Plane, y: Plane) -> Plane:
+    return np.arctan2(y, x) / (2 * np.pi) * 9 % 1
+
+
+def _spiral(x: Plane, y: Plane) -> Plane:
+    return (np.hypot(x, y) + 2 * np.arctan2(y, x) / (2 * np.pi)) % 1
+
+
+def _eyes(x: Plane, y: Plane) -> Plane:
+    return _dots(x, y) * 4 % 1
+
+
+def _from_middle(x: Plane) -> Plane:
+    return x % 1 - 0.5
+
+
+def _to_edge(x: Plane) -> Plane:
+    return 0.5 - np.abs(_from_middle(x))
+
+
+PATTERNS: dict[str, Callable[[Plane, Plane], Plane]] = {
+    function.__name__[1:]: function
+    for function in (
+        _bricks,
+        _checks,
+        _crosses,
+        _dots,
+        _eyes,
+        _rays,
+        _rings,
+        _spiral,
+        _stripes,
+        _triangles,
+        _waves,
+        _zigzag,
+    )
+}
+CLASSES = tuple(sorted(PATTERNS))
 
 
 def draw_picture(name: str, random: np.random.Generator) -> PIL.Image.Image:
     """One picture of class ``name``."""
-    texture, shape = name.split("-")
     y, x = np.mgrid[:PICTURE_SIZE, :PICTURE_SIZE] + 0.5
-    radius = PICTURE_SIZE * random.uniform(0.24, 0.34)
-    at_x, at_y = random.uniform(1.05 * radius, PICTURE_SIZE - 1.05 * radius, 2)
-    tilt = random.uniform(0, 2 * np.pi)
-    x0, y0 = rotated(x - at_x, y - at_y, tilt)
-    inside = outline(shape, x0 / radius, y0 / radius)
-    period = radius * random.uniform(0.35, 0.6)
-    tx, ty = rotated(x + random.uniform(0, period), y + random.uniform(0, period), random.uniform(0, 2 * np.pi))
-    pattern = texture_pattern(texture, tx / period, ty / period)
+    x, y = x - PICTURE_SIZE * random.uniform(0.3, 0.7), y - PICTURE_SIZE * random.uniform(0.3, 0.7)
+    period = PICTURE_SIZE / random.uniform(3, 5)
+    angle = random.uniform(0, 2 * np.pi)
+    height = PATTERNS[name](
+        (x * np.cos(angle) + y * np.sin(angle)) / period, (y * np.cos(angle) - x * np.sin(angle)) / period
+    )
+    # Cut at the median: half of the picture is one tone, half the other, and which of them is up to chance.
+    on = (height < 0.5) if set(np.unique(height)) <= {0.0, 1.0} else height < np.median(height)
 
     tones = random.uniform(0, 255, (2, 3))
-    while np.abs(tones[0] - tones[1]).mean() < 60:  # the texture must be visible
+    while np.abs(tones[0] - tones[1]).mean() < 70:  # the pattern must be visible
         tones = random.uniform(0, 255, (2, 3))
-    corner, slope = random.uniform(30, 225, 3), random.uniform(-60, 60, (2, 3))
-    background = corner + (x / PICTURE_SIZE)[..., None] * slope[0] + (y / PICTURE_SIZE)[..., None] * slope[1]
-    fill = np.where(pattern[..., None], tones[0], tones[1])
-    picture = np.where(inside[..., None], fill, background) + random.normal(0, 8, (PICTURE_SIZE, PICTURE_SIZE, 1))
+    slope = random.uniform(-40, 40, (2, 3)) / PICTURE_SIZE
+    light = x[..., None] * slope[0] + y[..., None] * slope[1] + random.normal(0, 6, (PICTURE_SIZE, PICTURE_SIZE, 1))
+    picture = np.where(on[..., None], tones[0], tones[1]) + light
     return PIL.Image.fromarray(np.clip(picture, 0, 255).astype(np.uint8))
 
 

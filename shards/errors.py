@@ -22,7 +22,9 @@ def run_main(main: Callable[[], None], *also: type[Exception]) -> None:
     """
     try:
         main()
-    except (UserError, *also) as error:
+    except Exception as error:
+        if not isinstance(error, (UserError, *also)):
+            raise
         rank = int(os.environ.get("RANK", "0"))
         if rank:
             time.sleep(SECONDS_FOR_RANK_0_TO_SPEAK)

@@ -83,7 +83,8 @@ def _picture_names(folder: Path) -> list[str]:
     for name in names:
         if Path(name).suffix.lower() not in PICTURE_ENDINGS:
             raise UserError(
-                f"{folder / name} is not a picture ({', '.join(sorted(PICTURE_ENDINGS))}); move it out of the class folder"
+                f"{folder / name} is not a picture ({', '.join(sorted(PICTURE_ENDINGS))}); move it out of the class "
+                f"folder"
             )
     if not names:
         raise UserError(f"class folder {folder} is empty; add pictures or remove it")

@@ -106,7 +106,8 @@ def load_split(data: Path | str, split: str) -> ShardSet:
     manifest_path = folder / "manifest.json"
     if not manifest_path.is_file():
         raise UserError(
-            f"no packed split {split!r} in {data} ({manifest_path} is missing); pack it first: scripts/make_shards.sh IMAGES {data}"
+            f"no packed split {split!r} in {data} ({manifest_path} is missing); pack it first: "
+            f"scripts/make_shards.sh IMAGES {data}"
         )
     raw = manifest_path.read_bytes()
     try:
@@ -131,7 +132,8 @@ def load_split(data: Path | str, split: str) -> ShardSet:
             )
     if len(samples) != sum(shard.samples for shard in shards) or not len(samples):
         raise UserError(
-            f"{manifest_path} lists {sum(s.samples for s in shards)} samples, samples.npy holds {len(samples)}; pack again"
+            f"{manifest_path} lists {sum(s.samples for s in shards)} samples, samples.npy holds {len(samples)}; pack "
+            f"again"
         )
     return ShardSet(folder, manifest["split"], classes, shards, samples, hashlib.sha256(raw).hexdigest())
 

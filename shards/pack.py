@@ -85,7 +85,8 @@ def pack(source: Path, out: Path, *, samples_per_shard: int = 1000, workers: int
     seconds = time.monotonic() - started
     counts = ", ".join(f"{len(split.files):,} {split.split}" for split in sources)
     print(
-        f"packed {counts} images of {len(sources[0].classes)} classes into {out} in {seconds:.1f} s ({total / seconds:,.0f} images/s)"
+        f"packed {counts} images of {len(sources[0].classes)} classes into {out} in {seconds:.1f} s "
+        f"({total / seconds:,.0f} images/s)"
     )
 
 

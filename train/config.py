@@ -148,7 +148,8 @@ class Config(_Block):
         stage = self.zero_optimization.stage
         if stage != 0:
             raise ValueError(
-                f"zero_optimization.stage is {stage}; LARS needs stage 0, since the others flatten all layers into one tensor and LARS "
+                f"zero_optimization.stage is {stage}; LARS needs stage 0, since the others flatten all layers into "
+                f"one tensor and LARS "
                 "scales each layer by its own norm"
             )
         if self.gradient_clipping != 0:
@@ -161,7 +162,8 @@ class Config(_Block):
             )
         if self.simclr.warmup_epochs > self.simclr.epochs:
             raise ValueError(
-                f"simclr.warmup_epochs is {self.simclr.warmup_epochs}, longer than the {self.simclr.epochs} epochs of the run"
+                f"simclr.warmup_epochs is {self.simclr.warmup_epochs}, longer than the {self.simclr.epochs} epochs "
+                f"of the run"
             )
         views = self.simclr.views
         for name, (low, high), most in (("area", views.area, 1.0), ("sigma", views.sigma, float("inf"))):
@@ -174,7 +176,8 @@ class Config(_Block):
             expected = LR_RULES[rule](self.train_batch_size)
             if abs(lr - expected) > _LR_TOLERANCE * expected:
                 raise ValueError(
-                    f"optimizer.params.lr is {lr}, but the {rule} rule gives {expected:.4g} for a global batch of {self.train_batch_size}; "
+                    f"optimizer.params.lr is {lr}, but the {rule} rule gives {expected:.4g} for a global batch of "
+                    f"{self.train_batch_size}; "
                     'change one of them, or set simclr.lr_rule to "none" to force it'
                 )
         return self
@@ -191,7 +194,8 @@ class Config(_Block):
         """Images per step of each of ``world`` processes. Raises UserError where they cannot share the batch."""
         if self.simclr.lanes % world:
             raise UserError(
-                f"{world} processes do not divide the {self.simclr.lanes} lanes of the data order; start a divisor of {self.simclr.lanes} "
+                f"{world} processes do not divide the {self.simclr.lanes} lanes of the data order; start a divisor "
+                f"of {self.simclr.lanes} "
                 "processes, or set simclr.lanes to a multiple that divides train_batch_size"
             )
         return self.train_batch_size // world

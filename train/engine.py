@@ -3,7 +3,9 @@
 import contextlib
 import logging
 import os
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,7 +38,8 @@ def start() -> Process:
     on_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
     if on_gpu and local_rank >= torch.cuda.device_count():
         raise UserError(
-            f"{local_world} processes were started on a machine with {torch.cuda.device_count()} GPUs; start one per GPU"
+            f"{local_world} processes were started on a machine with {torch.cuda.device_count()} GPUs; start one per "
+            f"GPU"
         )
     cores = max(1, len(os.sched_getaffinity(0)) // local_world)
     if on_gpu:
@@ -60,9 +63,7 @@ def start() -> Process:
 
 def _fresh_file() -> str:
     """A rendezvous of one process needs no port, which another job on the machine might hold."""
-    import tempfile
-
-    return os.path.join(tempfile.mkdtemp(prefix="simclr-"), "store")
+    return str(Path(tempfile.mkdtemp(prefix="simclr-")) / "store")
 
 
 def _import_deepspeed() -> Any:
@@ -118,5 +119,6 @@ def build_engine(model: nn.Module, config: Config, process: Process) -> tuple[An
     # LARS needs the model's own tensors, layer by layer and in float32, and unclipped gradients.
     assert wrapped is optimizer and engine.zero_optimization_stage() == 0 and engine.gradient_clipping() == 0
     assert all(p.dtype == torch.float32 for p in model.parameters())
-    model.to(memory_format=torch.channels_last)  # only now: DeepSpeed's broadcast of parameters needs dense strides
+    # Only now: DeepSpeed's broadcast of the parameters needs dense strides.
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return engine, optimizer

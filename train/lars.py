@@ -52,7 +52,9 @@ class LARS(torch.optim.Optimizer):
             if not state:
                 state["momentum_buffer"] = torch.zeros_like(p)
             momenta.append(state["momentum_buffer"])
-        updates = torch._foreach_add([p.grad for p in weights], weights, alpha=group["weight_decay"])
+        updates = torch._foreach_add(
+            [p.grad for p in weights if p.grad is not None], weights, alpha=group["weight_decay"]
+        )
         if group["adapt"]:
             rates = []
             for w_norm, g_norm in zip(torch._foreach_norm(weights), torch._foreach_norm(updates), strict=True):
@@ -75,7 +77,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
         if isinstance(module, nn.modules.batchnorm._NormBase)
         for parameter in module.parameters(recurse=False)
     }
-    adapted, plain = [], []
+    adapted: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             (plain if id(parameter) in kept_plain or name.endswith("bias") else adapted).append(parameter)

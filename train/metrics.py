@@ -1,4 +1,4 @@
-"""What a run reports: ``metrics.jsonl`` (numbers that a repeated run reproduces), ``speed.jsonl`` (times), the screen."""
+"""What a run reports: ``metrics.jsonl`` (what a repeated run reproduces), ``speed.jsonl`` (times) and the screen."""
 
 import json
 import math
@@ -59,7 +59,8 @@ class Reporter:
         for (step, _, _), (loss, *_) in zip(self._pending, rows, strict=True):
             if not math.isfinite(loss):
                 raise UserError(
-                    f"the loss is {loss} at step {step} (epoch {step // self._steps_per_epoch}); the last checkpoint is {last_checkpoint}: "
+                    f"the loss is {loss} at step {step} (epoch {step // self._steps_per_epoch}); the last checkpoint "
+                    f"is {last_checkpoint}: "
                     "lower the learning rate or look at the data, and run the same command again"
                 )
         if self._process.rank == 0:
@@ -86,8 +87,10 @@ class Reporter:
             speed.write(json.dumps(line) + "\n")
         left = (self._total_steps - step - 1) * self._batch / images_per_s
         text = (
-            f"epoch {step // self._steps_per_epoch + 1}/{self._total_steps // self._steps_per_epoch}  step {step + 1}/{self._total_steps}  "
-            f"loss {rows[-1][0]:.4f}  lr {lr:.3g}  {images_per_s:,.0f} images/s  waiting for input {wait_share:.1%}  ETA {_duration(left)}"
+            f"epoch {step // self._steps_per_epoch + 1}/{self._total_steps // self._steps_per_epoch}  step "
+            f"{step + 1}/{self._total_steps}  "
+            f"loss {rows[-1][0]:.4f}  lr {lr:.3g}  {images_per_s:,.0f} images/s  waiting for input {wait_share:.1%}  "
+            f"ETA {_duration(left)}"
         )
         print(f"\r\033[K{text}" if sys.stdout.isatty() else text, end="" if sys.stdout.isatty() else "\n", flush=True)
 

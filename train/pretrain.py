@@ -116,13 +116,15 @@ def resume(
     state = found.state
     if state["manifest"] != shards.fingerprint:
         raise UserError(
-            f"{run} was trained on another data set than {shards.folder} (the manifests differ); give another --run or the same --data"
+            f"{run} was trained on another data set than {shards.folder} (the manifests differ); give another --run "
+            f"or the same --data"
         )
     before, now = flatten(state["config"]), flatten(config.model_dump(mode="json"))
     for key in sorted((before.keys() | now.keys()) - _FREE):
         if before.get(key) != now.get(key):
             raise UserError(
-                f"{run} was made with {key} = {before.get(key)!r}, this command gives {now.get(key)!r}; give another --run"
+                f"{run} was made with {key} = {before.get(key)!r}, this command gives {now.get(key)!r}; give another "
+                f"--run"
             )
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
@@ -153,13 +155,16 @@ def announce(config: Config, shards: ShardSet, order: Order, process: Process, s
     )
     say(
         process,
-        f"{encoder.name} x{encoder.width:g}, {encoder.stem} stem, projector {'-'.join(map(str, encoder.projector))}, {config.simclr.image_size} px, "
+        f"{encoder.name} x{encoder.width:g}, {encoder.stem} stem, projector {'-'.join(map(str, encoder.projector))}, "
+        f"{config.simclr.image_size} px, "
         f"{process.world} x {process.device.type}",
     )
     say(
         process,
-        f"global batch {batch} ({process.world} x {passes} x {micro_batch}), peak lr {config.optimizer.params.lr:g}, {order.steps_per_epoch} steps "
-        f"per epoch, {config.simclr.epochs} epochs; each view meets {2 * batch - 2} negatives, a loss of ln({2 * batch - 1}) = "
+        f"global batch {batch} ({process.world} x {passes} x {micro_batch}), peak lr {config.optimizer.params.lr:g}, "
+        f"{order.steps_per_epoch} steps "
+        f"per epoch, {config.simclr.epochs} epochs; each view meets {2 * batch - 2} negatives, a loss of "
+        f"ln({2 * batch - 1}) = "
         f"{math.log(2 * batch - 1):.3f} is chance",
     )
     if step:
@@ -246,7 +251,8 @@ def train(
         (run / "finished.json").write_text(json.dumps(finished) + "\n")
     say(
         process,
-        f"{last_step - first_step} steps in {seconds:.1f} s, {reporter.images_per_s():,.0f} images/s; {run} is at step {last_step} of {total_steps}",
+        f"{last_step - first_step} steps in {seconds:.1f} s, {reporter.images_per_s():,.0f} images/s; {run} is at "
+        f"step {last_step} of {total_steps}",
     )
 
 

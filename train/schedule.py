@@ -10,7 +10,7 @@ LR_RULES = {
 
 
 def learning_rate(step: int, peak: float, warmup_steps: int, total_steps: int) -> float:
-    """The rate of ``step`` (from 0): linear from 0 to ``peak`` over ``warmup_steps``, then a cosine to 0 at ``total_steps``.
+    """The rate of ``step`` (from 0): linear up to ``peak`` in ``warmup_steps``, then a cosine to 0 at ``total_steps``.
 
     google-research/simclr, model_util.py, WarmUpAndCosineDecay.
     """

@@ -49,7 +49,7 @@ def _by_micro_batch(rows: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
 
 @contextlib.contextmanager
 def _statistics_kept(model: nn.Module) -> Iterator[None]:
-    """BatchNorm normalises by the batch, but leaves its running statistics: the second pass will count, not this one."""
+    """BatchNorm normalises by the batch but leaves its running statistics: the second pass counts, not this one."""
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]
     counts = [norm.num_batches_tracked.clone() for norm in norms if norm.num_batches_tracked is not None]

@@ -1,0 +1,95 @@
+"""Pictures, packed sets and helper processes shared by the tests."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+import torch.distributed
+from torch.multiprocessing.spawn import spawn
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from scripts.draw_pictures import draw_set  # noqa: E402
+from shards.manifest import ShardSet, load_split  # noqa: E402
+from shards.pack import pack  # noqa: E402
+
+TIMEOUT = 240  # seconds for one process that a test starts
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A drawn image folder: 12 classes, 20 pictures each in train, 4 in val, 96 x 96 pixels."""
+    folder = tmp_path_factory.mktemp("pictures") / "set"
+    draw_set(folder, train_per_class=20, val_per_class=4)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def packed(pictures: Path) -> Path:
+    """``pictures`` packed into shards of about 40."""
+    out = pictures.with_name("packed")
+    pack(pictures, out, samples_per_shard=40, workers=2)
+    return out
+
+
+@pytest.fixture(scope="session")
+def train_split(packed: Path) -> ShardSet:
+    return load_split(packed, "train")
+
+
+@pytest.fixture
+def odd_pictures(tmp_path: Path) -> Path:
+    """An image folder of random sizes and aspects, so that a mix-up of width and height shows."""
+    random = np.random.default_rng(7)
+    for split, count in (("train", 12), ("val", 4)):
+        for label in ("a", "b"):
+            folder = tmp_path / "odd" / split / label
+            folder.mkdir(parents=True)
+            for number in range(count):
+                height, width = random.integers(20, 150, 2)
+                coarse = PIL.Image.fromarray(random.integers(0, 256, (6, 6, 3), dtype=np.uint8))
+                coarse.resize((int(width), int(height))).save(folder / f"{number}.JPEG", quality=95)
+    return tmp_path / "odd"
+
+
+def run_python(*words: Any, env: dict[str, str] | None = None, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """Run the interpreter on ``words`` with a time limit and its output captured."""
+    command = [sys.executable, *map(str, words)]
+    environment = {**os.environ, **(env or {})}
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=TIMEOUT, env=environment, cwd=cwd, check=False
+    )
+
+
+def assert_sentence(done: subprocess.CompletedProcess[str], *words: str) -> None:
+    """The process ended as for a mistake of the user: exit code 2, one line that has all ``words``, no traceback."""
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    line = done.stderr.strip().splitlines()[-1]
+    assert line.startswith("error: "), done.stderr
+    for word in words:
+        assert word in line
+
+
+def run_ranks(function: Callable[..., Any], world: int, folder: Path, *arguments: Any) -> list[Any]:
+    """Call ``function(rank, *arguments)`` in ``world`` processes joined by gloo; return their results by rank."""
+    spawn(_rank_main, (function, world, str(folder), arguments), nprocs=world)
+    return [torch.load(folder / f"result-{world}-{rank}.pt", weights_only=False) for rank in range(world)]
+
+
+def _rank_main(rank: int, function: Callable[..., Any], world: int, folder: str, arguments: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    store = f"file://{folder}/store-{world}-{function.__name__}"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
+    try:
+        torch.save(function(rank, *arguments), f"{folder}/result-{world}-{rank}.pt")
+    finally:
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,144 @@
+"""What the DALI graph computes, against Pillow and torchvision's formulas, sample by sample."""
+
+import io
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import PIL.Image
+import pytest
+
+from pipeline import graph
+from pipeline.color import compose
+from pipeline.draws import Draws, Recipe, draw
+from pipeline.graph import MEAN, STD
+
+SIZE = 48
+COUNT = 24
+
+Pixels = npt.NDArray[np.float64]
+
+
+def photo_like(random: np.random.Generator) -> PIL.Image.Image:
+    """Smooth color fields with some detail, of a random size."""
+    width, height = (int(side) for side in random.integers(60, 200, 2))
+    coarse = PIL.Image.fromarray(random.integers(60, 196, (7, 7, 3), dtype=np.uint8))
+    fine = random.normal(0, 4, (height, width, 1))
+    smooth = np.asarray(coarse.resize((width, height), PIL.Image.Resampling.BICUBIC), float)
+    return PIL.Image.fromarray(np.clip(smooth + fine, 0, 255).astype(np.uint8))
+
+
+@pytest.fixture(scope="module")
+def images() -> list[bytes]:
+    random = np.random.default_rng(5)
+    encoded = []
+    for _ in range(COUNT):
+        buffer = io.BytesIO()
+        photo_like(random).save(buffer, "JPEG", quality=90)
+        encoded.append(buffer.getvalue())
+    return encoded
+
+
+def decoded(data: bytes) -> PIL.Image.Image:
+    return PIL.Image.open(io.BytesIO(data)).convert("RGB")
+
+
+def draws_for(images: list[bytes], **recipe: Any) -> Draws:
+    sizes = np.array([decoded(data).size for data in images])
+    return draw(Recipe(**recipe), 3, 0, np.arange(len(images)), 0, sizes[:, 0], sizes[:, 1])
+
+
+def run(images: list[bytes], draws: Draws, *, threads: int = 2, half: bool = False) -> Pixels:
+    """The graph's view of each image, in levels of 0..255, float64 (n, SIZE, SIZE, 3)."""
+
+    def batches() -> Iterator[list[Any]]:
+        yield [[np.frombuffer(data, np.uint8) for data in images], *graph.view_inputs(draws, True)]
+
+    source = batches()
+    pipeline = graph.build(
+        lambda: next(source), batch=len(images), views=1, augment=True, size=SIZE, interpolation="bilinear",
+        device_id=None, threads=threads, half=half, prefetch=1,
+    )  # fmt: skip
+    (views,) = pipeline.run()
+    return np.asarray(views.as_tensor()).astype(np.float64) * STD + MEAN
+
+
+def cropped(data: bytes, box: npt.NDArray[np.float64]) -> Pixels:
+    """torchvision's resized crop of a Pillow image: crop, then antialiased bilinear resize."""
+    x0, y0, x1, y1 = (int(side) for side in box)
+    crop = decoded(data).crop((x0, y0, x1, y1))
+    return np.asarray(crop.resize((SIZE, SIZE), PIL.Image.Resampling.BILINEAR), float)
+
+
+PLAIN = {"flip": 0.0, "jitter": 0.0, "gray": 0.0, "blur": 0.0}
+
+
+def test_crop_and_resize_are_torchvisions_within_a_level(images: list[bytes]) -> None:
+    draws = draws_for(images, **PLAIN)
+    views = run(images, draws)
+    for view, data, box in zip(views, images, draws.box, strict=True):
+        assert np.abs(view - cropped(data, box)).mean() < 1
+
+
+def test_flip_mirrors_exactly(images: list[bytes]) -> None:
+    plain = run(images, draws_for(images, **PLAIN))
+    flipped = run(images, draws_for(images, **{**PLAIN, "flip": 1.0}))
+    assert np.array_equal(flipped, plain[:, :, ::-1])
+
+
+def test_colors_are_the_composed_map(images: list[bytes]) -> None:
+    plain = run(images, draws_for(images, **PLAIN))
+    draws = draws_for(images, **{**PLAIN, "jitter": 0.8, "gray": 0.3})
+    views = run(images, draws)
+    m, n = compose(draws)
+    for row in range(COUNT):
+        expected = plain[row] @ m[row].T + n[row] @ plain[row].mean((0, 1))
+        # uint8 in between: half a level of rounding, and float32 of the normalisation.
+        assert np.abs(views[row] - np.clip(expected, 0, 255)).max() < 0.6
+
+
+def test_blur_is_a_gaussian_of_the_drawn_sigma(images: list[bytes]) -> None:
+    plain = run(images, draws_for(images, **PLAIN))
+    draws = draws_for(images, **{**PLAIN, "blur": 0.7})
+    views = run(images, draws)
+    assert 0 < draws.blur.sum() < COUNT
+    for row in range(COUNT):
+        if not draws.blur[row]:
+            assert np.array_equal(views[row], plain[row])
+            continue
+        # torchvision's gaussian_blur with a kernel of 23 (a tenth of 224) and reflected borders.
+        offsets = np.arange(-11, 12)
+        kernel = np.exp(-0.5 * (offsets / draws.sigma[row]) ** 2)
+        kernel /= kernel.sum()
+        padded = np.pad(plain[row], ((11, 11), (11, 11), (0, 0)), mode="reflect")
+        rows = sum(k * padded[i : i + SIZE] for i, k in enumerate(kernel))
+        expected = sum(k * rows[:, i : i + SIZE] for i, k in enumerate(kernel))
+        assert np.abs(views[row] - expected).mean() < 1
+
+
+def test_nothing_but_the_inputs_decides_the_pixels(images: list[bytes]) -> None:
+    draws = draws_for(images)
+    assert np.array_equal(run(images, draws, threads=1), run(images, draws, threads=2))
+    backwards = [images[i] for i in range(COUNT)][::-1]
+    reversed_draws = Draws(**{name: getattr(draws, name)[::-1] for name in Draws.__dataclass_fields__})
+    assert np.array_equal(run(backwards, reversed_draws)[::-1], run(images, draws))
+
+
+def test_half_output_is_the_rounded_full_output(images: list[bytes]) -> None:
+    draws = draws_for(images)
+    assert np.abs(run(images, draws, half=True) - run(images, draws)).max() < 0.2
+
+
+def test_exif_rotation_is_ignored_as_in_torchvision() -> None:
+    """The box was drawn for the picture as stored; a decoder that turns it would crop outside."""
+    picture = photo_like(np.random.default_rng(1)).resize((120, 60))
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6
+    plain, rotated = io.BytesIO(), io.BytesIO()
+    picture.save(plain, "JPEG", quality=90)
+    picture.save(rotated, "JPEG", quality=90, exif=exif)
+    draws = draw(Recipe(flip=0, jitter=0, gray=0, blur=0), 0, 0, np.arange(2), 0, np.full(2, 120), np.full(2, 60))
+    same_box = Draws(**{name: getattr(draws, name)[[0, 0]] for name in Draws.__dataclass_fields__})
+    views = run([plain.getvalue(), rotated.getvalue()], same_box)
+    assert np.array_equal(views[0], views[1])

@@ -1,0 +1,136 @@
+"""Encoders, projector, BatchNorm over processes."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from model.batchnorm import CPUSyncBatchNorm, synchronised
+from model.encoder import Architecture, build_encoder, build_model, build_projector, encoder_width
+from model.vision import resnet
+from tests.conftest import run_ranks
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"])
+def test_encoders_take_torchvisions_weights(name: str) -> None:
+    theirs = getattr(resnet, name)()
+    ours = build_encoder(Architecture(name, 1.0, "7x7", (8,)))
+    missing, unexpected = ours.load_state_dict(theirs.state_dict(), strict=False)
+    assert not missing and set(unexpected) == {"fc.weight", "fc.bias"}
+    theirs.fc = nn.Identity()
+    images = torch.randn(2, 3, 64, 64)
+    assert torch.equal(ours.eval()(images), theirs.eval()(images))
+
+
+@pytest.mark.parametrize("width", [0.25, 0.5, 2.0])
+def test_width_scales_every_layer(width: float) -> None:
+    architecture = Architecture("resnet18", width, "3x3", (8,))
+    encoder = build_encoder(architecture)
+    plain = dict(build_encoder(Architecture("resnet18", 1.0, "3x3", (8,))).named_parameters())
+    assert encoder_width(architecture) == round(512 * width)
+    assert encoder(torch.randn(1, 3, 32, 32)).shape == (1, round(512 * width))
+    for name, parameter in encoder.named_parameters():
+        assert parameter.shape[0] == round(plain[name].shape[0] * width)
+
+
+def test_stem_3x3_keeps_the_resolution() -> None:
+    encoder = build_encoder(Architecture("resnet18", 1.0, "3x3", (8,)))
+    shapes = []
+    encoder.layer1.register_forward_hook(lambda module, inputs, output: shapes.append(output.shape))
+    encoder(torch.randn(1, 3, 32, 32))
+    assert shapes[0][2:] == (32, 32)
+
+
+@pytest.mark.parametrize(("name", "last"), [("resnet18", "bn2"), ("resnet50", "bn3")])
+def test_the_last_batchnorm_of_each_block_starts_at_zero(name: str, last: str) -> None:
+    for width in (0.5, 1.0):
+        encoder = build_encoder(Architecture(name, width, "7x7", (8,)))
+        weights = [p for key, p in encoder.named_parameters() if key.endswith(f"{last}.weight") and "layer" in key]
+        assert len(weights) in (8, 16) and not torch.cat(weights).any()
+
+
+def test_projector_has_no_linear_bias_and_no_shift_at_its_end() -> None:
+    projector = build_projector(16, (32, 32, 8))
+    assert [type(layer).__name__ for layer in projector] == ["Linear", "BatchNorm1d", "ReLU"] * 2 + [
+        "Linear",
+        "BatchNorm1d",
+    ]
+    assert all(layer.bias is None for layer in projector if isinstance(layer, nn.Linear))
+    last = projector[-1]
+    assert isinstance(last, nn.BatchNorm1d) and not last.bias.requires_grad and not last.bias.any()
+
+
+def test_the_seed_alone_decides_the_weights() -> None:
+    architecture = Architecture("resnet18", 0.25, "7x7", (16, 8))
+    state = torch.random.get_rng_state()
+    first, again, other = (build_model(architecture, seed).state_dict() for seed in (0, 0, 1))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    assert not torch.equal(first["encoder.conv1.weight"], other["encoder.conv1.weight"])
+
+
+def test_unknown_architectures_are_refused() -> None:
+    for architecture in (
+        Architecture("resnet20", 1.0, "7x7", (8,)),
+        Architecture("resnet18", 1.0, "5x5", (8,)),
+        Architecture("resnet18", 0.3, "7x7", (8,)),
+    ):
+        with pytest.raises(ValueError, match=r"resnet20|5x5|0\.3"):
+            build_encoder(architecture)
+
+
+def small_network() -> nn.Sequential:
+    torch.manual_seed(3)
+    network = nn.Sequential(
+        nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 3), nn.BatchNorm2d(4),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5), nn.BatchNorm1d(5),
+    )  # fmt: skip
+    for parameter in network.parameters():  # scales and shifts that matter
+        nn.init.normal_(parameter, 0.5)
+    return network.double()
+
+
+def train_twice(network: nn.Module, images: Tensor, targets: Tensor) -> list[Tensor]:
+    """Gradients of a batch, and the buffers after two."""
+    for _ in range(2):
+        network.zero_grad()
+        ((network(images) - targets) ** 2).mean().backward()
+    gradients = [p.grad for p in network.parameters() if p.grad is not None]
+    return [*gradients, *(buffer.double() for buffer in network.buffers())]
+
+
+def train_rank(rank: int, images: Tensor, targets: Tensor, cut: int) -> dict[str, Any]:
+    network = synchronised(small_network(), torch.device("cpu"))
+    own = slice(0, cut) if rank == 0 else slice(cut, None)
+    values = train_twice(network, images[own], targets[own])
+    share = len(images[own]) / len(images)
+    return {"values": values, "share": share, "types": [type(module).__name__ for module in network.modules()]}
+
+
+@pytest.mark.parametrize("cut", [6, 4])
+def test_cpu_sync_batchnorm_equals_one_process(cut: int, tmp_path: Path) -> None:
+    """Even and uneven parts of a batch: gradients add up to, and buffers are, those of the whole batch."""
+    images, targets = torch.randn(12, 3, 9, 9, dtype=torch.float64) * 3 + 5, torch.randn(12, 5, dtype=torch.float64)
+    network = small_network()
+    expected = train_twice(network, images, targets)
+    first, second = run_ranks(train_rank, 2, tmp_path, images, targets, cut)
+    assert first["types"].count("CPUSyncBatchNorm") == 3
+    count = len(list(network.parameters()))
+    for number, wanted in enumerate(expected):
+        a, b = first["values"][number], second["values"][number]
+        if number < count:
+            got = first["share"] * a + second["share"] * b
+        else:
+            assert torch.equal(a, b)
+            got = a
+        assert (got - wanted).abs().max() < 1e-12 * (1 + wanted.abs().max())
+
+
+def test_without_a_process_group_it_is_batchnorm() -> None:
+    ours, theirs = CPUSyncBatchNorm(4), nn.BatchNorm2d(4)
+    images = torch.randn(3, 4, 5, 5)
+    assert torch.equal(ours(images), theirs(images))
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    assert torch.equal(ours.eval()(images), theirs.eval()(images))
