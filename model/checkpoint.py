@@ -136,7 +136,7 @@ def _load_file(path: Path, data: bytes) -> Checkpoint:
     try:
         state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0][:200]
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise CheckpointError(
             f"{path} is not a checkpoint that can be read without running code from it ({reason})"
         ) from error

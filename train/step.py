@@ -23,16 +23,20 @@ def train_step(engine: Any, micro_batches: Sequence[Tensor], temperature: float)
         engine.step()
         return contrast
     with torch.no_grad(), _statistics_kept(engine.module):
-        embedded = [engine(views).float() for views in micro_batches]
+        embedded = [_at_least_float32(engine(views)) for views in micro_batches]
     z = _by_view(embedded).requires_grad_()
     contrast = nt_xent(z, temperature)
     (dz,) = torch.autograd.grad(contrast.loss, z)
     for views, dz_slice in zip(micro_batches, _by_micro_batch(dz, embedded), strict=True):
         # The gradient of <z, dz> for constant dz is what the loss would send back through this micro-batch. The loss
         # has its scale already; the engine must not divide it by the number of micro-batches.
-        engine.backward((engine(views).float() * dz_slice).sum(), scale_wrt_gas=False)
+        engine.backward((engine(views) * dz_slice).sum(), scale_wrt_gas=False)
         engine.step()
     return contrast
+
+
+def _at_least_float32(z: Tensor) -> Tensor:
+    return z.to(torch.promote_types(z.dtype, torch.float32))
 
 
 def _by_view(parts: Sequence[Tensor]) -> Tensor:

@@ -1,0 +1,129 @@
+"""The configuration: presets are sound, mistakes are one sentence before anything is built."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.draws import Recipe
+from shards.errors import UserError
+from train.config import PRESETS, Config, load_config
+
+MINIMAL: dict[str, Any] = {
+    "train_batch_size": 64,
+    "optimizer": {"type": "LARS", "params": {"lr": 0.075}},
+    "simclr": {"data": "d", "lanes": 8},
+}
+
+
+def written(tmp_path: Path, config: Any) -> str:
+    path = tmp_path / "mine.json"
+    path.write_text(config if isinstance(config, str) else json.dumps(config))
+    return str(path)
+
+
+@pytest.mark.parametrize("preset", sorted(path.name for path in PRESETS.glob("*.json")))
+def test_presets_are_valid_and_say_what_they_are(preset: str) -> None:
+    config = load_config(preset, [], data="somewhere")
+    assert len(config.simclr.about) > 40
+
+
+def test_ds_lars_is_the_papers_recipe() -> None:
+    config = load_config("ds_lars.json", [])
+    simclr, params = config.simclr, config.optimizer.params
+    assert config.train_batch_size == 4096 and config.gradient_clipping == 0
+    assert (params.lr, params.momentum, params.weight_decay, params.trust_coefficient) == (4.8, 0.9, 1e-6, 0.001)
+    assert (simclr.temperature, simclr.epochs, simclr.warmup_epochs, simclr.image_size) == (0.1, 200, 10, 224)
+    assert simclr.encoder.name == "resnet50" and simclr.encoder.projector == [2048, 128]
+    assert simclr.views.recipe() == Recipe()
+
+
+@pytest.mark.parametrize(("world", "micro"), [(1, 256), (4, 256), (8, 256), (16, 256), (32, 128), (64, 64)])
+def test_the_global_batch_is_the_same_on_any_number_of_gpus(world: int, micro: int) -> None:
+    config = load_config("ds_lars.json", [])
+    assert config.local_batch(world) * world == 4096
+    assert config.micro_batch(world) == micro
+
+
+def test_a_file_in_the_working_folder_wins_over_a_preset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "ds_lars.json").write_text(json.dumps(MINIMAL))
+    monkeypatch.chdir(tmp_path)
+    assert load_config("ds_lars.json", []).train_batch_size == 64
+
+
+def test_overrides_and_defaults(tmp_path: Path) -> None:
+    name = written(tmp_path, MINIMAL)
+    config = load_config(name, ["simclr.epochs=17", "simclr.views.blur=0.25", "simclr.encoder.name=resnet18"], run="r")
+    assert (config.simclr.epochs, config.simclr.views.blur, config.simclr.encoder.name) == (17, 0.25, "resnet18")
+    assert config.simclr.run == "r" and load_config(name, []).simclr.run == "runs/mine"
+    assert Config.model_validate(config.model_dump(mode="json")) == config
+
+
+def test_stem_follows_the_size_of_the_views(tmp_path: Path) -> None:
+    name = written(tmp_path, MINIMAL)
+    assert load_config(name, ["simclr.image_size=32"]).architecture().stem == "3x3"
+    assert load_config(name, ["simclr.image_size=224"]).architecture().stem == "7x7"
+    assert load_config(name, ["simclr.image_size=32", "simclr.encoder.stem=7x7"]).architecture().stem == "7x7"
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("simclr.epoch=7", ["unknown key 'simclr.epoch'"]),
+        ("train_batchsize=7", ["unknown key 'train_batchsize'"]),
+        ("fp16.enabled=true", ["unknown key 'fp16'"]),
+        ("bf16.enabled=true", ["unknown key 'bf16'"]),
+        ("simclr.epochs=2.5", ["simclr.epochs is 2.5"]),
+        ("simclr.epochs=many", ["simclr.epochs is 'many'"]),
+        ("simclr.epochs=0", ["simclr.epochs is 0"]),
+        ("simclr.temperature=0.001", ["simclr.temperature is 0.001"]),
+        ("simclr.encoder.name=resnet20", ["resnet20", "resnet50"]),
+        ("simclr.lanes=7", ["lanes is 7", "64"]),
+        ("simclr.views.area=[0.5,0.1]", ["simclr.views.area", "0.1"]),
+        ("simclr.views.area=[0.5,2]", ["simclr.views.area", "2"]),
+        ("simclr.views.blur=1.5", ["simclr.views.blur is 1.5"]),
+        ("simclr.warmup_epochs=300", ["warmup_epochs is 300"]),
+        ("gradient_clipping=1.0", ["gradient_clipping is 1.0"]),
+        ("zero_optimization.stage=2", ["stage is 2", "LARS"]),
+        ("optimizer.type=Adam", ["optimizer.type is 'Adam'"]),
+        ("optimizer.params.lr=0.3", ["lr is 0.3", "linear", "0.075"]),
+        ("simclr.epochs", ["no '='"]),
+        ("train_batch_size.x=1", ["train_batch_size.x=1"]),
+    ],
+)
+def test_mistakes_are_named(override: str, words: list[str], tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        load_config(written(tmp_path, MINIMAL), [override])
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_a_forced_rate_is_allowed(tmp_path: Path) -> None:
+    overrides = ["optimizer.params.lr=0.3", "simclr.lr_rule=none"]
+    assert load_config(written(tmp_path, MINIMAL), overrides).optimizer.params.lr == 0.3
+
+
+@pytest.mark.parametrize(
+    ("config", "word"),
+    [
+        ("{", "not JSON"),
+        ("[]", "JSON object"),
+        ({**MINIMAL, "simclr": 3}, "'simclr'"),
+        ({"simclr": {}}, "train_batch_size"),
+        ({**MINIMAL, "simclr": {"lanes": 8}}, "--data"),
+    ],
+)
+def test_unusable_files_are_named(config: Any, word: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=word):
+        load_config(written(tmp_path, config), [])
+
+
+def test_a_missing_config_lists_the_presets() -> None:
+    with pytest.raises(UserError, match=r"nothing\.json.*ds_lars\.json"):
+        load_config("nothing.json", [])
+
+
+def test_processes_must_divide_the_lanes() -> None:
+    with pytest.raises(UserError, match="3 processes do not divide the 64 lanes"):
+        load_config("ds_lars.json", []).local_batch(3)
