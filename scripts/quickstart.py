@@ -23,6 +23,8 @@ from shards.folder import scan  # noqa: E402
 
 FOLDER = Path("runs/quickstart")
 TOOLS = Path(sys.executable).parent  # of the virtual environment
+# Images that pre-training sees in all, whatever the set: 20 passes over the drawn one, 3 minutes on 2 cores.
+IMAGES_SEEN = 48_000
 
 
 def main() -> None:
@@ -45,9 +47,12 @@ def main() -> None:
         stage("Drawing pictures of 12 classes", [sys.executable, ROOT / "scripts/draw_pictures.py", pictures])
     # Small shards, so that the shuffle of the data order has some to work with.
     stage("Packing shards", [ROOT / "scripts/make_shards.sh", pictures, packed, "--samples-per-shard", 300])
+    images_in_train = json.loads((packed / "train" / "manifest.json").read_text())["samples"]
+    epochs = max(1, round(IMAGES_SEEN / images_in_train))
+    length = ["--set", f"simclr.epochs={epochs}", "--set", f"simclr.warmup_epochs={epochs / 20}"]
     launch = [TOOLS / "deepspeed", "--quiet", "--num_gpus", 1, *launcher_port()]
     command = [ROOT / "train/pretrain.py", "--config", ROOT / "train/configs/quickstart.json", "--data", packed]
-    stage("Pre-training without labels", [*launch, *command, "--run", run])
+    stage("Pre-training without labels", [*launch, *command, "--run", run, *length])
     probe = [sys.executable, ROOT / "eval/linear.py", "--ckpt", run]
     stage("Probing the encoder as it was before training", [*probe, "--untrained"])
     stage("Probing the trained encoder", probe)

@@ -1,16 +1,14 @@
 """Processes, device and the DeepSpeed engine."""
 
-import contextlib
 import logging
 import os
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.distributed_c10d import HashStore
 
 from shards.errors import UserError
 from train.config import Config
@@ -38,40 +36,35 @@ def start() -> Process:
     on_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
     if on_gpu and local_rank >= torch.cuda.device_count():
         raise UserError(
-            f"{local_world} processes were started on a machine with {torch.cuda.device_count()} GPUs; start one per "
-            f"GPU"
+            f"{local_world} processes were started on a machine with {torch.cuda.device_count()} GPUs; start one "
+            "per GPU"
         )
     cores = max(1, len(os.sched_getaffinity(0)) // local_world)
     if on_gpu:
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     else:
-        os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed reads it on import
         device = torch.device("cpu")
         torch.set_num_threads(cores)
-    deepspeed = _import_deepspeed()
+    backend = "nccl" if on_gpu else "gloo"
+    deepspeed = import_deepspeed(device)
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
-        store = {"init_method": f"file://{_fresh_file()}", "rank": 0, "world_size": 1}
-    else:
-        store = {}
-    deepspeed.init_distributed(
-        dist_backend="nccl" if on_gpu else "gloo", auto_mpi_discovery=False, verbose=False, **store
-    )
+        # A store inside the process needs no port, which another job on the machine might hold.
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
     return Process(dist.get_rank(), dist.get_world_size(), local_world, device, cores)
 
 
-def _fresh_file() -> str:
-    """A rendezvous of one process needs no port, which another job on the machine might hold."""
-    return str(Path(tempfile.mkdtemp(prefix="simclr-")) / "store")
-
-
-def _import_deepspeed() -> Any:
+def import_deepspeed(device: torch.device) -> Any:
+    """The module deepspeed, kept from compiling anything on the CPU."""
+    if device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"  # read on import
     import deepspeed
     import deepspeed.ops
 
     deepspeed.utils.logger.setLevel(logging.WARNING)
-    if os.environ.get("DS_ACCELERATOR") == "cpu":
+    if device.type == "cpu":
         # On the CPU, init_distributed compiles a C++ all-reduce for inference (many minutes, and a killed build hangs
         # the next run) unless DeepSpeed's cached table of ops that this machine can build lacks it. 0.19.8 offers no
         # other switch.
@@ -100,8 +93,6 @@ def deepspeed_config(config: Config, process: Process) -> dict[str, Any]:
 
 def build_engine(model: nn.Module, config: Config, process: Process) -> tuple[Any, LARS]:
     """Wrap ``model`` in a DeepSpeed engine with LARS. Parameters and buffers of rank 0 are given to all ranks."""
-    import deepspeed
-
     model.to(process.device)
     for buffer in model.buffers():  # the engine gives all ranks the parameters of rank 0, but not the buffers
         dist.broadcast(buffer, 0)
@@ -112,10 +103,9 @@ def build_engine(model: nn.Module, config: Config, process: Process) -> tuple[An
         momentum=params.momentum,
         trust_coefficient=params.trust_coefficient,
     )
-    with contextlib.redirect_stdout(None):
-        engine, wrapped, _, _ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=deepspeed_config(config, process)
-        )
+    engine, wrapped, _, _ = import_deepspeed(process.device).initialize(
+        model=model, optimizer=optimizer, config=deepspeed_config(config, process)
+    )
     # LARS needs the model's own tensors, layer by layer and in float32, and unclipped gradients.
     assert wrapped is optimizer and engine.zero_optimization_stage() == 0 and engine.gradient_clipping() == 0
     assert all(p.dtype == torch.float32 for p in model.parameters())

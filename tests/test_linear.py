@@ -1,0 +1,117 @@
+"""The linear probe: a true optimum, an untouched encoder, an honest count."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from eval.features import extract
+from eval.linear import CENTER_FRACTION
+from eval.probe import accuracy, fit_linear, interval_95
+from model.load import fingerprint, load_encoder
+from pipeline.loader import Setting
+from shards.manifest import load_split
+from tests.conftest import ROOT, assert_sentence, run_python
+from tests.runs import pretrain, tiny_config
+
+
+@pytest.fixture(scope="module")
+def run(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("probed")
+    done = pretrain(tiny_config(folder), packed, folder / "run", "--stop-after-steps", 8)
+    assert done.returncode == 0, done.stderr
+    return folder / "run"
+
+
+def problem(count: int = 300, width: int = 5, classes: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(classes, (count,), generator=generator)
+    means = torch.randn(classes, width, generator=generator)
+    # Features of very different scale, shift and none at all: the fit must not care.
+    scale = torch.tensor([1.0, 100.0, 0.01, 5.0, 0.0])
+    features = (means[labels] + torch.randn(count, width, generator=generator)) * scale + torch.tensor(7.0)
+    return features, labels
+
+
+def test_the_classifier_is_the_optimum_of_its_objective() -> None:
+    features, labels = problem()
+    layer = fit_linear(features, labels, 4, weight_decay=1e-2)
+    x = features.double()
+    mean, std = x.mean(0), x.std(0, correction=0)
+    std[-1] = 1
+    weight = (layer.weight.detach().double() * std).requires_grad_()
+    bias = (layer.bias.detach().double() + layer.weight.detach().double() @ mean).requires_grad_()
+    scaled = (x - mean) / std
+    objective = F.cross_entropy(scaled @ weight.T + bias, labels) + 0.005 * weight.square().sum()
+    for gradient in torch.autograd.grad(objective, [weight, bias]):
+        assert gradient.abs().max() < 1e-4
+
+
+def test_the_scale_of_a_feature_does_not_matter() -> None:
+    features, labels = problem()
+    plain = fit_linear(features, labels, 4, 1e-3)(features)
+    scaled = features * 50 - 3
+    assert torch.allclose(fit_linear(scaled, labels, 4, 1e-3)(scaled), plain, atol=2e-2)
+
+
+def test_accuracy_counts() -> None:
+    layer = torch.nn.Linear(8, 8)
+    with torch.no_grad():
+        layer.weight.copy_(torch.eye(8))
+        layer.bias.zero_()
+    features = torch.arange(8.0).expand(4, 8)  # class 7 first, then 6, 5, 4, 3
+    assert accuracy(layer, features, torch.tensor([7, 6, 3, 2])) == (25.0, 75.0)
+
+
+def test_interval_holds_the_share_and_narrows() -> None:
+    low, high = interval_95(60.0, 700)
+    assert (low, high) == pytest.approx((56.3, 63.6), abs=0.1)  # Wilson's formula by hand
+    assert interval_95(0.0, 10)[0] == pytest.approx(0) and interval_95(100.0, 10)[1] == pytest.approx(100)
+
+
+def test_the_probe_reports_what_a_second_count_finds(run: Path, packed: Path) -> None:
+    done = run_python(ROOT / "eval/linear.py", "--ckpt", run)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((run / "linear.json").read_text())
+    encoder, found = load_encoder(run)
+    assert result["protocol"] == "fast" and result["checkpoint_step"] == 8
+    assert result["checkpoint_sha256"] == found.sha256 and result["encoder_sha256"] == fingerprint(encoder)
+
+    # Its saved classifier on features that we compute ourselves, image by image.
+    val = load_split(packed, "val")
+    saved = torch.load(run / "linear.pt", weights_only=True)
+    assert saved["classes"] == list(val.classes)
+    setting = Setting(size=32, device=torch.device("cpu"))
+    features = extract(encoder, val, setting, batch=7, center_fraction=CENTER_FRACTION)
+    scores = features.features @ saved["weight"].T + saved["bias"]
+    right = (scores.argmax(1) == features.labels).double().mean()
+    assert result["top1"] == pytest.approx(100 * right.item(), abs=0.01 + 100 / len(val))
+    assert result["val_images"] == len(val) == 48 and result["classes"] == 12
+    low, high = result["top1_interval_95"]
+    assert low <= result["top1"] <= high and result["top1"] <= result["top5"]
+
+
+def test_untrained_is_kept_apart(run: Path, tmp_path: Path) -> None:
+    done = run_python(
+        ROOT / "eval/linear.py", "--ckpt", run / "checkpoints/step-00000008", "--untrained", "--out", tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "linear-untrained.json").read_text())
+    start, _ = load_encoder(run, untrained=True)
+    assert result["untrained"] and result["encoder_sha256"] == fingerprint(start)
+    assert not (tmp_path / "linear.json").exists()
+
+
+@pytest.mark.parametrize("case", ["missing", "not ours", "empty folder", "no data"])
+def test_mistakes_are_one_sentence(case: str, run: Path, tmp_path: Path) -> None:
+    torch.save({"fc.weight": torch.zeros(2)}, tmp_path / "other.pth")
+    words, expected = {
+        "missing": (["--ckpt", tmp_path / "nowhere"], "nowhere"),
+        "not ours": (["--ckpt", tmp_path / "other.pth"], "fc.weight"),
+        "empty folder": (["--ckpt", tmp_path], "no checkpoint"),
+        "no data": (["--ckpt", run, "--data", tmp_path / "none"], "none"),
+    }[case]
+    assert_sentence(run_python(ROOT / "eval/linear.py", *words), expected)
+    assert not list(tmp_path.rglob("linear.json"))
