@@ -34,7 +34,9 @@ def main() -> None:
     parser.add_argument(
         "images", type=Path, nargs="?", metavar="IMAGE_FOLDER", help="train/<class>/* and val/<class>/*; default: drawn"
     )
-    images = parser.parse_args().images
+    parser.add_argument("--images-seen", type=int, default=IMAGES_SEEN, metavar="N", help="length of pre-training")
+    arguments = parser.parse_args()
+    images = arguments.images
     started = time.monotonic()
     if images is not None:
         check_images(images)
@@ -48,7 +50,7 @@ def main() -> None:
     # Small shards, so that the shuffle of the data order has some to work with.
     stage("Packing shards", [ROOT / "scripts/make_shards.sh", pictures, packed, "--samples-per-shard", 300])
     images_in_train = json.loads((packed / "train" / "manifest.json").read_text())["samples"]
-    epochs = max(1, round(IMAGES_SEEN / images_in_train))
+    epochs = max(1, round(arguments.images_seen / images_in_train))
     length = ["--set", f"simclr.epochs={epochs}", "--set", f"simclr.warmup_epochs={epochs / 20}"]
     launch = [TOOLS / "deepspeed", "--quiet", "--num_gpus", 1, *launcher_port()]
     command = [ROOT / "train/pretrain.py", "--config", ROOT / "train/configs/quickstart.json", "--data", packed]

@@ -38,8 +38,8 @@ from train.metrics import Reporter  # noqa: E402
 from train.schedule import learning_rate  # noqa: E402
 from train.step import train_step  # noqa: E402
 
-# Fields of the config that may differ between the stopped run and the one that goes on: they change no number of it,
-# or (epochs) only what is still to come.
+# Fields of the config that may differ between the stopped run and the one that goes on. They change no number of it,
+# but for the micro-batch, which BatchNorm sees where there are several: another machine may have less memory.
 _FREE = {
     "train_micro_batch_size_per_gpu",
     *(
@@ -87,10 +87,17 @@ def parse_arguments() -> argparse.Namespace:
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override one key, as in simclr.epochs=100"
     )
     parser.add_argument(
-        "--stop-after-steps", type=int, metavar="N", help="save and leave after N steps; the same command goes on"
+        "--stop-after-steps", type=positive, metavar="N", help="save and leave after N steps; the same command goes on"
     )
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # given by the deepspeed launcher
     return parser.parse_args()
+
+
+def positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not at least 1")
+    return number
 
 
 def build_order(config: Config, shards: ShardSet) -> Order:

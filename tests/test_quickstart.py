@@ -1,0 +1,63 @@
+"""The quickstart: pictures whose color says nothing, and a whole job from a folder to a table."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from eval.probe import accuracy, fit_linear
+from scripts.draw_pictures import CLASSES, draw_picture
+from tests.conftest import ROOT, assert_sentence, run_python
+
+
+def test_color_and_brightness_do_not_tell_a_class() -> None:
+    """A linear probe on mean color and on the mean and spread of brightness stays at chance."""
+    random = np.random.default_rng(1)
+    features, labels = [], []
+    for label, name in enumerate(CLASSES):
+        for _ in range(50):
+            picture = np.asarray(draw_picture(name, random), np.float64) / 255
+            gray = picture.mean(2)
+            features.append([*picture.mean((0, 1)), gray.mean(), gray.mean() ** 2, gray.std()])
+            labels.append(label)
+    x, y = torch.tensor(features).float(), torch.tensor(labels)
+    train = torch.arange(len(y)) % 5 < 3
+    layer = fit_linear(x[train], y[train], len(CLASSES), 1e-3)
+    chance, count = 1 / len(CLASSES), int((~train).sum())
+    four_sigma = 4 * np.sqrt(chance * (1 - chance) / count)
+    assert accuracy(layer, x[~train], y[~train])[0] < 100 * (chance + four_sigma)
+
+
+def test_every_class_is_drawn_from_the_seed_alone() -> None:
+    first, again = (np.asarray(draw_picture("spiral", np.random.default_rng(3))) for _ in range(2))
+    assert np.array_equal(first, again)
+    assert len(CLASSES) >= 10 and len(set(CLASSES)) == len(CLASSES)
+
+
+@pytest.mark.launch
+def test_a_folder_becomes_a_table(pictures: Path, tmp_path: Path) -> None:
+    words = [ROOT / "scripts/quickstart.py", pictures, "--images-seen", 240]
+    done = run_python(*words, env={"DS_ACCELERATOR": "cpu"}, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "runs/quickstart/summary.json").read_text())
+    assert summary["chance"] == pytest.approx(100 / 12, abs=1e-3)
+    assert 0 <= summary["untrained"] <= 100 and 0 <= summary["trained"] <= 100
+    assert summary["images_per_s"] > 0 and summary["seconds"] > 0
+    run = tmp_path / summary["run"]
+    assert json.loads((run / "linear.json").read_text())["top1"] == summary["trained"]
+    assert json.loads((run / "linear-untrained.json").read_text())["top1"] == summary["untrained"]
+    for label in ("chance", "untrained encoder", "trained encoder", "images/s", "summary.json"):
+        assert label in done.stdout
+
+
+def test_a_folder_without_val_is_refused_and_the_last_results_stay(tmp_path: Path) -> None:
+    kept = tmp_path / "runs/quickstart/summary.json"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("{}")
+    folder = tmp_path / "only" / "train" / "a"
+    folder.mkdir(parents=True)
+    (folder / "1.jpg").touch()
+    assert_sentence(run_python(ROOT / "scripts/quickstart.py", tmp_path / "only", cwd=tmp_path), "val")
+    assert kept.exists()
