@@ -94,7 +94,12 @@ def write_split(
         "classes": classes,
         "shards": [asdict(shard) for shard in shards],
     }
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+    manifest["manifest_sha256"] = hashlib.sha256(_as_text(manifest)).hexdigest()
+    (folder / "manifest.json").write_bytes(_as_text(manifest))
+
+
+def _as_text(manifest: dict[str, Any]) -> bytes:
+    return (json.dumps(manifest, indent=1) + "\n").encode()
 
 
 def load_split(data: Path | str, split: str) -> ShardSet:
@@ -112,12 +117,16 @@ def load_split(data: Path | str, split: str) -> ShardSet:
     raw = manifest_path.read_bytes()
     try:
         manifest = json.loads(raw)
+        own_hash = manifest.pop("manifest_sha256")
+        intact = hashlib.sha256(_as_text(manifest)).hexdigest() == own_hash
+        if not intact or _as_text({**manifest, "manifest_sha256": own_hash}) != raw:
+            raise ValueError("it does not match its own sha256")
         if manifest["format"] != FORMAT or manifest["version"] != VERSION:
             raise ValueError(f"format {manifest['format']!r}, version {manifest['version']!r}")
         shards = tuple(Shard(**shard) for shard in manifest["shards"])
         classes = tuple(manifest["classes"])
         table_hash = manifest["samples_sha256"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
             f"{manifest_path} is not a manifest this version reads ({error}); pack the data set again"
         ) from error

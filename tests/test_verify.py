@@ -1,0 +1,81 @@
+"""Verification finds every damage: any flipped bit, any cut, any missing file."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from shards.pack import pack
+from shards.verify import verify
+from tests.conftest import assert_sentence, run_python
+
+
+@pytest.fixture(scope="module")
+def small(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A packed set of which few, small pictures make each damage cheap to try."""
+    folder = tmp_path_factory.mktemp("verify")
+    for number, path in enumerate(sorted((pictures / "val").rglob("*.jpg"))[:16]):
+        target = folder / "set" / "train" / f"class{number % 3}" / path.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, target.with_stem(f"{number}"))
+    pack(folder / "set", folder / "packed", samples_per_shard=6)
+    return folder / "packed"
+
+
+def test_a_sound_set_is_sound(small: Path) -> None:
+    assert verify(small, full=False) == [] and verify(small, full=True) == []
+    done = run_python("-m", "shards.verify", small, "--full")
+    assert done.returncode == 0 and "is sound" in done.stdout
+
+
+@given(data=st.data())
+@settings(max_examples=600, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_every_flipped_bit_and_every_cut_is_found(small: Path, data: st.DataObject) -> None:
+    path = data.draw(st.sampled_from(sorted(path for path in (small / "train").iterdir())))
+    whole = path.read_bytes()
+    at = data.draw(st.integers(0, len(whole) - 1))
+    if data.draw(st.booleans()):
+        damaged = bytearray(whole)
+        damaged[at] ^= 1 << data.draw(st.integers(0, 7))
+    else:
+        damaged = bytearray(whole[:at])
+    try:
+        path.write_bytes(damaged)
+        assert verify(small, full=True), f"{path.name} byte {at} of {len(whole)}"
+    finally:
+        path.write_bytes(whole)
+
+
+@pytest.mark.parametrize("pattern", ["manifest.json", "samples.npy", "*.tar", "*.idx"])
+def test_a_missing_file_is_named_also_by_the_fast_check(pattern: str, small: Path) -> None:
+    path = sorted((small / "train").glob(pattern))[0]
+    hidden = path.rename(small / "hidden")
+    try:
+        damages = verify(small, full=False)
+        assert damages and path.name in damages[0]
+    finally:
+        hidden.rename(path)
+
+
+def test_a_damaged_image_is_named_by_tar_and_member(small: Path) -> None:
+    from shards.manifest import load_split
+
+    shards = load_split(small, "train")
+    row = shards.samples[3]
+    path = shards.folder / shards.shards[row["shard"]].name
+    whole = path.read_bytes()
+    damaged = bytearray(whole)
+    damaged[int(row["offset"]) + 100] ^= 8
+    try:
+        path.write_bytes(damaged)
+        done = run_python("-m", "shards.verify", small, "--full")
+    finally:
+        path.write_bytes(whole)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert path.name in done.stdout and "00000003_" in done.stdout and "sample 3" in done.stdout
+
+
+def test_a_folder_that_is_no_set_is_a_mistake(tmp_path: Path) -> None:
+    assert_sentence(run_python("-m", "shards.verify", tmp_path), "no packed split")
