@@ -173,3 +173,12 @@ def test_a_damaged_checkpoint_is_named(packed: Path, tmp_path: Path) -> None:
     state = tmp_path / "run/checkpoints/step-00000001/state.pt"
     state.write_bytes(state.read_bytes()[:-10])
     assert_sentence(pretrain(config, packed, tmp_path / "run"), "step-00000001", "damaged")
+
+
+def test_a_damaged_index_is_refused_at_the_start(odd_pictures: Path, tmp_path: Path) -> None:
+    pack(odd_pictures, tmp_path / "packed")
+    index = next((tmp_path / "packed/train").glob("*.idx"))
+    index.write_bytes(index.read_bytes()[:-5])
+    done = pretrain(tiny_config(tmp_path), tmp_path / "packed", tmp_path / "run")
+    assert_sentence(done, index.name, "shards.verify --full")
+    assert not (tmp_path / "run").exists()

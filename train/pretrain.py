@@ -32,6 +32,7 @@ from pipeline.loader import Setting, two_views  # noqa: E402
 from pipeline.order import Order  # noqa: E402
 from shards.errors import UserError, run_main  # noqa: E402
 from shards.manifest import ShardSet, load_split  # noqa: E402
+from shards.verify import verify_split  # noqa: E402
 from train.config import Config, load_config  # noqa: E402
 from train.engine import Process, build_engine, start  # noqa: E402
 from train.metrics import Reporter  # noqa: E402
@@ -55,6 +56,8 @@ def main() -> None:
     shards = load_split(config.simclr.data, "train")
     order = build_order(config, shards)
     process = start()
+    if process.rank == 0:
+        refuse_damage(shards)
     config.local_batch(process.world)  # refuses a number of processes that cannot share the batch
 
     model = synchronised(build_model(config.architecture(), config.simclr.seed), process.device)
@@ -108,6 +111,12 @@ def build_order(config: Config, shards: ShardSet) -> Order:
         window=config.simclr.shuffle_window,
         seed=config.simclr.seed,
     )
+
+
+def refuse_damage(shards: ShardSet) -> None:
+    """The fast check of shards.verify; seconds, once per start."""
+    for damage in verify_split(shards, full=False):
+        raise UserError(f"{damage}; look with: python -m shards.verify --full {shards.folder.parent}")
 
 
 def resume(
