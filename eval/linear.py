@@ -45,7 +45,7 @@ def main() -> None:
     if train.classes != val.classes:
         raise UserError(f"train and val of {data} name different classes; pack them together")
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu" else "cpu")
     encoder.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     frozen = fingerprint(encoder)
     size = arguments.image_size or found.state["image_size"]
@@ -110,13 +110,20 @@ def parse_arguments() -> argparse.Namespace:
         "--untrained", action="store_true", help="probe the encoder with the weights its run began with"
     )
     parser.add_argument(
-        "--image-size", type=int, metavar="PX", help="side of the central view (default: as pre-trained)"
+        "--image-size", type=positive, metavar="PX", help="side of the central view (default: as pre-trained)"
     )
-    parser.add_argument("--batch", type=int, default=256, help="images embedded at a time (default: 256)")
+    parser.add_argument("--batch", type=positive, default=256, help="images embedded at a time (default: 256)")
     parser.add_argument(
         "--out", type=Path, metavar="FOLDER", help="where linear.json and linear.pt go (default: the run folder)"
     )
     return parser.parse_args()
+
+
+def positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not at least 1")
+    return number
 
 
 def default_out(state: Path) -> Path:

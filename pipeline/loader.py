@@ -141,8 +141,13 @@ def _run(
         half=setting.half,
         prefetch=setting.prefetch,
     )
+    copied = torch.cuda.Event() if on_gpu else None
     try:
         while True:
+            if copied is not None:
+                # DALI may reuse the memory of the last outputs once they are let go, which its own stream does not
+                # order after our copy.
+                copied.synchronize()
             try:
                 # Stream-ordered on the GPU: the host does not wait for the images to be there.
                 outputs = pipeline.run(torch.cuda.current_stream(setting.device) if on_gpu else None)
@@ -150,6 +155,8 @@ def _run(
                 return
             plan = handed_over.popleft()
             images = torch.cat([torch.utils.dlpack.from_dlpack(output.as_tensor()) for output in outputs])
+            if copied is not None:
+                copied.record(torch.cuda.current_stream(setting.device))
             labels = torch.from_numpy(shards.samples["label"][plan.ids].astype(np.int64))
             yield Batch(images.permute(0, 3, 1, 2), labels, torch.from_numpy(plan.ids), plan.epoch, plan.step)
     finally:

@@ -64,7 +64,9 @@ def main() -> None:
 
 
 def check_images(images: Path) -> None:
-    """Refuse a folder that could not be probed before the last run's results are removed."""
+    """Refuse a folder that could not be probed, or that lies where this run clears the last one's results."""
+    if FOLDER.resolve() in (images.resolve(), *images.resolve().parents):
+        raise UserError(f"{images} lies inside {FOLDER}, which each quickstart makes anew; copy it elsewhere first")
     splits = {source.split for source in scan(images)}
     if "val" not in splits:
         raise UserError(f"{images} has no folder 'val'; the probe needs {images}/val/<class>/*")

@@ -34,7 +34,10 @@ class Source:
         """Changes when a file is added, removed, renamed or resized, and with ``times`` also when it is rewritten."""
         digest = hashlib.sha256(repr(self.classes).encode())
         for name, label in self.files:
-            status = (self.folder / name).stat()
+            try:
+                status = (self.folder / name).stat()
+            except OSError as error:
+                raise UserError(f"cannot read {self.folder / name} ({error.strerror}); repair or remove it") from error
             time = status.st_mtime_ns if times else 0
             digest.update(f"{name}\0{label}\0{status.st_size}\0{time}\n".encode())
         return digest.hexdigest()
@@ -99,8 +102,8 @@ def read_image(source: Source, number: int, position: int) -> Image:
     """
     name, label = source.files[number]
     path = source.folder / name
-    encoded = path.read_bytes()
     try:
+        encoded = path.read_bytes()
         with warnings.catch_warnings():
             warnings.simplefilter("error", PIL.Image.DecompressionBombWarning)
             with PIL.Image.open(io.BytesIO(encoded)) as picture:

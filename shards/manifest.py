@@ -9,6 +9,7 @@ A packed data set is a folder with one folder per split::
 
 import hashlib
 import json
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,10 @@ def write_split(
     made_with: dict[str, Any],
 ) -> None:
     """Write ``samples.npy``, then ``manifest.json``; ``made_with`` records the options of the packer."""
-    np.save(folder / "samples.npy", samples)
+    with (folder / "samples.npy").open("wb") as table:
+        np.save(table, samples)
+        table.flush()
+        os.fsync(table.fileno())
     manifest = {
         "format": FORMAT,
         "version": VERSION,
@@ -95,7 +99,10 @@ def write_split(
         "shards": [asdict(shard) for shard in shards],
     }
     manifest["manifest_sha256"] = hashlib.sha256(_as_text(manifest)).hexdigest()
-    (folder / "manifest.json").write_bytes(_as_text(manifest))
+    with (folder / "manifest.json").open("wb") as file:
+        file.write(_as_text(manifest))
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _as_text(manifest: dict[str, Any]) -> bytes:

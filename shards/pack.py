@@ -12,6 +12,7 @@ again goes on where a stopped one was, and the result does not depend on ``--wor
 import argparse
 import json
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -69,18 +70,24 @@ def pack(source: Path, out: Path, *, samples_per_shard: int = 1000, workers: int
 
     started = time.monotonic()
     total = sum(len(split.files) for split in sources)
-    with ProcessPoolExecutor(workers) as pool, tqdm(total=total, desc="pack", unit=" images", disable=None) as bar:
-        for split in sources:
-            parts = _pack_split(pool, split, partial / split.split, options, bar, 2 * workers)
-            shards = [part for part, _ in parts]
-            samples = np.concatenate([rows for _, rows in parts])
-            write_split(partial / split.split, split.split, split.classes, shards, samples, options)
+    try:
+        with ProcessPoolExecutor(workers) as pool, tqdm(total=total, desc="pack", unit=" images", disable=None) as bar:
+            for split in sources:
+                parts = _pack_split(pool, split, partial / split.split, options, bar, 2 * workers)
+                shards = [part for part, _ in parts]
+                samples = np.concatenate([rows for _, rows in parts])
+                write_split(partial / split.split, split.split, split.classes, shards, samples, options)
+    except UserError:
+        # The picture must be repaired or removed, and then this is a pack of other images: its shards are of no use.
+        shutil.rmtree(partial)
+        raise
     for split in sources:
         for leftover in (partial / split.split).glob("*.part.npz"):
             leftover.unlink()
-    (partial / "plan.json").unlink()
     sync_folder(partial)
     partial.rename(out)
+    # After the rename: until then the plan is what lets a killed pack go on.
+    (out / "plan.json").unlink()
     sync_folder(out.parent)
     seconds = time.monotonic() - started
     counts = ", ".join(f"{len(split.files):,} {split.split}" for split in sources)
@@ -94,7 +101,13 @@ def _check_finished(out: Path, options: dict[str, Any]) -> None:
     manifest = out / "train" / "manifest.json"
     if not manifest.is_file():
         raise UserError(f"{out} exists and is not a packed data set; choose another target or remove it")
-    if json.loads(manifest.read_text())["made_with"] != options:
+    try:
+        made_with = json.loads(manifest.read_text())["made_with"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{manifest} is not a manifest of this packer ({error}); choose another target") from error
+    # A kill between the last rename and this left the plan behind.
+    (out / "plan.json").unlink(missing_ok=True)
+    if made_with != options:
         raise UserError(f"{out} was packed from other images or with other options; choose another target or remove it")
 
 
@@ -103,7 +116,7 @@ def _claim(partial: Path, plan: dict[str, Any]) -> None:
     plan_path = partial / "plan.json"
     partial.mkdir(parents=True, exist_ok=True)
     if not plan_path.exists():
-        if any(partial.iterdir()):
+        if any(entry.name != "plan.json.tmp" for entry in partial.iterdir()):
             raise UserError(f"{partial} exists and is not a half-done pack; remove it")
         write_durably(plan_path, json.dumps(plan).encode())
     elif json.loads(plan_path.read_text()) != plan:

@@ -79,6 +79,7 @@ def test_stem_follows_the_size_of_the_views(tmp_path: Path) -> None:
         ("simclr.epochs=0", ["simclr.epochs is 0"]),
         ("simclr.temperature=0.001", ["simclr.temperature is 0.001"]),
         ("simclr.encoder.name=resnet20", ["resnet20", "resnet50"]),
+        ("simclr.encoder.width=0.3", ["simclr.encoder.width is 0.3"]),
         ("simclr.lanes=7", ["lanes is 7", "64"]),
         ("simclr.views.area=[0.5,0.1]", ["simclr.views.area", "0.1"]),
         ("simclr.views.area=[0.5,2]", ["simclr.views.area", "2"]),

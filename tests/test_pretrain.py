@@ -175,10 +175,12 @@ def test_a_damaged_checkpoint_is_named(packed: Path, tmp_path: Path) -> None:
     assert_sentence(pretrain(config, packed, tmp_path / "run"), "step-00000001", "damaged")
 
 
-def test_a_damaged_index_is_refused_at_the_start(odd_pictures: Path, tmp_path: Path) -> None:
+def test_a_damaged_index_is_refused_by_all_ranks_together(odd_pictures: Path, tmp_path: Path) -> None:
     pack(odd_pictures, tmp_path / "packed")
     index = next((tmp_path / "packed/train").glob("*.idx"))
     index.write_bytes(index.read_bytes()[:-5])
-    done = pretrain(tiny_config(tmp_path), tmp_path / "packed", tmp_path / "run")
-    assert_sentence(done, index.name, "shards.verify --full")
+    done = launch(2, tiny_config(tmp_path), tmp_path / "packed", tmp_path / "run")
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert len(errors) == 1 and index.name in errors[0] and "shards.verify --full" in errors[0]
     assert not (tmp_path / "run").exists()

@@ -52,6 +52,16 @@ def test_a_folder_becomes_a_table(pictures: Path, tmp_path: Path) -> None:
         assert label in done.stdout
 
 
+def test_a_folder_inside_its_own_results_is_refused_and_kept(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        folder = tmp_path / "runs/quickstart/pictures" / split / "a"
+        folder.mkdir(parents=True)
+        (folder / "1.jpg").touch()
+    done = run_python(ROOT / "scripts/quickstart.py", "runs/quickstart/pictures", cwd=tmp_path)
+    assert_sentence(done, "lies inside")
+    assert len(list(tmp_path.rglob("1.jpg"))) == 2
+
+
 def test_a_folder_without_val_is_refused_and_the_last_results_stay(tmp_path: Path) -> None:
     kept = tmp_path / "runs/quickstart/summary.json"
     kept.parent.mkdir(parents=True)

@@ -156,6 +156,8 @@ class Config(_Block):
             raise ValueError(
                 f"gradient_clipping is {self.gradient_clipping}; LARS scales every layer itself: set it to 0.0"
             )
+        if 64 * self.simclr.encoder.width % 1:
+            raise ValueError(f"simclr.encoder.width is {self.simclr.encoder.width}; it must be a multiple of 1/64")
         if self.train_batch_size % self.simclr.lanes:
             raise ValueError(
                 f"simclr.lanes is {self.simclr.lanes}, which does not divide train_batch_size {self.train_batch_size}"

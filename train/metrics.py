@@ -20,7 +20,8 @@ class Reporter:
     """Collects each step's numbers on the device and writes them when drained, so that no step waits for the device.
 
     metrics.jsonl has one line per step: step, epoch, loss, positive, top1, lr. speed.jsonl has one per drain: step,
-    images_per_s (images, each of which gives two views) and wait_share (share of the time spent waiting for input).
+    images_per_s (images, each of which gives two views) and wait_share (share
+    of the host's time spent waiting for input, which on a GPU leaves out what the device itself waits).
     """
 
     def __init__(
@@ -61,7 +62,7 @@ class Reporter:
                 raise UserError(
                     f"the loss is {loss} at step {step} (epoch {step // self._steps_per_epoch}); the last checkpoint "
                     f"is {last_checkpoint}: "
-                    "lower the learning rate or look at the data, and run the same command again"
+                    "look at the data, or lower the learning rate and give another --run"
                 )
         if self._process.rank == 0:
             self._write(rows, steps * self._batch / seconds, self._waited / seconds)

@@ -56,8 +56,7 @@ def main() -> None:
     shards = load_split(config.simclr.data, "train")
     order = build_order(config, shards)
     process = start()
-    if process.rank == 0:
-        refuse_damage(shards)
+    refuse_damage(shards, process)
     config.local_batch(process.world)  # refuses a number of processes that cannot share the batch
 
     model = synchronised(build_model(config.architecture(), config.simclr.seed), process.device)
@@ -113,10 +112,12 @@ def build_order(config: Config, shards: ShardSet) -> Order:
     )
 
 
-def refuse_damage(shards: ShardSet) -> None:
-    """The fast check of shards.verify; seconds, once per start."""
-    for damage in verify_split(shards, full=False):
-        raise UserError(f"{damage}; look with: python -m shards.verify --full {shards.folder.parent}")
+def refuse_damage(shards: ShardSet, process: Process) -> None:
+    """The fast check of shards.verify, by rank 0; seconds, once per start. All ranks hear of it and leave together."""
+    found = [next(verify_split(shards, full=False), None) if process.rank == 0 else None]
+    dist.broadcast_object_list(found, 0)
+    if found[0]:
+        raise UserError(f"{found[0]}; look with: python -m shards.verify --full {shards.folder.parent}")
 
 
 def resume(
@@ -283,7 +284,7 @@ def state_of(
         "architecture": checkpoint.describe(config.architecture()),
         "image_size": config.simclr.image_size,
         "seed": config.simclr.seed,
-        "data": config.simclr.data,
+        "data": str(Path(config.simclr.data).resolve()),
         "config": config.model_dump(mode="json"),
         "manifest": shards.fingerprint,
         "versions": {"torch": str(torch.__version__), "deepspeed": sys.modules["deepspeed"].__version__},
