@@ -27,7 +27,7 @@ from eval.probe import accuracy, fit_linear, interval_95  # noqa: E402
 from model.checkpoint import CheckpointError  # noqa: E402
 from model.load import fingerprint, load_encoder  # noqa: E402
 from pipeline.loader import Setting  # noqa: E402
-from shards.errors import UserError, run_main  # noqa: E402
+from shards.errors import UserError, positive_int, run_main  # noqa: E402
 from shards.manifest import load_split  # noqa: E402
 
 PROTOCOL = "fast"
@@ -110,20 +110,13 @@ def parse_arguments() -> argparse.Namespace:
         "--untrained", action="store_true", help="probe the encoder with the weights its run began with"
     )
     parser.add_argument(
-        "--image-size", type=positive, metavar="PX", help="side of the central view (default: as pre-trained)"
+        "--image-size", type=positive_int, metavar="PX", help="side of the central view (default: as pre-trained)"
     )
-    parser.add_argument("--batch", type=positive, default=256, help="images embedded at a time (default: 256)")
+    parser.add_argument("--batch", type=positive_int, default=256, help="images embedded at a time (default: 256)")
     parser.add_argument(
         "--out", type=Path, metavar="FOLDER", help="where linear.json and linear.pt go (default: the run folder)"
     )
     return parser.parse_args()
-
-
-def positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not at least 1")
-    return number
 
 
 def default_out(state: Path) -> Path:

@@ -1,5 +1,6 @@
 """How a mistake of the user ends a program: one sentence on stderr, exit code 2, no traceback."""
 
+import argparse
 import os
 import sys
 import time
@@ -33,3 +34,11 @@ def run_main(main: Callable[[], None], *also: type[Exception]) -> None:
         print(f"error: {speaker}{' '.join(str(error).split())}", file=sys.stderr, flush=True)
         # Not sys.exit: a process group or a reader thread that is still up must not hold the exit back.
         os._exit(EXIT_CODE)
+
+
+def positive_int(text: str) -> int:
+    """The type of a command line's argument that counts something."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not at least 1")
+    return number

@@ -8,8 +8,8 @@ A packed data set is a folder with one folder per split::
 """
 
 import hashlib
+import io
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from shards.durable import write_durably
 from shards.errors import UserError
 
 FORMAT = "simclr-dali shards"
@@ -84,25 +85,21 @@ def write_split(
     made_with: dict[str, Any],
 ) -> None:
     """Write ``samples.npy``, then ``manifest.json``; ``made_with`` records the options of the packer."""
-    with (folder / "samples.npy").open("wb") as table:
-        np.save(table, samples)
-        table.flush()
-        os.fsync(table.fileno())
+    table = io.BytesIO()
+    np.save(table, samples)
+    write_durably(folder / "samples.npy", table.getvalue())
     manifest = {
         "format": FORMAT,
         "version": VERSION,
         "split": split,
         "samples": len(samples),
-        "samples_sha256": hashlib.sha256((folder / "samples.npy").read_bytes()).hexdigest(),
+        "samples_sha256": hashlib.sha256(table.getvalue()).hexdigest(),
         "made_with": made_with,
         "classes": classes,
         "shards": [asdict(shard) for shard in shards],
     }
     manifest["manifest_sha256"] = hashlib.sha256(_as_text(manifest)).hexdigest()
-    with (folder / "manifest.json").open("wb") as file:
-        file.write(_as_text(manifest))
-        file.flush()
-        os.fsync(file.fileno())
+    write_durably(folder / "manifest.json", _as_text(manifest))
 
 
 def _as_text(manifest: dict[str, Any]) -> bytes:

@@ -24,10 +24,11 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
+from shards.durable import sync_folder, write_durably
 from shards.errors import UserError, run_main
 from shards.folder import Source, read_image, scan
 from shards.manifest import SAMPLE, Shard, write_split
-from shards.tar import sync_folder, write_durably, write_shard
+from shards.tar import write_shard
 
 
 def storage_order(samples: int, seed: int, split: str) -> npt.NDArray[np.int64]:

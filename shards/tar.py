@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from shards.durable import write_durably
 from shards.manifest import SAMPLE, Shard
 
 BLOCK = 512  # bytes; every tar member starts on a block
@@ -83,23 +84,3 @@ def write_shard(path: Path, shard_number: int, images: Iterable[Image]) -> tuple
     write_durably(path.with_suffix(".idx"), f"v1.2 {len(rows)}\n{''.join(index)}".encode("ascii"))
     temporary.replace(path)
     return Shard(path.name, len(rows), position, digest.hexdigest()), np.array(rows, SAMPLE)
-
-
-def write_durably(path: Path, data: bytes) -> None:
-    """Write a whole file so that it is either there, complete and on disk, or not there."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames inside ``folder`` durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

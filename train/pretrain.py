@@ -30,7 +30,7 @@ from model.checkpoint import CheckpointError  # noqa: E402
 from model.encoder import build_model  # noqa: E402
 from pipeline.loader import Setting, two_views  # noqa: E402
 from pipeline.order import Order  # noqa: E402
-from shards.errors import UserError, run_main  # noqa: E402
+from shards.errors import UserError, positive_int, run_main  # noqa: E402
 from shards.manifest import ShardSet, load_split  # noqa: E402
 from shards.verify import verify_split  # noqa: E402
 from train.config import Config, load_config  # noqa: E402
@@ -89,17 +89,13 @@ def parse_arguments() -> argparse.Namespace:
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override one key, as in simclr.epochs=100"
     )
     parser.add_argument(
-        "--stop-after-steps", type=positive, metavar="N", help="save and leave after N steps; the same command goes on"
+        "--stop-after-steps",
+        type=positive_int,
+        metavar="N",
+        help="save and leave after N steps; the same command goes on",
     )
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # given by the deepspeed launcher
     return parser.parse_args()
-
-
-def positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not at least 1")
-    return number
 
 
 def build_order(config: Config, shards: ShardSet) -> Order:
