@@ -13,6 +13,7 @@ from nvidia.dali.pipeline import Pipeline
 
 from pipeline.color import compose
 from pipeline.draws import Draws
+from shards.decode import decoded
 
 # ImageNet's mean and standard deviation, as torchvision's models expect them, in levels of 0..255.
 MEAN = (123.675, 116.28, 103.53)
@@ -52,7 +53,6 @@ def build(
     source: called for each batch, returns [list of encoded images, *view_inputs of each view]; StopIteration ends it.
     device_id: CUDA device, or None for the CPU. augment: whether color and blur are part of the graph.
     """
-    on_gpu = device_id is not None
 
     @pipeline_def(
         batch_size=batch,
@@ -64,15 +64,7 @@ def build(
     def graph() -> tuple[Any, ...]:
         per_view = _BASIC_INPUTS + (_COLOR_INPUTS if augment else 0)
         encoded, *numbers = fn.external_source(source=source, num_outputs=1 + views * per_view, batch=True)
-        # EXIF rotation stays off, as in torchvision: the boxes were drawn for the picture as stored.
-        # Fancy upsampling makes the GPU decoder interpolate chroma as libjpeg does on the CPU.
-        image = fn.decoders.image(
-            encoded,
-            device="mixed" if on_gpu else "cpu",
-            output_type=types.RGB,
-            adjust_orientation=False,
-            jpeg_fancy_upsampling=True,
-        )
+        image = decoded(encoded, on_gpu=device_id is not None)
         return tuple(view(image, *numbers[v * per_view : (v + 1) * per_view]) for v in range(views))
 
     def view(image: Any, start: Any, end: Any, mirror: Any, *color: Any) -> Any:

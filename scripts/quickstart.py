@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)
 
 from shards.errors import UserError, run_main  # noqa: E402
-from shards.folder import scan  # noqa: E402
+from shards.find import find_sources  # noqa: E402
 
 FOLDER = Path("runs/quickstart")
 TOOLS = Path(sys.executable).parent  # of the virtual environment
@@ -67,7 +67,7 @@ def check_images(images: Path) -> None:
     """Refuse a folder that could not be probed, or that lies where this run clears the last one's results."""
     if FOLDER.resolve() in (images.resolve(), *images.resolve().parents):
         raise UserError(f"{images} lies inside {FOLDER}, which each quickstart makes anew; copy it elsewhere first")
-    splits = {source.split for source in scan(images)}
+    splits = {source.split for source in find_sources(images)}
     if "val" not in splits:
         raise UserError(f"{images} has no folder 'val'; the probe needs {images}/val/<class>/*")
 

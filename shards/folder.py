@@ -1,126 +1,77 @@
-"""Reading an ImageFolder: ``train/<class>/*`` and, where it exists, ``val/<class>/*``."""
+"""Listing an image folder: ``train/<class>/*`` and, where it exists, ``val/<class>/*``."""
 
-import hashlib
-import io
-import re
-import warnings
-from dataclasses import dataclass
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-import PIL.Image
 from tqdm import tqdm
 
 from shards.errors import UserError
-from shards.tar import Image
+from shards.source import SPLITS, Item, Source, time_of
 
 # A picture is what has one of these endings; other files in a class folder are named, not silently left out.
-PICTURE_ENDINGS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm"})
-JPEG_MODES = frozenset({"RGB", "L"})
-JPEG_QUALITY_OF_CONVERTED = 95
-KEY_LENGTH = 60  # with index, extension and room to spare inside the 100 bytes of a USTAR name
+PICTURE_ENDINGS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".gif", ".tif", ".tiff"})
 
 
-@dataclass(frozen=True)
-class Source:
-    """One split of an image folder. ``files`` are (path relative to the split's folder, label) in sorted order."""
-
-    folder: Path
-    split: str
-    classes: list[str]
-    files: list[tuple[str, int]]
-
-    def fingerprint(self, *, times: bool) -> str:
-        """Changes when a file is added, removed, renamed or resized, and with ``times`` also when it is rewritten."""
-        digest = hashlib.sha256(repr(self.classes).encode())
-        for name, label in self.files:
-            try:
-                status = (self.folder / name).stat()
-            except OSError as error:
-                raise UserError(f"cannot read {self.folder / name} ({error.strerror}); repair or remove it") from error
-            time = status.st_mtime_ns if times else 0
-            digest.update(f"{name}\0{label}\0{status.st_size}\0{time}\n".encode())
-        return digest.hexdigest()
+def is_here(root: Path) -> bool:
+    """Whether ``root`` has a folder of a split in which no tars lie."""
+    return any((root / split).is_dir() and not any((root / split).glob("*.tar")) for split in SPLITS)
 
 
-def scan(root: Path) -> list[Source]:
-    """Find the splits of ``root``; classes are the sorted folder names of ``train``, as torchvision's.
+def scan(root: Path, splits: tuple[str, ...]) -> list[Source]:
+    """List the wanted splits that exist; classes are the sorted folder names of ``train``, as torchvision's.
 
-    Raises UserError for a folder that is missing, a split without classes, a class without pictures, a file
-    that is no picture, or a class that ``train`` does not have.
+    Where only ``val`` is wanted and there is no ``train``, ``val`` names the classes. Raises UserError for a missing
+    ``train``, a split without classes, a class without pictures, a file that is no picture, or a class that
+    ``train`` does not have.
     """
-    if not root.is_dir():
-        raise UserError(f"image folder {root} does not exist; give a folder with train/<class>/* and val/<class>/*")
-    if not (root / "train").is_dir():
-        raise UserError(f"{root} has no folder 'train'; expected {root}/train/<class>/* and {root}/val/<class>/*")
-    classes = _class_names(root / "train")
-    sources = []
-    for split in ("train", "val"):
-        folder = root / split
-        if not folder.is_dir():
-            continue
-        unknown = sorted(set(_class_names(folder)) - set(classes))
-        if unknown:
-            raise UserError(
-                f"{folder} has the class folder {unknown[0]!r}, which {root / 'train'} does not have; add or remove it"
-            )
-        files = [
-            (f"{name}/{file}", label)
-            for label, name in enumerate(tqdm(classes, f"scan {split}", disable=None, leave=False))
-            if (folder / name).is_dir()
-            for file in _picture_names(folder / name)
-        ]
-        sources.append(Source(folder, split, classes, files))
-    return sources
+    named_by = root / ("train" if "train" in splits or (root / "train").is_dir() else "val")
+    if not named_by.is_dir():
+        raise UserError(
+            f"{root} has no folder {named_by.name!r}; expected {root}/train/<class>/* and {root}/val/<class>/*"
+        )
+    classes = _class_names(named_by)
+    if not classes:
+        raise UserError(f"{named_by} has no class folders; expected {named_by}/<class>/*.jpg")
+    return [_scan_split(root, split, classes, named_by) for split in splits if (root / split).is_dir()]
+
+
+def _scan_split(root: Path, split: str, classes: list[str], named_by: Path) -> Source:
+    names = _class_names(root / split)
+    unknown = sorted(set(names) - set(classes))
+    if unknown:
+        raise UserError(
+            f"{root / split} has the class folder {unknown[0]!r}, which {named_by} does not have; add or remove it"
+        )
+    items: list[Item] = []
+    # Folder times come first: what is added while a folder is listed makes it newer than this.
+    watched = {f"{split}/{name}": time_of(root / split / name) for name in names} | {split: time_of(root / split)}
+    label_of = {name: label for label, name in enumerate(classes)}
+    for name in tqdm(names, f"scan {split}", disable=None, leave=False):
+        items += _pictures(root, f"{split}/{name}", label_of[name])
+    return Source(root, split, classes, items, watched)
 
 
 def _class_names(folder: Path) -> list[str]:
-    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    if not names:
-        raise UserError(f"{folder} has no class folders; expected {folder}/<class>/*.jpg")
-    return names
+    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
 
 
-def _picture_names(folder: Path) -> list[str]:
-    names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
-    for name in names:
-        if Path(name).suffix.lower() not in PICTURE_ENDINGS:
+def _pictures(root: Path, folder: str, label: int) -> Iterator[Item]:
+    empty = True
+    for entry in sorted(os.scandir(root / folder), key=lambda entry: entry.name):
+        if entry.name.startswith("."):
+            continue
+        path = f"{folder}/{entry.name}"
+        if Path(entry.name).suffix.lower() not in PICTURE_ENDINGS:
             raise UserError(
-                f"{folder / name} is not a picture ({', '.join(sorted(PICTURE_ENDINGS))}); move it out of the class "
+                f"{root / path} is not a picture ({', '.join(sorted(PICTURE_ENDINGS))}); move it out of the class "
                 f"folder"
             )
-    if not names:
-        raise UserError(f"class folder {folder} is empty; add pictures or remove it")
-    return names
-
-
-def read_image(source: Source, number: int, position: int) -> Image:
-    """Read, decode and check file ``number`` of ``source``; ``position`` is its place in the packed split.
-
-    A JPEG in RGB or gray keeps its bytes. Everything else (PNG, CMYK, a palette, ...) becomes an RGB JPEG, since
-    the decoders of a training node should meet one format only. Raises UserError where it cannot be decoded.
-    """
-    name, label = source.files[number]
-    path = source.folder / name
-    try:
-        encoded = path.read_bytes()
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", PIL.Image.DecompressionBombWarning)
-            with PIL.Image.open(io.BytesIO(encoded)) as picture:
-                picture.load()
-                width, height = picture.size
-                if picture.format != "JPEG" or picture.mode not in JPEG_MODES:
-                    encoded = _as_rgb_jpeg(picture)
-    except Exception as error:  # Pillow raises a dozen kinds; whichever it is, this file is no usable picture
-        raise UserError(f"cannot decode {path} ({error}); repair or remove it") from error
-    key = re.sub(r"[^A-Za-z0-9_-]", "_", Path(name).stem)[:KEY_LENGTH]
-    return Image(f"{position:08d}_{key}", encoded, width, height, label)
-
-
-def _as_rgb_jpeg(picture: PIL.Image.Image) -> bytes:
-    if picture.mode.startswith("I;16"):
-        # Pillow clips 16-bit gray to 255 when it converts; scaling keeps the picture.
-        picture = PIL.Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
-    buffer = io.BytesIO()
-    picture.convert("RGB").save(buffer, "JPEG", quality=JPEG_QUALITY_OF_CONVERTED, subsampling=0)
-    return buffer.getvalue()
+        try:
+            status = entry.stat()
+        except OSError as error:
+            raise UserError(f"cannot read {root / path} ({error.strerror}); repair or remove it") from error
+        empty = False
+        yield Item(path, path, 0, status.st_size, label, status.st_mtime_ns)
+    if empty:
+        raise UserError(f"class folder {root / folder} is empty; add pictures or remove it")

@@ -2,6 +2,7 @@
 
 A packed data set is a folder with one folder per split::
 
+    OUT/report.json                       what was re-encoded or left out while packing, and why
     OUT/train/train-000000.tar  .idx      standard WebDataset tar and DALI index (v1.2)
     OUT/train/manifest.json               classes, per shard: name, samples, bytes, sha256
     OUT/train/samples.npy                 one row of SAMPLE per image, in storage order
@@ -10,9 +11,10 @@ A packed data set is a folder with one folder per split::
 import hashlib
 import io
 import json
+import tarfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +24,7 @@ from shards.errors import UserError
 
 FORMAT = "simclr-dali shards"
 VERSION = 1
+BLOCK = 512  # bytes; every tar member starts on a block
 
 # offset and length (bytes) delimit the encoded image inside its tar; width and height are in pixels as stored,
 # before any EXIF rotation; crc32 is zlib's, over the encoded image.
@@ -71,9 +74,8 @@ class ShardSet:
         row = self.samples[sample]
         path = self.folder / self.shards[row["shard"]].name
         with path.open("rb") as tar:
-            tar.seek(int(row["offset"]) - 512)
-            key = tar.read(100).split(b"\0")[0].decode("ascii", "replace")
-        return f"{path}, offset {row['offset']}, member {key!r}"
+            name = member_name(tar, int(row["offset"]), int(row["length"]))
+        return f"{path}, offset {row['offset']}, member {name or 'with a damaged name'}"
 
 
 def write_split(
@@ -98,12 +100,28 @@ def write_split(
         "classes": classes,
         "shards": [asdict(shard) for shard in shards],
     }
-    manifest["manifest_sha256"] = hashlib.sha256(_as_text(manifest)).hexdigest()
-    write_durably(folder / "manifest.json", _as_text(manifest))
+    write_durably(folder / "manifest.json", seal(manifest))
 
 
-def _as_text(manifest: dict[str, Any]) -> bytes:
-    return (json.dumps(manifest, indent=1) + "\n").encode()
+def seal(document: dict[str, Any]) -> bytes:
+    """A JSON text that carries the sha256 of its own content, so that any change of it shows."""
+    return _as_text({**document, "own_sha256": hashlib.sha256(_as_text(document)).hexdigest()})
+
+
+def unseal(raw: bytes) -> dict[str, Any]:
+    """What :func:`seal` was given; raises ValueError where ``raw`` is anything but its untouched result."""
+    try:
+        document: dict[str, Any] = json.loads(raw)
+        own_hash = document.pop("own_sha256")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"it is no sealed JSON: {error}") from error
+    if hashlib.sha256(_as_text(document)).hexdigest() != own_hash or seal(document) != raw:
+        raise ValueError("it does not match its own sha256")
+    return document
+
+
+def _as_text(document: dict[str, Any]) -> bytes:
+    return (json.dumps(document, indent=1) + "\n").encode()
 
 
 def load_split(data: Path | str, split: str) -> ShardSet:
@@ -120,17 +138,13 @@ def load_split(data: Path | str, split: str) -> ShardSet:
         )
     raw = manifest_path.read_bytes()
     try:
-        manifest = json.loads(raw)
-        own_hash = manifest.pop("manifest_sha256")
-        intact = hashlib.sha256(_as_text(manifest)).hexdigest() == own_hash
-        if not intact or _as_text({**manifest, "manifest_sha256": own_hash}) != raw:
-            raise ValueError("it does not match its own sha256")
+        manifest = unseal(raw)
         if manifest["format"] != FORMAT or manifest["version"] != VERSION:
             raise ValueError(f"format {manifest['format']!r}, version {manifest['version']!r}")
         shards = tuple(Shard(**shard) for shard in manifest["shards"])
         classes = tuple(manifest["classes"])
         table_hash = manifest["samples_sha256"]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{manifest_path} is not a manifest this version reads ({error}); pack the data set again"
         ) from error
@@ -158,3 +172,13 @@ def _load_table(path: Path, sha256: str) -> npt.NDArray[Any]:
         raise UserError(f"{path} is not the table its manifest describes (its sha256 differs); copy it again")
     samples: npt.NDArray[Any] = np.load(path, allow_pickle=False)
     return samples
+
+
+def member_name(tar: BinaryIO, offset: int, length: int) -> str | None:
+    """The name in the header before ``offset``, or None where that is no sound header of a file of ``length`` bytes."""
+    tar.seek(offset - BLOCK)
+    try:
+        header = tarfile.TarInfo.frombuf(tar.read(BLOCK), "ascii", "strict")
+    except (tarfile.HeaderError, UnicodeDecodeError):
+        return None
+    return header.name if header.size == length and header.isreg() else None

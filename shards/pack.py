@@ -1,215 +1,286 @@
-"""Pack an image folder into WebDataset shards.
+"""Pack images into WebDataset shards.
 
     scripts/make_shards.sh /data/imagenet                    # -> /data/imagenet-shards
-    python -m shards.pack /data/imagenet /fast/imagenet-shards --workers 16
+    scripts/make_shards.sh /data/imagenet /fast/imagenet-256 --resize 256 --workers 16
+    scripts/make_shards.sh SRC OUT --part 1/4                # on each of four machines, then once with --merge
 
-The folder holds ``train/<class>/*`` and, if there is one, ``val/<class>/*``. Images are put into one global random
-order (by ``--seed``), cut into shards of equal size and written with their width, height, label and crc32; JPEG
-bytes stay as they are. Everything is built in ``OUT.partial`` and renamed to ``OUT`` when complete; the same command
-again goes on where a stopped one was, and the result does not depend on ``--workers``.
+SRC is an image folder (train/<class>/*, val/<class>/*), a folder with the ILSVRC2012 archives as they are downloaded,
+or one with WebDataset tars. Images are put into one global random order, cut into shards of equal size and written
+with width, height, label and crc32. JPEG bytes stay as they are; what training's decoder would refuse, or read
+otherwise than a person sees it, becomes RGB JPEG; what nobody can decode is left out. OUT/report.json lists both.
+Everything is built in OUT.partial and renamed to OUT when complete. The same command goes on where a stopped one was,
+and the result does not depend on --workers or --part.
 """
 
 import argparse
-import json
 import os
 import shutil
+import sys
 import time
-from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import asdict
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from tqdm import tqdm
 
-from shards.durable import sync_folder, write_durably
-from shards.errors import UserError, run_main
-from shards.folder import Source, read_image, scan
-from shards.manifest import SAMPLE, Shard, write_split
-from shards.tar import write_shard
+from shards.durable import write_durably
+from shards.errors import UserError, positive_int, run_main
+from shards.find import find_sources
+from shards.manifest import seal, unseal, write_split
+from shards.parallel import unordered
+from shards.piece import Notes, Part, Piece, part_path, read_part, write_piece
+from shards.plan import DECODERS, Options, claimed, cut, finish, is_finished, partial_of, recorded, tar_bytes
+from shards.source import SPLITS, Source
+
+DEFAULT_MAX_BAD = 0.1  # percent
 
 
-def storage_order(samples: int, seed: int, split: str) -> npt.NDArray[np.int64]:
-    """A random permutation of 0..samples-1: the order in which a split is stored.
-
-    It sorts words of the raw Philox stream: NumPy keeps its bit generators stable over releases, but not the
-    methods of Generator, and a pack that is continued by a newer NumPy must stay byte-identical.
-    """
-    key = [seed, int.from_bytes(split.encode("ascii"), "little")]
-    words = np.random.Philox(key=np.array(key, np.uint64)).random_raw(samples)
-    return np.argsort(words, kind="stable")
-
-
-def pack(source: Path, out: Path, *, samples_per_shard: int = 1000, workers: int = 1, seed: int = 0) -> None:
+def pack(
+    source: Path,
+    out: Path,
+    options: Options | None = None,
+    *,
+    workers: int = 1,
+    part: tuple[int, int] = (1, 1),
+    merge: bool = False,
+    max_bad: float = DEFAULT_MAX_BAD,
+    dry_run: bool = False,
+) -> None:
     """Pack ``source`` into ``out``; see the module's docstring.
 
-    Raises UserError for a bad source, an ``out`` that holds something else, or a half-done pack of other options.
+    part: (i, n), this is machine i of n and packs its share only. merge: all n are done, make one set of them.
+    max_bad: percent of the images that may be left out. dry_run: only say what would be done.
+    Raises UserError for a bad source or option, an ``out`` that holds something else or that another process works on,
+    a half-done pack of other images or options, too many bad images, and a disk that refuses.
     """
-    if samples_per_shard < 1:
-        raise UserError(f"--samples-per-shard is {samples_per_shard}; it must be at least 1")
+    options = options or Options()
+    options.check()
+    number, parts = part
     if workers < 1:
         raise UserError(f"--workers is {workers}; it must be at least 1")
-    if not 0 <= seed < 2**63:
-        raise UserError(f"--seed is {seed}; it must lie in 0 .. 2^63-1")
-    sources = scan(source)
-    options = {
-        "samples_per_shard": samples_per_shard,
-        "seed": seed,
-        "source": {split.split: split.fingerprint(times=False) for split in sources},
-    }
-    # File times tell whether a source changed under a stopped pack, but must not reach the result: a copy of the
-    # same folder packs to the same bytes.
-    plan = {**options, "times": {split.split: split.fingerprint(times=True) for split in sources}}
-    if out.exists():
-        _check_finished(out, options)
+    if not 1 <= number <= parts:
+        raise UserError(f"--part is {number}/{parts}; it must be I/N with 1 <= I <= N")
+    if not 0 <= max_bad <= 100:
+        raise UserError(f"--max-bad is {max_bad}; it must be a percentage, 0 to 100")
+    splits = (options.split,) if options.split else SPLITS
+    sources = find_sources(source, splits=splits, limit_per_class=options.limit_per_class)
+    if dry_run:
+        describe(sources, out, options, parts)
+        return
+    made_with = recorded(options, sources)
+    if is_finished(out, made_with):
         print(f"{out} is already packed from these images; nothing to do")
         return
-    partial = out.with_name(f"{out.name}.partial")
-    _claim(partial, plan)
+    if merge:
+        parts = _parts_of(partial_of(out))
+    with claimed(out, made_with, sources, 0 if merge else number, parts) as partial:
+        pieces = [_pieces(one, partial / one.split, options) for one in sources]
+        if not merge:
+            mine = [[piece for piece in split if piece.number % parts == number - 1] for split in pieces]
+            _write(mine, partial, workers, max_bad, share=_share(pieces, mine))
+            for one in sources:
+                one.check_unchanged()
+            if parts > 1:
+                print(f"part {number} of {parts} is packed; when all are, the same command with --merge instead")
+                return
+        _join(sources, pieces, partial, made_with)
+        finish(partial, out)
+    _say_what_was_left(sources, out)
 
-    started = time.monotonic()
-    total = sum(len(split.files) for split in sources)
-    try:
-        with ProcessPoolExecutor(workers) as pool, tqdm(total=total, desc="pack", unit=" images", disable=None) as bar:
-            for split in sources:
-                parts = _pack_split(pool, split, partial / split.split, options, bar, 2 * workers)
-                shards = [part for part, _ in parts]
-                samples = np.concatenate([rows for _, rows in parts])
-                write_split(partial / split.split, split.split, split.classes, shards, samples, options)
-    except UserError:
-        # The picture must be repaired or removed, and then this is a pack of other images: its shards are of no use.
-        shutil.rmtree(partial)
-        raise
-    for split in sources:
-        for leftover in (partial / split.split).glob("*.part.npz"):
-            leftover.unlink()
-    sync_folder(partial)
-    partial.rename(out)
-    # After the rename: until then the plan is what lets a killed pack go on.
-    (out / "plan.json").unlink()
-    sync_folder(out.parent)
+
+def describe(sources: list[Source], out: Path, options: Options, parts: int) -> None:
+    """Print what would be packed."""
+    for source in sources:
+        shards = len(cut(source, options))
+        size = sum(item.length for item in source.items)
+        print(
+            f"{source.split}: {len(source.items):,} images of {len(source.classes):,} classes, {size / 1e9:.3f} GB, in "
+            f"{shards:,} shards of about {len(source.items) / shards:,.0f} images, {size / shards / 1e6:.1f} MB"
+            + (f", resized to a short side of {options.resize} at most" if options.resize else "")
+        )
+    free = shutil.disk_usage(_existing(out)).free
+    print(f"target {out}{f', packed by {parts} machines' if parts > 1 else ''}; {free / 1e9:,.1f} GB are free there")
+
+
+def _existing(path: Path) -> Path:
+    return next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+
+
+def _parts_of(partial: Path) -> int:
+    """N of the ``--part I/N`` that filled ``partial``."""
+    counts = {int(path.stem.rpartition("-")[2]) for path in partial.glob("plan-*-of-*.json")}
+    if len(counts) != 1:
+        raise UserError(f"{partial} holds no parts to merge; pack them first with --part 1/N to N/N")
+    return counts.pop()
+
+
+def _pieces(source: Source, folder: Path, options: Options) -> list[Piece]:
+    pieces: list[Piece] = []
+    start = 0
+    for number, chosen in enumerate(cut(source, options)):
+        tar = folder / f"{source.split}-{number:06d}.tar"
+        items = [source.items[i] for i in chosen]
+        pieces.append(Piece(source.root, items, tar, number, start, options.resize, options.quality, options.decoder))
+        start += len(items)
+    return pieces
+
+
+def _share(pieces: list[list[Piece]], mine: list[list[Piece]]) -> float:
+    total, own = (sum(len(piece.items) for split in some for piece in split) for some in (pieces, mine))
+    return own / total
+
+
+def _write(splits: list[list[Piece]], partial: Path, workers: int, max_bad: float, share: float) -> None:
+    """Write the shards that are not there yet; raise UserError as soon as too many images had to be left out."""
+    todo, given, bad = [], 0, 0
+    for piece in (piece for pieces in splits for piece in pieces):
+        given += len(piece.items)
+        if part_path(piece.tar).exists():
+            bad += len(read_part(part_path(piece.tar)).notes.left_out)
+        else:
+            todo.append(piece)
+    _check_space(todo, partial)
+    for pieces in splits:
+        if pieces:
+            pieces[0].tar.parent.mkdir(exist_ok=True)
+    started, todo_images = time.monotonic(), sum(len(piece.items) for piece in todo)
+    with (
+        tqdm(total=given, initial=given - todo_images, desc="pack", unit=" images", disable=None) as bar,
+        closing(unordered(write_piece, todo, min(workers, max(1, len(todo))))) as results,
+    ):
+        _check_bad(bad, given, max_bad, splits)
+        for images, left_out in results:
+            bar.update(images)
+            bad += left_out
+            _check_bad(bad, given, max_bad, splits)
     seconds = time.monotonic() - started
-    counts = ", ".join(f"{len(split.files):,} {split.split}" for split in sources)
     print(
-        f"packed {counts} images of {len(sources[0].classes)} classes into {out} in {seconds:.1f} s "
-        f"({total / seconds:,.0f} images/s)"
+        f"packed {todo_images:,} images{f' ({share:.0%} of all)' if share < 1 else ''} in {seconds:.1f} s "
+        f"({todo_images / seconds:,.0f} images/s)"
     )
 
 
-def _check_finished(out: Path, options: dict[str, Any]) -> None:
-    manifest = out / "train" / "manifest.json"
-    if not manifest.is_file():
-        raise UserError(f"{out} exists and is not a packed data set; choose another target or remove it")
-    try:
-        made_with = json.loads(manifest.read_text())["made_with"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{manifest} is not a manifest of this packer ({error}); choose another target") from error
-    # A kill between the last rename and this left the plan behind.
-    (out / "plan.json").unlink(missing_ok=True)
-    if made_with != options:
-        raise UserError(f"{out} was packed from other images or with other options; choose another target or remove it")
+def _check_space(todo: list[Piece], partial: Path) -> None:
+    if any(piece.resize for piece in todo):
+        return
+    needed, free = sum(tar_bytes(piece.items) for piece in todo), shutil.disk_usage(partial).free
+    if needed > free:
+        raise UserError(
+            f"{partial} needs {needed / 1e9:.3f} GB more and {free / 1e9:.3f} GB are free; make room, choose another "
+            f"target, or store smaller images with --resize"
+        )
 
 
-def _claim(partial: Path, plan: dict[str, Any]) -> None:
-    """Create the folder of a new pack, or make sure that the one found is the same pack, stopped halfway."""
-    plan_path = partial / "plan.json"
-    partial.mkdir(parents=True, exist_ok=True)
-    if not plan_path.exists():
-        if any(entry.name != "plan.json.tmp" for entry in partial.iterdir()):
-            raise UserError(f"{partial} exists and is not a half-done pack; remove it")
-        write_durably(plan_path, json.dumps(plan).encode())
-    elif json.loads(plan_path.read_text()) != plan:
-        raise UserError(f"{partial} is a half-done pack of other images or options; remove it, or repeat its command")
+def _check_bad(bad: int, images: int, max_bad: float, splits: list[list[Piece]]) -> None:
+    if bad <= images * max_bad / 100:
+        return
+    finished = [part_path(piece.tar) for pieces in splits for piece in pieces]
+    first = next(notes.left_out[0] for notes in (read_part(p).notes for p in finished if p.exists()) if notes.left_out)
+    raise UserError(
+        f"{bad} of {images:,} images cannot be decoded, more than --max-bad {max_bad:g} %; one is {first[0]} "
+        f"({first[1]}); allow more, or repair them and remove {splits[0][0].tar.parent.parent} before you pack again"
+    )
 
 
-def _pack_split(
-    pool: ProcessPoolExecutor, source: Source, folder: Path, options: dict[str, Any], bar: "tqdm[None]", in_flight: int
-) -> list[tuple[Shard, npt.NDArray[Any]]]:
-    """Write the shards that are not there yet; return every shard's description and rows, in order."""
-    folder.mkdir(exist_ok=True)
-    order = storage_order(len(source.files), options["seed"], source.split)
-    # Equal sizes (within one sample) keep the lanes of the data order equal too.
-    pieces = np.array_split(order, max(1, round(len(order) / options["samples_per_shard"])))
-    starts = np.cumsum([0, *(len(piece) for piece in pieces)])
-    for number, piece in enumerate(pieces):
-        if _part_path(folder, source.split, number).exists():
-            bar.update(len(piece))
-    running: set[Future[int]] = set()
-
-    def collect(futures: Iterator[Future[int]]) -> None:
-        for future in futures:
-            bar.update(future.result())
-
-    try:
-        for number, piece in enumerate(pieces):
-            if _part_path(folder, source.split, number).exists():
-                continue
-            if len(running) >= in_flight:
-                done, running = wait(running, return_when=FIRST_COMPLETED)
-                collect(iter(done))
-            running.add(pool.submit(_pack_one, source, folder, number, piece, int(starts[number])))
-        collect(iter(running))
-    except BaseException:
-        pool.shutdown(wait=True, cancel_futures=True)
-        raise
-    return [_read_part(_part_path(folder, source.split, number)) for number in range(len(pieces))]
+def _join(sources: list[Source], pieces: list[list[Piece]], partial: Path, made_with: dict[str, Any]) -> None:
+    """Write manifests, tables and the report from the finished parts."""
+    missing = [piece.tar.name for split in pieces for piece in split if not part_path(piece.tar).exists()]
+    if missing:
+        raise UserError(
+            f"{len(missing)} shards are missing in {partial}, the first is {missing[0]}; pack all parts, and copy what "
+            f"other machines packed into it"
+        )
+    report: dict[str, Any] = {}
+    for source, split in zip(sources, pieces, strict=True):
+        parts = [read_part(part_path(piece.tar)) for piece in split]
+        for piece, one in zip(split, parts, strict=True):
+            if not piece.tar.is_file() or piece.tar.stat().st_size != one.shard.bytes:
+                raise UserError(f"{piece.tar} is missing or cut; copy it again from the machine that packed it")
+        rows = np.concatenate([one.rows for one in parts])
+        folder = partial / source.split
+        write_split(folder, source.split, source.classes, [one.shard for one in parts], rows, made_with)
+        report[source.split] = _reported(parts)
+    write_durably(partial / "report.json", seal(report))
 
 
-def _shard_name(split: str, number: int) -> str:
-    return f"{split}-{number:06d}.tar"
+def _reported(parts: list[Part]) -> dict[str, Any]:
+    def listed(notes: list[Notes], kind: str) -> list[dict[str, str]]:
+        return [{"image": name, "reason": reason} for one in notes for name, reason in getattr(one, kind)]
+
+    notes = [part.notes for part in parts]
+    return {
+        "stored": sum(len(part.rows) for part in parts),
+        "resized": sum(one.resized for one in notes),
+        "converted": listed(notes, "converted"),
+        "left_out": listed(notes, "left_out"),
+    }
 
 
-def _part_path(folder: Path, split: str, number: int) -> Path:
-    """The finished shard's rows and description, until the manifest takes them up."""
-    return folder / f"{_shard_name(split, number)}.part.npz"
+def _say_what_was_left(sources: list[Source], out: Path) -> None:
+    report = unseal((out / "report.json").read_bytes())
+    counts = ", ".join(f"{report[source.split]['stored']:,} {source.split}" for source in sources)
+    changed, lost = (sum(len(report[source.split][kind]) for source in sources) for kind in ("converted", "left_out"))
+    print(f"{out}: {counts} images of {len(sources[0].classes):,} classes")
+    if changed or lost:
+        print(f"{changed:,} images were encoded anew and {lost:,} left out, see {out / 'report.json'}")
 
 
-def _pack_one(source: Source, folder: Path, number: int, piece: npt.NDArray[np.int64], start: int) -> int:
-    """Write shard ``number``. Runs in a worker process; returns the number of images."""
-    images = (read_image(source, int(file), start + i) for i, file in enumerate(piece))
-    path = folder / _shard_name(source.split, number)
-    try:
-        shard, rows = write_shard(path, number, images)
-    except UserError:
-        path.with_suffix(".tar.tmp").unlink(missing_ok=True)
-        raise
-    part = _part_path(folder, source.split, number)
-    temporary = part.with_name(f"{part.name}.tmp")
-    with temporary.open("wb") as file:
-        np.savez(file, rows=rows, shard=np.array(json.dumps(asdict(shard))))
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(part)
-    return len(rows)
+def _part(text: str) -> tuple[int, int]:
+    number, slash, parts = text.partition("/")
+    if not (slash and number.isdecimal() and parts.isdecimal() and 1 <= int(number) <= int(parts)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not I/N with 1 <= I <= N, like 2/4")
+    return int(number), int(parts)
 
 
-def _read_part(path: Path) -> tuple[Shard, npt.NDArray[Any]]:
-    with np.load(path, allow_pickle=False) as part:
-        rows = part["rows"]
-        shard = Shard(**json.loads(str(part["shard"])))
-    assert rows.dtype == SAMPLE
-    return shard, rows
+def parse_arguments() -> argparse.Namespace:
+    about, _, rest = (__doc__ or "").partition("\n")
+    parser = argparse.ArgumentParser(
+        prog="make_shards.sh", description=about, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("source", type=Path, metavar="SRC", help="folder with images, the ILSVRC2012 archives, or WebDataset tars")
+    add("out", type=Path, nargs="?", metavar="OUT", help="folder to create (default: SRC-shards)")
+    add("--workers", type=positive_int, default=os.cpu_count() or 1, metavar="N", help="processes (default: all cores)")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--samples-per-shard", type=positive_int, default=1000, metavar="N", help="about (default: 1000)")
+    size.add_argument("--shard-size", type=float, metavar="MB", help="megabytes per tar instead, about")
+    add("--seed", type=int, default=0, metavar="N", help="of the global shuffle (default: 0)")
+    add("--resize", type=positive_int, metavar="PX", help="make the short side PX at most (Lanczos); default: do not")
+    add("--quality", type=int, default=95, metavar="Q", help="of JPEGs encoded anew; above 90 with 4:4:4 (default: 95)")
+    add("--limit-per-class", type=positive_int, metavar="N", help="pack the first N images of each class, by name")
+    add("--split", choices=SPLITS, help="pack this split only (default: those that are there)")
+    add("--part", type=_part, default=(1, 1), metavar="I/N", help="pack the I-th of N shares, on one of N machines")
+    add("--merge", action="store_true", help="all parts are packed (or copied) into OUT.partial: make one set of them")
+    add("--decoder", choices=DECODERS, default="cpu", help="DALI's that must take each image, or none (default: cpu)")
+    add("--max-bad", type=float, default=DEFAULT_MAX_BAD, metavar="PERCENT", help="of the images that nobody can "
+        f"decode and that are left out; more stop the pack (default: {DEFAULT_MAX_BAD})")  # fmt: skip
+    add("--dry-run", action="store_true", help="say what would be packed, write nothing")
+    return parser.parse_args()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="make_shards.sh", description="Pack an image folder into WebDataset shards.")
-    parser.add_argument(
-        "source", type=Path, metavar="SRC", help="folder with train/<class>/* and, if there is one, val/<class>/*"
-    )
-    parser.add_argument("out", type=Path, nargs="?", metavar="OUT", help="folder to create (default: SRC-shards)")
-    parser.add_argument(
-        "--samples-per-shard", type=int, default=1000, metavar="N", help="images per tar, about (default: 1000)"
-    )
-    parser.add_argument(
-        "--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (default: all cores)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the global shuffle (default: 0)")
-    arguments = parser.parse_args()
-    source = Path(os.path.normpath(arguments.source))
-    out = arguments.out or source.with_name(f"{source.name}-shards")
-    pack(source, out, samples_per_shard=arguments.samples_per_shard, workers=arguments.workers, seed=arguments.seed)
+    given = parse_arguments()
+    source = Path(os.path.normpath(given.source))
+    out = given.out or source.with_name(f"{source.name}-shards")
+    options = Options(
+        given.samples_per_shard, given.shard_size, given.seed, given.resize, given.quality, given.limit_per_class,
+        given.split, given.decoder,
+    )  # fmt: skip
+    try:
+        pack(
+            source,
+            out,
+            options,
+            workers=given.workers,
+            part=given.part,
+            merge=given.merge,
+            max_bad=given.max_bad,
+            dry_run=given.dry_run,
+        )
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -1,63 +1,80 @@
 """Check a packed data set against its own description.
 
     python -m shards.verify /data/imagenet-shards            # sizes, tables, indexes, first and last header: seconds
-    python -m shards.verify /data/imagenet-shards --full     # every byte: sha256 of each tar, crc32 of each image
+    python -m shards.verify /data/imagenet-shards --full     # every byte, and every image decoded
 
 Every damage found is named on its own line, by tar and sample; the exit code is 1 if there is any, 0 if there is none.
 """
 
 import argparse
 import hashlib
+import os
 import sys
-import tarfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from shards.errors import UserError, run_main
-from shards.manifest import ShardSet, load_split
-from shards.tar import BLOCK
+from shards.errors import UserError, positive_int, run_main
+from shards.manifest import BLOCK, Shard, ShardSet, load_split, member_name, unseal
+from shards.parallel import unordered
+from shards.source import SPLITS
 
-SPLITS = ("train", "val")
+
+class _Task(NamedTuple):
+    """One shard to check: its place in ``split``'s row of shards, its tar, what is said of it, its rows."""
+
+    number: int
+    path: Path
+    shard: Shard
+    rows: npt.NDArray[Any]
+    full: bool
+    decoder: str
 
 
-def verify_split(shards: ShardSet, *, full: bool) -> Iterator[str]:
-    """Yield one sentence per damage in the tars and indexes of a split that ``load_split`` has accepted.
+def verify_split(shards: ShardSet, *, full: bool, workers: int = 1, decoder: str = "cpu") -> list[str]:
+    """One sentence per damage in the tars and indexes of a split that ``load_split`` has accepted.
 
     Fast: each index has the entries that the sample table implies, and the headers of the first and last sample of
-    each tar are sound. full: also the sha256 of each tar and, where that differs, the crc32 of each of its samples.
+    each tar are sound. full: also the sha256 of each tar, the crc32 of each sample, and whether DALI's ``decoder``
+    ("cpu", "gpu" or "none") takes it at its size.
     """
-    rows_by_shard = np.split(shards.samples, np.cumsum(shards.shard_sizes())[:-1])
-    for number, shard in enumerate(tqdm(shards.shards, f"verify {shards.split}", disable=None, leave=False)):
-        path, rows = shards.folder / shard.name, rows_by_shard[number]
-        if (rows["shard"] != number).any():
-            yield f"{shards.folder / 'samples.npy'} lists samples of other shards under {shard.name}"
-            continue
-        names = []
-        with path.open("rb") as tar:
-            for i in range(len(rows)) if full else sorted({0, len(rows) - 1}):
-                name = _member_name(tar, int(rows[i]["offset"]), int(rows[i]["length"]))
-                if name is None:
-                    yield f"{path}: the header of sample {i}, before offset {rows[i]['offset']}, is damaged"
-                names.append(name)
-        yield from _index_damage(path.with_suffix(".idx"), rows, names if full else None)
-        if full:
-            yield from _content_damage(path, shard.sha256, rows, names)
+    rows = np.split(shards.samples, np.cumsum(shards.shard_sizes())[:-1])
+    tasks = [
+        _Task(number, shards.folder / shard.name, shard, rows[number], full, decoder)
+        for number, shard in enumerate(shards.shards)
+    ]
+    damages: dict[int, list[str]] = {}
+    with tqdm(total=len(shards), desc=f"verify {shards.split}", unit=" images", disable=None, leave=False) as bar:
+        for number, found in unordered(_check_shard, tasks, workers):
+            damages[number] = found
+            bar.update(len(rows[number]))
+    return [damage for number in sorted(damages) for damage in damages[number]]
 
 
-def _member_name(tar: BinaryIO, offset: int, length: int) -> str | None:
-    """The name in the header before ``offset``, or None where that is no sound header of a file of ``length`` bytes."""
-    tar.seek(offset - BLOCK)
-    try:
-        header = tarfile.TarInfo.frombuf(tar.read(BLOCK), "ascii", "strict")
-    except (tarfile.HeaderError, UnicodeDecodeError):
-        return None
-    return header.name if header.size == length and header.isreg() else None
+def _check_shard(task: _Task) -> tuple[int, list[str]]:
+    return task.number, list(_damages(task))
+
+
+def _damages(task: _Task) -> Iterator[str]:
+    path, rows = task.path, task.rows
+    if (rows["shard"] != task.number).any():
+        yield f"{path.parent / 'samples.npy'} lists samples of other shards under {path.name}"
+        return
+    names = []
+    with path.open("rb") as tar:
+        for i in range(len(rows)) if task.full else sorted({0, len(rows) - 1}):
+            name = member_name(tar, int(rows[i]["offset"]), int(rows[i]["length"]))
+            if name is None:
+                yield f"{path}: the header of sample {i}, before offset {rows[i]['offset']}, is damaged"
+            names.append(name)
+    yield from _index_damage(path.with_suffix(".idx"), rows, names if task.full else None)
+    if task.full:
+        yield from _content_damage(task, names)
 
 
 def _index_damage(path: Path, rows: npt.NDArray[Any], names: list[str | None] | None) -> Iterator[str]:
@@ -86,22 +103,34 @@ def _index_damage(path: Path, rows: npt.NDArray[Any], names: list[str | None] | 
             return
 
 
-def _content_damage(path: Path, sha256: str, rows: npt.NDArray[Any], names: list[str | None]) -> Iterator[str]:
-    data = path.read_bytes()
-    if hashlib.sha256(data).hexdigest() == sha256:
-        return
-    named = False
-    for i, row in enumerate(rows):
-        start = int(row["offset"])
-        if zlib.crc32(data[start : start + int(row["length"])]) != row["crc32"]:
-            named = True
-            yield f"{path}: sample {i}, {names[i] or 'name unreadable'}, at offset {start}: its bytes are damaged"
-    if not named:
-        yield f"{path}: its sha256 differs; the images are whole, a label, header or padding is not"
+def _content_damage(task: _Task, names: list[str | None]) -> Iterator[str]:
+    data = task.path.read_bytes()
+    whole = hashlib.sha256(data).hexdigest() == task.shard.sha256
+    spans = [(int(row["offset"]), int(row["offset"]) + int(row["length"])) for row in task.rows]
+    sound = [zlib.crc32(data[start:end]) == row["crc32"] for (start, end), row in zip(spans, task.rows, strict=True)]
+    decodes = _decodes(task, [data[start:end] for start, end in spans], sound)
+    for i, (start, _) in enumerate(spans):
+        if not sound[i] or not decodes[i]:
+            what = "its bytes are damaged" if not sound[i] else "it does not decode to its size"
+            yield f"{task.path}: sample {i}, {names[i] or 'name unreadable'}, at offset {start}: {what}"
+    if not whole and all(sound):
+        yield f"{task.path}: its sha256 differs; the images are whole, a label, header or padding is not"
 
 
-def verify(data: Path, *, full: bool) -> list[str]:
-    """All damages of a packed data set, one sentence each; empty where it is sound.
+def _decodes(task: _Task, images: list[bytes], sound: list[bool]) -> list[bool]:
+    """Whether each sound image decodes; damaged ones are not asked."""
+    if task.decoder == "none":
+        return [True] * len(images)
+    from shards.decode import decoder  # here, because the fast check must not wait for DALI's import
+
+    asked = [i for i in range(len(images)) if sound[i]]
+    sizes = [(int(task.rows[i]["width"]), int(task.rows[i]["height"])) for i in asked]
+    answers = dict(zip(asked, decoder(task.decoder).accepts([images[i] for i in asked], sizes), strict=True))
+    return [answers.get(i, True) for i in range(len(images))]
+
+
+def verify(data: Path, *, full: bool, workers: int = 1, decoder: str = "cpu") -> list[str]:
+    """All damages of a packed data set, one sentence each; empty where it is sound. See :func:`verify_split`.
 
     Raises UserError where ``data`` holds no split at all.
     """
@@ -111,21 +140,28 @@ def verify(data: Path, *, full: bool) -> list[str]:
     damages: list[str] = []
     for split in found:
         try:
-            damages += verify_split(load_split(data, split), full=full)
+            damages += verify_split(load_split(data, split), full=full, workers=workers, decoder=decoder)
         except UserError as error:
             damages.append(str(error))
+    try:
+        unseal((data / "report.json").read_bytes())
+    except (OSError, ValueError) as error:
+        damages.append(f"{data / 'report.json'} is missing or damaged ({error}); copy it again")
     return damages
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m shards.verify", description="Check a packed data set.")
-    parser.add_argument("data", type=Path, metavar="DIR", help="folder made by scripts/make_shards.sh")
-    parser.add_argument("--full", action="store_true", help="read every byte")
-    arguments = parser.parse_args()
-    damages = verify(arguments.data, full=arguments.full)
+    add = parser.add_argument
+    add("data", type=Path, metavar="DIR", help="folder made by scripts/make_shards.sh")
+    add("--full", action="store_true", help="read every byte and decode every image")
+    add("--workers", type=positive_int, default=os.cpu_count() or 1, metavar="N", help="processes for --full")
+    add("--decoder", choices=("cpu", "gpu", "none"), default="cpu", help="DALI's, for --full (default: cpu)")
+    given = parser.parse_args()
+    damages = verify(given.data, full=given.full, workers=given.workers if given.full else 1, decoder=given.decoder)
     for damage in damages:
         print(damage)
-    print(f"{arguments.data}: {len(damages)} damages found" if damages else f"{arguments.data} is sound")
+    print(f"{given.data}: {len(damages)} damages found" if damages else f"{given.data} is sound")
     sys.exit(1 if damages else 0)
 
 

@@ -1,5 +1,6 @@
 """Pictures, packed sets and helper processes shared by the tests."""
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -20,6 +21,7 @@ sys.path.insert(0, str(ROOT))
 from scripts.draw_pictures import draw_set  # noqa: E402
 from shards.manifest import ShardSet, load_split  # noqa: E402
 from shards.pack import pack  # noqa: E402
+from shards.plan import Options  # noqa: E402
 
 TIMEOUT = 240  # seconds for one process that a test starts
 
@@ -36,7 +38,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def packed(pictures: Path) -> Path:
     """``pictures`` packed into shards of about 40."""
     out = pictures.with_name("packed")
-    pack(pictures, out, samples_per_shard=40, workers=2)
+    pack(pictures, out, Options(samples_per_shard=40), workers=2)
     return out
 
 
@@ -58,6 +60,16 @@ def odd_pictures(tmp_path: Path) -> Path:
                 coarse = PIL.Image.fromarray(random.integers(0, 256, (6, 6, 3), dtype=np.uint8))
                 coarse.resize((int(width), int(height))).save(folder / f"{number}.JPEG", quality=95)
     return tmp_path / "odd"
+
+
+def tree(folder: Path) -> dict[str, str]:
+    """Relative path -> sha256 of every file."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def originals(folder: Path, split: str) -> dict[bytes, str]:
+    return {path.read_bytes(): path.parent.name for path in (folder / split).rglob("*.*")}
 
 
 def run_python(*words: Any, env: dict[str, str] | None = None, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:

@@ -43,9 +43,10 @@ def curve(folder: Path) -> list[dict[str, Any]]:
     """Metrics of STEPS steps of the tiny configuration on one core."""
     from scripts.draw_pictures import draw_set
     from shards.pack import pack
+    from shards.plan import Options
 
     draw_set(folder / "pictures", train_per_class=20, val_per_class=4)
-    pack(folder / "pictures", folder / "packed", samples_per_shard=40)
+    pack(folder / "pictures", folder / "packed", Options(samples_per_shard=40))
     core = min(os.sched_getaffinity(0))
     arguments = ["--config", tiny_config(folder), "--data", folder / "packed", "--run", folder / "run"]
     words = [sys.executable, ROOT / "train/pretrain.py", *arguments, "--stop-after-steps", STEPS]

@@ -13,6 +13,7 @@ from pipeline.reading import SampleReader, ahead
 from shards.errors import UserError
 from shards.manifest import ShardSet, load_split
 from shards.pack import pack
+from shards.plan import Options
 
 CPU = torch.device("cpu")
 SETTING = Setting(size=32, device=CPU)
@@ -87,14 +88,14 @@ def test_batches_that_are_kept_stay_as_they_were(train_split: ShardSet) -> None:
 
 
 def test_a_flipped_bit_stops_the_loader_with_the_name_of_the_sample(odd_pictures: Path, tmp_path: Path) -> None:
-    pack(odd_pictures, tmp_path / "out", samples_per_shard=8)
+    pack(odd_pictures, tmp_path / "out", Options(samples_per_shard=8))
     shards = load_split(tmp_path / "out", "train")
     row = shards.samples[10]
     tar = shards.folder / shards.shards[row["shard"]].name
     data = bytearray(tar.read_bytes())
     data[int(row["offset"]) + int(row["length"]) // 2] ^= 4
     tar.write_bytes(data)
-    with pytest.raises(UserError, match=rf"{tar.name}, offset {row['offset']}, member '00000010_"):
+    with pytest.raises(UserError, match=rf"{tar.name}, offset {row['offset']}, member 00000010_"):
         list(labelled(shards, SETTING, batch=4, center_fraction=1.0))
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from model import checkpoint
 from model.encoder import Architecture, build_model
 from shards.pack import pack
+from shards.plan import Options
 from tests.conftest import assert_sentence, run_ranks
 from tests.runs import TINY, launch, metrics, pretrain, tiny_config
 from train.config import Config
@@ -162,7 +163,7 @@ def test_other_settings_or_data_do_not_go_on(undisturbed: Path, pictures: Path, 
     before = (undisturbed / "metrics.jsonl").read_text()
     done = pretrain(config, packed, undisturbed, "--set", "simclr.temperature=0.2")
     assert_sentence(done, "simclr.temperature = 0.1", "0.2")
-    pack(pictures, tmp_path / "other", samples_per_shard=40, seed=1)
+    pack(pictures, tmp_path / "other", Options(samples_per_shard=40, seed=1))
     assert_sentence(pretrain(config, tmp_path / "other", undisturbed), "another data set")
     assert (undisturbed / "metrics.jsonl").read_text() == before
 

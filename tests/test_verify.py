@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from shards.pack import pack
+from shards.plan import Options
 from shards.verify import verify
 from tests.conftest import assert_sentence, run_python
 
@@ -20,7 +21,7 @@ def small(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         target = folder / "set" / "train" / f"class{number % 3}" / path.name
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, target.with_stem(f"{number}"))
-    pack(folder / "set", folder / "packed", samples_per_shard=6)
+    pack(folder / "set", folder / "packed", Options(samples_per_shard=6))
     return folder / "packed"
 
 
@@ -33,7 +34,7 @@ def test_a_sound_set_is_sound(small: Path) -> None:
 @given(data=st.data())
 @settings(max_examples=600, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_every_flipped_bit_and_every_cut_is_found(small: Path, data: st.DataObject) -> None:
-    path = data.draw(st.sampled_from(sorted(path for path in (small / "train").iterdir())))
+    path = data.draw(st.sampled_from(sorted(path for path in small.rglob("*") if path.is_file())))
     whole = path.read_bytes()
     at = data.draw(st.integers(0, len(whole) - 1))
     if data.draw(st.booleans()):
@@ -75,6 +76,21 @@ def test_a_damaged_image_is_named_by_tar_and_member(small: Path) -> None:
         path.write_bytes(whole)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert path.name in done.stdout and "00000003_" in done.stdout and "sample 3" in done.stdout
+
+
+def test_an_image_that_does_not_decode_is_found_though_every_hash_fits(small: Path, tmp_path: Path) -> None:
+    """What another packer, or one with --decoder none, let through."""
+    folder = tmp_path / "set" / "train" / "a"
+    folder.mkdir(parents=True)
+    for number in range(3):
+        shutil.copy(next(small.parent.rglob("set/train/*/0.jpg")), folder / f"{number}.jpg")
+    whole = (folder / "1.jpg").read_bytes()
+    (folder / "1.jpg").write_bytes(whole[: len(whole) // 2])
+    pack(tmp_path / "set", tmp_path / "out", Options(decoder="none"))
+    assert verify(tmp_path / "out", full=False) == []
+    damages = verify(tmp_path / "out", full=True)
+    assert len(damages) == 1 and "does not decode" in damages[0] and "_1.jpg" in damages[0]
+    assert verify(tmp_path / "out", full=True, decoder="none") == []
 
 
 def test_a_folder_that_is_no_set_is_a_mistake(tmp_path: Path) -> None:

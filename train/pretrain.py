@@ -110,7 +110,7 @@ def build_order(config: Config, shards: ShardSet) -> Order:
 
 def refuse_damage(shards: ShardSet, process: Process) -> None:
     """The fast check of shards.verify, by rank 0; seconds, once per start. All ranks hear of it and leave together."""
-    found = [next(verify_split(shards, full=False), None) if process.rank == 0 else None]
+    found = [next(iter(verify_split(shards, full=False)), None) if process.rank == 0 else None]
     dist.broadcast_object_list(found, 0)
     if found[0]:
         raise UserError(f"{found[0]}; look with: python -m shards.verify --full {shards.folder.parent}")

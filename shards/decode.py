@@ -1,0 +1,80 @@
+"""The one decoder: what training decodes with is what packing and verification ask."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from nvidia.dali import fn, pipeline_def, types
+from nvidia.dali.pipeline import Pipeline
+
+BATCH = 16  # images at a time; more do not fit the processor's cache once decoded
+
+
+def decoded(encoded: Any, *, on_gpu: bool) -> Any:
+    """A DALI node: encoded images to uint8 RGB (height, width, 3).
+
+    EXIF rotation stays off, as in torchvision: crop boxes are drawn for the picture as stored. Fancy upsampling makes
+    the GPU decoder interpolate chroma as libjpeg does on the CPU.
+    """
+    return fn.decoders.image(
+        encoded,
+        device="mixed" if on_gpu else "cpu",
+        output_type=types.RGB,
+        adjust_orientation=False,
+        jpeg_fancy_upsampling=True,
+    )
+
+
+class Decoder:
+    """Tells which images DALI decodes to the size that their header announces."""
+
+    def __init__(self, device_id: int | None = None) -> None:
+        """device_id: CUDA device, or None for the CPU."""
+        self._device_id = device_id
+        self._pipeline: Pipeline | None = None
+
+    def accepts(self, images: Sequence[bytes], sizes: Sequence[tuple[int, int]]) -> list[bool]:
+        """For each image whether it decodes to ``sizes`` (width, height); any number of images."""
+        verdicts: list[bool] = []
+        for at in range(0, len(images), BATCH):
+            some, of_size = images[at : at + BATCH], sizes[at : at + BATCH]
+            shapes = self._shapes(some)
+            if shapes is None:
+                # One bad image fails its whole batch without a name: ask for each alone.
+                shapes = [alone[0] if (alone := self._shapes([image])) else (0, 0, 0) for image in some]
+            verdicts += [shape == (height, width, 3) for shape, (width, height) in zip(shapes, of_size, strict=True)]
+        return verdicts
+
+    def _shapes(self, images: Sequence[bytes]) -> list[tuple[int, ...]] | None:
+        """The decoded shapes, or None where DALI refuses one of the images."""
+        if not all(images):
+            return None
+        if self._pipeline is None:
+            self._pipeline = self._build()
+        try:
+            self._pipeline.feed_input("encoded", [np.frombuffer(image, np.uint8) for image in images])
+            (pictures,) = self._pipeline.run()
+            return [tuple(shape) for shape in pictures.shape()]
+        except RuntimeError:
+            # A pipeline that has failed once stays failed.
+            self._pipeline = None
+            return None
+
+    def _build(self) -> Pipeline:
+        @pipeline_def(
+            batch_size=BATCH, num_threads=1, device_id=self._device_id, prefetch_queue_depth=1, exec_dynamic=False
+        )
+        def graph() -> Any:
+            encoded = fn.external_source(name="encoded", batch=True, no_copy=True)
+            return decoded(encoded, on_gpu=self._device_id is not None)
+
+        pipeline = graph()
+        pipeline.build()
+        return pipeline
+
+
+@functools.cache
+def decoder(device: str) -> Decoder:
+    """The process's own decoder on ``device``, "cpu" or "gpu" (the first one it sees)."""
+    return Decoder(0 if device == "gpu" else None)

@@ -1,0 +1,120 @@
+"""What is in a packed data set: a summary, and a sheet of its pictures.
+
+python -m shards.show /data/imagenet-shards
+python -m shards.show /data/imagenet-shards --pictures sheet.png --split val
+"""
+
+import argparse
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import PIL.Image
+import PIL.ImageDraw
+
+from shards.durable import refusals_named
+from shards.errors import UserError, positive_int, run_main
+from shards.manifest import ShardSet, load_split, unseal
+from shards.source import SPLITS
+
+THUMBNAIL = 128  # pixels, both sides
+CAPTION = 14  # pixels below each picture
+_BAR = 40  # characters of the longest bar of a histogram
+
+
+def summary(shards: ShardSet) -> list[str]:
+    """Lines that describe a split: counts, classes, sizes of shards and pictures."""
+    rows, sizes = shards.samples, np.array([shard.bytes for shard in shards.shards])
+    of_class = np.bincount(rows["label"], minlength=len(shards.classes))
+    few, many = int(of_class.argmin()), int(of_class.argmax())
+    in_shard = shards.shard_sizes()
+    short = np.minimum(rows["width"], rows["height"])
+    return [
+        f"{shards.split}: {len(rows):,} images, {sizes.sum() / 1e9:.3f} GB in {len(sizes):,} shards "
+        f"({in_shard.min():,} to {in_shard.max():,} images, {sizes.min() / 1e6:.1f} to {sizes.max() / 1e6:.1f} MB)",
+        f"  {len(shards.classes):,} classes, from {of_class[few]:,} images ({shards.classes[few]}) "
+        f"to {of_class[many]:,} ({shards.classes[many]})",
+        "  short side, pixels",
+        *histogram(short, [0, 64, 128, 192, 224, 256, 320, 384, 512, 768, 1024, 2048]),
+        "  encoded size, kB",
+        *histogram(rows["length"] / 1000, [0, 5, 10, 20, 50, 100, 150, 200, 500, 1000, 5000]),
+    ]
+
+
+def histogram(values: npt.NDArray[Any], edges: list[int]) -> list[str]:
+    """A line per bin that is not empty: its edges, how many values lie in [from, to), and a bar."""
+    bounds = [*edges, np.inf]
+    counts = np.histogram(values, bounds)[0]
+    longest = max(1, counts.max())
+    return [
+        f"    {start:>5} .. {end:<5.0f} {count:>10,}  {'#' * -(-_BAR * int(count) // int(longest))}"
+        for start, end, count in zip(bounds[:-1], bounds[1:], counts, strict=True)
+        if count
+    ]
+
+
+def sheet(shards: ShardSet, columns: int, lines: int) -> PIL.Image.Image:
+    """Pictures spread evenly over the split in storage order, with the name of each one's class."""
+    count = min(columns * lines, len(shards))
+    result = PIL.Image.new("RGB", (columns * THUMBNAIL, -(-count // columns) * (THUMBNAIL + CAPTION)), "white")
+    pen = PIL.ImageDraw.Draw(result)
+    for place, sample in enumerate(np.linspace(0, len(shards) - 1, count).round().astype(int)):
+        row = shards.samples[sample]
+        with (shards.folder / shards.shards[row["shard"]].name).open("rb") as tar:
+            tar.seek(int(row["offset"]))
+            encoded = tar.read(int(row["length"]))
+        try:
+            with PIL.Image.open(io.BytesIO(encoded)) as picture:
+                small = picture.convert("RGB")
+        except OSError as error:
+            raise UserError(f"{shards.where(int(sample))} cannot be decoded ({error}); run shards.verify") from error
+        small.thumbnail((THUMBNAIL, THUMBNAIL))
+        x, y = place % columns * THUMBNAIL, place // columns * (THUMBNAIL + CAPTION)
+        result.paste(small, (x + (THUMBNAIL - small.width) // 2, y + (THUMBNAIL - small.height) // 2))
+        pen.text((x + 2, y + THUMBNAIL), shards.classes[row["label"]][:20], fill="black")
+    return result
+
+
+def _report_lines(data: Path) -> list[str]:
+    path = data / "report.json"
+    try:
+        report = unseal(path.read_bytes())
+        return [
+            f"{split}: {len(notes['converted']):,} images encoded anew, {notes['resized']:,} made smaller, "
+            f"{len(notes['left_out']):,} left out while packing (see {path})"
+            for split, notes in report.items()
+        ]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is missing or damaged ({error}); run python -m shards.verify {data}") from error
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m shards.show", description="Say what is in a packed data set.")
+    parser.add_argument("data", type=Path, metavar="DIR", help="folder made by scripts/make_shards.sh")
+    parser.add_argument("--pictures", type=Path, metavar="OUT.png", help="write a sheet of pictures")
+    parser.add_argument("--split", choices=SPLITS, help="of the sheet (default: the first there is)")
+    parser.add_argument("--columns", type=positive_int, default=10, metavar="N", help="of the sheet (default: 10)")
+    parser.add_argument("--lines", type=positive_int, default=10, metavar="N", help="of the sheet (default: 10)")
+    given = parser.parse_args()
+    names = [split for split in SPLITS if (given.data / split).exists()]
+    if not names or (given.split and given.split not in names):
+        wanted = given.split or " or ".join(SPLITS)
+        raise UserError(f"{given.data} holds no packed split {wanted}; give the folder made by scripts/make_shards.sh")
+    splits = {name: load_split(given.data, name) for name in names}
+    for shards in splits.values():
+        print("\n".join(summary(shards)))
+    print("\n".join(_report_lines(given.data)))
+    if given.pictures:
+        picture = sheet(splits[given.split or names[0]], given.columns, given.lines)
+        with refusals_named(given.pictures):
+            try:
+                picture.save(given.pictures)
+            except ValueError as error:
+                raise UserError(f"--pictures is {given.pictures}; its ending must be .png or .jpg") from error
+        print(f"pictures: {given.pictures}")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,83 @@
+"""What is packed: splits of encoded pictures, wherever they lie.
+
+Three kinds exist: an
+image folder (shards.folder), the ILSVRC archives (shards.ilsvrc) and WebDataset tars (shards.webtars). The latter two
+are read in place, by offset, without unpacking anything to disk. shards.find tells them apart.
+"""
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from shards.errors import UserError
+
+SPLITS = ("train", "val")
+
+
+class Item(NamedTuple):
+    """One encoded picture: ``length`` bytes at ``offset`` of the file ``path`` (relative to the source's root).
+
+    ``name`` is the picture's own name, inside an archive the member's; ``modified`` is the file's time in ns.
+    """
+
+    path: str
+    name: str
+    offset: int
+    length: int
+    label: int
+    modified: int
+
+
+@dataclass(frozen=True)
+class Source:
+    """One split. ``watched`` are the folders and archives it was listed from, with their times in ns."""
+
+    root: Path
+    split: str
+    classes: list[str]
+    items: list[Item]
+    watched: dict[str, int]
+
+    def fingerprint(self, *, times: bool) -> str:
+        """Changes when a picture is added, removed, renamed or resized, and with ``times`` when a file is rewritten."""
+        digest = hashlib.sha256(repr(self.classes).encode())
+        for item in self.items:
+            time = item.modified if times else 0
+            line = f"{item.path}\0{item.name}\0{item.offset}\0{item.length}\0{item.label}\0{time}\n"
+            digest.update(line.encode("utf-8", "surrogateescape"))
+        return digest.hexdigest()
+
+    def check_unchanged(self) -> None:
+        """Raise UserError where pictures were added or removed, or an archive rewritten, since this was listed."""
+        for path, modified in self.watched.items():
+            if time_of(self.root / path) != modified:
+                raise UserError(_changed(self.root / path))
+
+
+def read_item(root: Path, item: Item) -> bytes:
+    """The encoded bytes of ``item``; raises UserError where its file is gone or was changed since it was listed."""
+    path = root / item.path
+    try:
+        with path.open("rb", buffering=0) as file:
+            modified = os.fstat(file.fileno()).st_mtime_ns
+            # One byte more would show that a file of a folder has grown.
+            data = os.pread(file.fileno(), item.length + (item.path == item.name), item.offset)
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror}); repair or remove it") from error
+    if modified != item.modified or len(data) != item.length:
+        raise UserError(_changed(path))
+    return data
+
+
+def time_of(path: Path) -> int:
+    """Modification time in ns; raises UserError where there is none."""
+    try:
+        return path.stat().st_mtime_ns
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror}); repair or remove it") from error
+
+
+def _changed(path: Path) -> str:
+    return f"{path} changed while it was packed; wait until nothing writes to it, then pack again"
