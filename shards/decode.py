@@ -62,9 +62,7 @@ class Decoder:
             return None
 
     def _build(self) -> Pipeline:
-        @pipeline_def(
-            batch_size=BATCH, num_threads=1, device_id=self._device_id, prefetch_queue_depth=1, exec_dynamic=False
-        )
+        @pipeline_def(batch_size=BATCH, num_threads=1, device_id=self._device_id, prefetch_queue_depth=1)
         def graph() -> Any:
             encoded = fn.external_source(name="encoded", batch=True, no_copy=True)
             return decoded(encoded, on_gpu=self._device_id is not None)

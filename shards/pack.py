@@ -29,7 +29,7 @@ from shards.errors import UserError, positive_int, run_main
 from shards.find import find_sources
 from shards.manifest import seal, unseal, write_split
 from shards.parallel import unordered
-from shards.piece import Notes, Part, Piece, part_path, read_part, write_piece
+from shards.piece import Notes, Part, Piece, is_done, part_path, read_part, write_piece
 from shards.plan import DECODERS, Options, claimed, cut, finish, is_finished, partial_of, recorded, tar_bytes
 from shards.source import SPLITS, Source
 
@@ -136,7 +136,7 @@ def _write(splits: list[list[Piece]], partial: Path, workers: int, max_bad: floa
     todo, given, bad = [], 0, 0
     for piece in (piece for pieces in splits for piece in pieces):
         given += len(piece.items)
-        if part_path(piece.tar).exists():
+        if is_done(piece):
             bad += len(read_part(part_path(piece.tar)).notes.left_out)
         else:
             todo.append(piece)
@@ -185,18 +185,15 @@ def _check_bad(bad: int, images: int, max_bad: float, splits: list[list[Piece]])
 
 def _join(sources: list[Source], pieces: list[list[Piece]], partial: Path, made_with: dict[str, Any]) -> None:
     """Write manifests, tables and the report from the finished parts."""
-    missing = [piece.tar.name for split in pieces for piece in split if not part_path(piece.tar).exists()]
+    missing = [piece.tar.name for split in pieces for piece in split if not is_done(piece)]
     if missing:
         raise UserError(
-            f"{len(missing)} shards are missing in {partial}, the first is {missing[0]}; pack all parts, and copy what "
-            f"other machines packed into it"
+            f"{len(missing)} shards are missing or cut in {partial}, the first is {missing[0]}; pack all parts, and "
+            f"copy what other machines packed into it"
         )
     report: dict[str, Any] = {}
     for source, split in zip(sources, pieces, strict=True):
         parts = [read_part(part_path(piece.tar)) for piece in split]
-        for piece, one in zip(split, parts, strict=True):
-            if not piece.tar.is_file() or piece.tar.stat().st_size != one.shard.bytes:
-                raise UserError(f"{piece.tar} is missing or cut; copy it again from the machine that packed it")
         rows = np.concatenate([one.rows for one in parts])
         folder = partial / source.split
         write_split(folder, source.split, source.classes, [one.shard for one in parts], rows, made_with)

@@ -57,6 +57,12 @@ def part_path(tar: Path) -> Path:
     return tar.with_name(f"{tar.name}.part.npz")
 
 
+def is_done(piece: Piece) -> bool:
+    """Whether the shard is there, whole as its part describes it; a crash of the machine may have kept only one."""
+    path = part_path(piece.tar)
+    return path.is_file() and piece.tar.is_file() and piece.tar.stat().st_size == read_part(path).shard.bytes
+
+
 def read_part(path: Path) -> Part:
     with np.load(path, allow_pickle=False) as part:
         rows = part["rows"]

@@ -77,17 +77,14 @@ def write_shard(path: Path, shard_number: int, images: Iterable[Image]) -> tuple
             digest.update(data)
             position += len(data)
 
-        def put_member(name: str, data: bytes) -> int:
-            put(header(name, len(data)))
-            start = position
-            put(data)
-            put(b"\0" * (-len(data) % BLOCK))
-            return start
-
         for image in images:
             label = str(image.label).encode("ascii")
-            picture_at = put_member(f"{image.key}.jpg", image.encoded)
-            label_at = put_member(f"{image.key}.cls", label)
+            padding = -len(image.encoded) % BLOCK
+            picture_at = position + BLOCK
+            label_at = picture_at + len(image.encoded) + padding + BLOCK
+            put(header(f"{image.key}.jpg", len(image.encoded)))
+            put(image.encoded)
+            put(b"\0" * padding + header(f"{image.key}.cls", len(label)) + label.ljust(BLOCK, b"\0"))
             index.append(
                 f"jpg {picture_at} {len(image.encoded)} {image.key}.jpg cls {label_at} {len(label)} {image.key}.cls\n"
             )

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -184,6 +185,15 @@ def test_decoder_finds_the_bad_ones_among_many() -> None:
     assert [i for i, verdict in enumerate(verdicts) if not verdict] == [3, 17, 39]
     assert Decoder().accepts([good], [(30, 40)]) == [False]
     assert Decoder().accepts([], []) == []
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_gpu_decoder_finds_the_same_bad_ones() -> None:
+    good = encoded(ramp(640, 480), quality=90)
+    images = [good, good[: len(good) // 2], encoded(ramp(640, 480).convert("L")), b"text", good]
+    for device in (None, 0):
+        assert Decoder(device).accepts(images, [(640, 480)] * 5) == [True, False, True, False, True]
 
 
 def test_convert_names_a_reason_even_where_the_picture_shows_none() -> None:

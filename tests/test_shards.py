@@ -4,18 +4,22 @@ import io
 import json
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from typing import Any
 
 import PIL.Image
 import pytest
 import webdataset
+from hypothesis import given
+from hypothesis import strategies as st
 from nvidia.dali import fn, pipeline_def
 
 from shards.errors import UserError
 from shards.manifest import load_split
 from shards.pack import pack
 from shards.plan import Options, storage_order
+from shards.tar import header
 from tests.conftest import originals
 
 
@@ -70,6 +74,18 @@ def test_dali_reads_the_shards_by_our_index(packed: Path, pictures: Path) -> Non
     classes = load_split(packed, "train").classes
     found = {images.at(i).tobytes(): classes[int(labels.at(i).tobytes())] for i in range(240)}
     assert found == originals(pictures, "train")
+
+
+@given(
+    name=st.text(
+        st.characters(codec="ascii", exclude_categories=["Cc"], exclude_characters="/"), min_size=1, max_size=100
+    ),
+    size=st.integers(0, 8**11 - 1),
+)
+def test_our_headers_are_what_tarfile_writes(name: str, size: int) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = size
+    assert header(name, size) == member.tobuf(tarfile.USTAR_FORMAT, "ascii")
 
 
 def test_our_index_is_what_wds2idx_writes(packed: Path, tmp_path: Path) -> None:
