@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from nvidia.dali import fn, pipeline_def, types
+from nvidia.dali import fn, math, pipeline_def, types
 from nvidia.dali.pipeline import Pipeline
 
 from pipeline.color import compose
@@ -21,6 +21,7 @@ STD = (58.395, 57.12, 57.375)
 
 Array = np.ndarray[Any, Any]
 INTERPOLATIONS = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
+_BLACK, _WHITE = np.float32(0), np.float32(255)
 _BASIC_INPUTS = 3
 _COLOR_INPUTS = 5
 
@@ -75,6 +76,8 @@ def build(
             roi_end=end,
             interp_type=INTERPOLATIONS[interpolation],
             antialias=True,
+            # Floats from here on: on a CPU, DALI rounds to bytes more slowly than it computes.
+            dtype=types.FLOAT,
         )
         if augment:
             x = colored_and_blurred(x, *color)
@@ -89,12 +92,14 @@ def build(
 
     def colored_and_blurred(x: Any, recolor: Any, m: Any, n: Any, blur: Any, sigma: Any) -> Any:
         if recolor:
-            mean = fn.reshape(fn.reductions.mean(x, axes=[0, 1], dtype=types.FLOAT), shape=[1, 3])
-            # A positional operand, not coord_transform's T: named arguments must be on the CPU, the mean may not be.
-            shift = fn.reshape(fn.coord_transform(mean, M=n), shape=[1, 1, 3])
-            x = fn.reshape(
-                fn.cast(fn.coord_transform(x, M=m, dtype=types.FLOAT) + shift, dtype=types.UINT8), layout="HWC"
-            )
+            mean = fn.reshape(fn.reductions.mean(x, axes=[0, 1]), shape=[1, 3])
+            shift = fn.coord_transform(mean, M=n)
+            if device_id is None:
+                x = fn.coord_transform(x, M=m, T=fn.reshape(shift, shape=[3]))
+            else:
+                # Named arguments such as T must be on the CPU, where the mean is not.
+                x = fn.coord_transform(x, M=m) + fn.reshape(shift, shape=[1, 1, 3])
+            x = fn.reshape(math.min(math.max(x, _BLACK), _WHITE), layout="HWC")
         if blur:
             x = fn.gaussian_blur(x, sigma=sigma)
         return x

@@ -34,6 +34,7 @@ sys.path.insert(0, str(ROOT))
 from shards.errors import UserError, positive_int, run_main  # noqa: E402
 from shards.folder import scan  # noqa: E402
 
+BASES = ("tar", "decode", "ShardWriter")
 SHARD_WRITER = """
 import sys, pathlib, webdataset
 source, out = map(pathlib.Path, sys.argv[1:])
@@ -104,6 +105,10 @@ def contestants(source: Path, scratch: Path, workers: int) -> dict[str, Callable
     }
 
 
+def extremes(values: list[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
 def spread(values: list[float], digits: int) -> str:
     return f"{statistics.median(values):,.{digits}f} ({min(values):,.{digits}f} .. {max(values):,.{digits}f})"
 
@@ -134,19 +139,18 @@ def main() -> None:
         f"{platform.processor() or platform.machine()}"
     )
     print(f"{'':12} {'seconds':>24} {'images/s':>28} {'MB/s':>24} {'x tar':>20} {'x decode':>20} {'x ShardWriter':>22}")
-    rows = {}
+    ratios = {}
     for who, times in taken.items():
-        ratios = {
-            base: [b / t for b, t in zip(taken[base], times, strict=True)] for base in ("tar", "decode", "ShardWriter")
-        }
-        rows[who] = {"seconds": times, **{f"x {base}": values for base, values in ratios.items()}}
+        against = {base: [b / t for b, t in zip(taken[base], times, strict=True)] for base in BASES}
+        ratios.update({f"{who} / {base}": extremes(values) for base, values in against.items() if base != who})
         print(
             f"{who:12} {spread(times, 2):>24} {spread([len(sizes) / t for t in times], 0):>28} "
-            f"{spread([megabytes / t for t in times], 0):>24} {spread(ratios['tar'], 2):>20} "
-            f"{spread(ratios['decode'], 2):>20} {spread(ratios['ShardWriter'], 2):>22}"
+            f"{spread([megabytes / t for t in times], 0):>24} {spread(against['tar'], 2):>20} "
+            f"{spread(against['decode'], 2):>20} {spread(against['ShardWriter'], 2):>22}"
         )
     if given.json:
-        given.json.write_text(json.dumps({"files": len(sizes), "megabytes": megabytes, "runs": rows}, indent=1) + "\n")
+        figures = {"files": len(sizes), "megabytes": megabytes, "seconds": taken, "ratios": ratios}
+        given.json.write_text(json.dumps(figures, indent=1) + "\n")
 
 
 if __name__ == "__main__":
