@@ -64,8 +64,8 @@ class Order:
         per_lane = self.global_batch // self.lanes
         lanes_per_rank = self.lanes // world
         lanes = range(rank * lanes_per_rank, (rank + 1) * lanes_per_rank)
-        layout = _layout(self, epoch)
-        return np.concatenate([layout.take(lane, step * per_lane, (step + 1) * per_lane) for lane in lanes])
+        epoch_layout = layout(self, epoch)
+        return np.concatenate([epoch_layout.take(lane, step * per_lane, (step + 1) * per_lane) for lane in lanes])
 
 
 class _Layout:
@@ -115,5 +115,5 @@ class _Layout:
 
 
 @lru_cache(maxsize=2)
-def _layout(order: Order, epoch: int) -> _Layout:
+def layout(order: Order, epoch: int) -> _Layout:
     return _Layout(order, epoch)

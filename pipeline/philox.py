@@ -35,16 +35,20 @@ def philox(seed: int, counters: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint32
 
 
 def permutation(count: int, seed: int, purpose: int, epoch: int, stream: int = 0) -> npt.NDArray[np.int64]:
-    """A permutation of 0..count-1, int64, that sorts random 64-bit words (ties keep their order)."""
-    blocks = (count + 1) // 2
+    """A permutation of 0..count-1, int64, that sorts a random 32-bit word per element.
+
+    Equal words, one pair in 4 billion, keep their order. The element rides in the low half of the sorted keys: they
+    are then all different, and sorting plain numbers is several times faster than a stable argsort.
+    """
+    blocks = -(-count // 4)
     counters = np.zeros((blocks, 4), np.uint32)
     counters[:, 0] = np.arange(blocks)
     counters[:, 1] = stream
     counters[:, 2] = epoch
     counters[:, 3] = purpose
-    words = philox(seed, counters).astype(np.uint64)
-    keys = (words[:, 0::2] << _HALF | words[:, 1::2]).reshape(-1)[:count]
-    return np.argsort(keys, kind="stable")
+    words = philox(seed, counters).reshape(-1)[:count].astype(np.uint64)
+    keys = np.sort(words << _HALF | np.arange(count, dtype=np.uint64))
+    return (keys & _LOW).astype(np.int64)
 
 
 def uniform(words: npt.NDArray[np.uint32]) -> npt.NDArray[np.float64]:

@@ -57,6 +57,17 @@ def test_threads_and_depths_change_nothing(train_split: ShardSet) -> None:
     assert all(torch.equal(a.views, b.views) and torch.equal(a.ids, b.ids) for a, b in zip(plain, busy, strict=True))
 
 
+@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("threads", [1, 3, 8])
+def test_global_batches_are_the_orders_for_every_world_and_number_of_reader_threads(
+    train_split: ShardSet, world: int, threads: int
+) -> None:
+    order, setting = order_of(train_split), Setting(size=16, device=CPU, threads=threads)
+    ranks = [two_views(train_split, order, Recipe(), setting, epochs=1, rank=r, world=world) for r in range(world)]
+    for step, parts in enumerate(zip(*ranks, strict=True)):
+        assert np.array_equal(np.concatenate([part.ids for part in parts]), order.batch(0, step))
+
+
 def test_start_in_the_middle_is_the_rest_of_the_stream(train_split: ShardSet) -> None:
     whole = views_of(train_split)
     rest = views_of(train_split, start=(1, 3))

@@ -1,0 +1,153 @@
+"""How well are samples mixed? Our order against DALI's reader shuffle and a true permutation, at ImageNet's size.
+
+    python scripts/bench/shuffle.py [--json FILE]
+
+1,281,167 samples in shards of 1,000, a global batch of 4,096 over 8 processes, one epoch of each. DALI's reader
+(fn.readers.webdataset, random_shuffle) is the real one, on shards whose samples hold their own number. Per order:
+
+- shards: how many different shards a global batch draws from, and the share of the commonest;
+- pairs: how often two samples of a batch come from one shard, relative to a true permutation (1 is ideal);
+- classes: how many of 1,000 classes a batch holds if the storage were sorted by class, the worst case for an order
+  (our packer shuffles all images once, after which every order sees nearly as many classes as a true permutation);
+- correlation: Spearman's, between storage position and place in the epoch.
+
+Also the time of a cold ``Order.batch``, at random positions. About 2 minutes and 700 MB of disk.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from nvidia.dali import fn, pipeline_def
+from scipy.stats import spearmanr
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)
+
+from pipeline import order as order_module  # noqa: E402
+from pipeline.order import Order  # noqa: E402
+
+SAMPLES, SHARD, CLASSES = 1_281_167, 1_000, 1_000
+BATCH, WORLD, LANES, WINDOW = 4_096, 8, 64, 8
+BLOCK = 512  # bytes; DALI wants samples on such borders
+
+Ids = npt.NDArray[np.int64]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    arguments = parser.parse_args()
+
+    sizes = [min(SHARD, SAMPLES - at) for at in range(0, SAMPLES, SHARD)]
+    ours = Order(tuple(sizes), BATCH, LANES, WINDOW, seed=0)
+    rows = {
+        "true permutation": measure(np.random.default_rng(0).permutation(SAMPLES)),
+        "ours": measure(np.concatenate([ours.batch(0, step) for step in range(ours.steps_per_epoch)])),
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        tars = list(write_numbered_shards(Path(folder), sizes))
+        for fill in (1024, 4096):
+            for permuted in (False, True):
+                name = f"DALI initial_fill {fill}{', shards permuted' if permuted else ''}"
+                rows[name] = measure(dali_epoch(tars, fill, permuted))
+
+    print(f"{'':36} shards  commonest  pairs  classes  correlation")
+    for name, row in rows.items():
+        print(
+            f"{name:36} {row['shards']:6.1f} {row['commonest']:10.2%} {row['pairs']:6.1f} {row['classes']:8.1f}"
+            f" {row['correlation']:12.3f}"
+        )
+    cold = cold_times(ours)
+    print(
+        f"a batch of {BATCH} at a random position, nothing cached: {np.median(cold):.1f} ms (max {max(cold):.1f}) for "
+        f"all lanes, of {len(cold)}"
+    )
+    if arguments.json:
+        result = {"orders": rows, "cold_batch_ms": {"median": float(np.median(cold)), "max": max(cold)}}
+        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def measure(ids: Ids) -> dict[str, float]:
+    """The figures of an epoch that visits ``ids`` in this order, averaged over its full batches."""
+    batches = ids[: len(ids) // BATCH * BATCH].reshape(-1, BATCH)
+    shards, commonest, pairs, classes = [], [], [], []
+    for batch in batches:
+        counts = np.bincount(batch // SHARD)
+        shards.append(np.count_nonzero(counts))
+        commonest.append(counts.max() / BATCH)
+        pairs.append((counts * (counts - 1)).sum() / (BATCH * (BATCH - 1)))
+        classes.append(len(np.unique(batch * CLASSES // SAMPLES)))
+    by_chance = (SHARD - 1) / (SAMPLES - 1)
+    return {
+        "shards": float(np.mean(shards)),
+        "commonest": float(np.mean(commonest)),
+        "pairs": float(np.mean(pairs)) / by_chance,
+        "classes": float(np.mean(classes)),
+        "correlation": float(spearmanr(ids, np.arange(len(ids))).statistic),
+    }
+
+
+def write_numbered_shards(folder: Path, sizes: list[int]) -> Iterator[tuple[str, str]]:
+    """What DALI takes for tars with an index; each sample is one block that begins with its number."""
+    first = 0
+    for number, size in enumerate(sizes):
+        blocks = np.zeros((size, BLOCK // 8), np.int64)
+        blocks[:, 0] = first + np.arange(size)
+        tar, index = folder / f"{number:06d}.tar", folder / f"{number:06d}.idx"
+        blocks.tofile(tar)
+        lines = [f"bin {at * BLOCK} 8 {at}.bin" for at in range(size)]
+        index.write_text(f"v1.2 {size}\n" + "\n".join(lines) + "\n")
+        first += size
+        yield str(tar), str(index)
+
+
+def dali_epoch(tars: list[tuple[str, str]], fill: int, permuted: bool) -> Ids:
+    """One epoch in global batches, rank by rank, as DALI's reader shuffles."""
+    share = BATCH // WORLD
+    steps = SAMPLES // WORLD // share
+
+    @pipeline_def(batch_size=share, num_threads=1, device_id=None, prefetch_queue_depth=1)
+    def reader(rank: int) -> object:
+        return fn.readers.webdataset(
+            paths=[tar for tar, _ in tars],
+            index_paths=[index for _, index in tars],
+            ext=["bin"],
+            random_shuffle=True,
+            initial_fill=fill,
+            shuffle_after_epoch=permuted,
+            num_shards=WORLD,
+            shard_id=rank,
+            seed=rank,
+            dont_use_mmap=True,
+            tensor_init_bytes=16,
+        )
+
+    parts = []
+    for rank in range(WORLD):
+        pipeline = reader(rank)
+        pipeline.build()
+        outputs = (pipeline.run()[0].as_array() for _ in range(steps))
+        parts.append(np.stack([output.view(np.int64).reshape(share) for output in outputs]))
+    return np.concatenate(parts, axis=1).reshape(-1)
+
+
+def cold_times(order: Order) -> list[float]:
+    """Milliseconds of the first batch asked of an order, at random positions."""
+    random, times = np.random.default_rng(0), []
+    for _ in range(50):
+        order_module.layout.cache_clear()
+        epoch, step = int(random.integers(200)), int(random.integers(order.steps_per_epoch))
+        started = time.perf_counter()
+        order.batch(epoch, step)
+        times.append(1e3 * (time.perf_counter() - started))
+    return times
+
+
+if __name__ == "__main__":
+    main()
