@@ -42,6 +42,16 @@ class Recipe:
     blur: float = 0.5
     sigma: tuple[float, float] = (0.1, 2.0)
 
+    def changes_pixels(self) -> bool:
+        """Whether anything beyond crop and flip can be drawn."""
+        return max(self.jitter, self.gray, self.blur) > 0
+
+
+# The paper's settings for CIFAR-10 (appendix B.9): half the color strength and no blur.
+CIFAR = Recipe(strength=0.5, blur=0.0)
+# What a linear probe is trained on (appendix B.8): random crops and flips only.
+PROBE = Recipe(jitter=0.0, gray=0.0, blur=0.0)
+
 
 @dataclass(frozen=True)
 class Draws:

@@ -76,8 +76,6 @@ def build(
             roi_end=end,
             interp_type=INTERPOLATIONS[interpolation],
             antialias=True,
-            # Floats from here on: on a CPU, DALI rounds to bytes more slowly than it computes.
-            dtype=types.FLOAT,
         )
         if augment:
             x = colored_and_blurred(x, *color)
@@ -91,18 +89,22 @@ def build(
         )
 
     def colored_and_blurred(x: Any, recolor: Any, m: Any, n: Any, blur: Any, sigma: Any) -> Any:
+        # Bytes up to here, as in torchvision, and floats from here on: on a CPU, DALI resizes to bytes faster than to
+        # floats, but rounds back to bytes more slowly than it computes.
         if recolor:
             mean = fn.reshape(fn.reductions.mean(x, axes=[0, 1]), shape=[1, 3])
             shift = fn.coord_transform(mean, M=n)
             if device_id is None:
-                x = fn.coord_transform(x, M=m, T=fn.reshape(shift, shape=[3]))
+                y = fn.coord_transform(x, M=m, T=fn.reshape(shift, shape=[3]))
             else:
                 # Named arguments such as T must be on the CPU, where the mean is not.
-                x = fn.coord_transform(x, M=m) + fn.reshape(shift, shape=[1, 1, 3])
-            x = fn.reshape(math.min(math.max(x, _BLACK), _WHITE), layout="HWC")
+                y = fn.coord_transform(x, M=m) + fn.reshape(shift, shape=[1, 1, 3])
+            y = fn.reshape(math.min(math.max(y, _BLACK), _WHITE), layout="HWC")
+        else:
+            y = fn.cast(x, dtype=types.FLOAT)
         if blur:
-            x = fn.gaussian_blur(x, sigma=sigma)
-        return x
+            y = fn.gaussian_blur(y, sigma=sigma)
+        return y
 
     pipeline = graph()
     pipeline.build()

@@ -1,12 +1,15 @@
 """The loaders of training and evaluation: order, reading, draws and graph put together.
 
-Legend: b = images per batch of this process, V = views.
+    for views, labels, ids in two_views(shards, order, Recipe(), Setting(224, device), epochs=100):
+        ...
+
+Legend: n = images per batch of this process, V = views.
 """
 
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -14,56 +17,157 @@ import torch
 
 from pipeline import graph
 from pipeline.draws import Draws, Recipe, center, draw
+from pipeline.files import Files, LocalFiles
+from pipeline.memory import Recycled
 from pipeline.order import Order
 from pipeline.reading import SampleReader, ahead
+from shards.errors import UserError
 from shards.manifest import ShardSet
 
 Ids = npt.NDArray[np.int64]
+MAX_BAD_FRACTION = 1e-4
 
 
-@dataclass(frozen=True)
-class Batch:
-    """views: [V*b, 3, size, size] channels_last, rows view by view. labels, ids: int64 [b] on the CPU.
+class Batch(NamedTuple):
+    """views: [V*n, 3, size, size] channels_last, rows view by view, on the device, normalised (pipeline.graph).
 
-    epoch, step: where the batch belongs (0 in evaluation).
+    labels, ids: int64 [n] on the CPU, of the samples that are shown.
     """
 
     views: torch.Tensor
     labels: torch.Tensor
     ids: torch.Tensor
-    epoch: int
-    step: int
-
-
-@dataclass(frozen=True)
-class _Plan:
-    ids: Ids
-    epoch: int
-    step: int
 
 
 @dataclass(frozen=True)
 class Setting:
     """How a loader runs: size of the views in pixels, device, threads and depths. None of it changes a pixel but size,
-    interpolation and device.
+    device, interpolation and the rounding of dtype.
 
-    half: float16 output instead of float32. read_ahead: batches read ahead of the graph. prefetch: batches computed
-    ahead of the training step.
+    dtype: float32, float16 or bfloat16. read_ahead: batches read ahead of the graph. prefetch: batches computed ahead
+    of the training step. So at most read_ahead + prefetch + 2 batches of encoded images are in memory, and prefetch + 1
+    batches of views beside those that the caller keeps.
     """
 
     size: int
     device: torch.device
     threads: int = 2
-    half: bool = False
+    dtype: torch.dtype = torch.float32
     interpolation: str = "bilinear"
     read_ahead: int = 4
     prefetch: int = 2
 
 
+class TwoViews(Iterator[Batch]):
+    """What :func:`two_views` returns: an iterator that knows its length and its position."""
+
+    def __init__(
+        self,
+        shards: ShardSet,
+        order: Order,
+        recipes: Sequence[Recipe],
+        setting: Setting,
+        files: Callable[[], Files],
+        *,
+        epochs: int,
+        start: tuple[int, int],
+        rank: int,
+        world: int,
+        micro_batch: int | None,
+        max_bad_fraction: float,
+    ) -> None:
+        self._shards, self._order, self._recipes, self._setting = shards, order, recipes, setting
+        self._files, self._max_bad_fraction = files, max_bad_fraction
+        self._epochs, self._rank, self._world = epochs, rank, world
+        local = order.local_batch(world)
+        self._micro_batch = min(micro_batch or local, local)
+        self._begin = start
+        self._next = start  # epoch and step of the first batch that was not wholly given yet
+        self._reader: SampleReader | None = None
+        self._stream: Generator[tuple[_Plan, Batch], None, None] | None = None
+
+    def __next__(self) -> Batch:
+        if self._stream is None:
+            self._reader = SampleReader(self._shards, self._files(), self._max_bad_fraction)
+            augment = any(recipe.changes_pixels() for recipe in self._recipes)
+            self._stream = _run(
+                self._shards,
+                self._reader,
+                self._plans(),
+                self._draws,
+                self._setting,
+                batch=self._micro_batch,
+                views=len(self._recipes),
+                augment=augment,
+            )
+        plan, batch = next(self._stream)
+        if plan.completes:
+            self._next = self._order.after(plan.epoch, plan.step)
+        return batch
+
+    def __len__(self) -> int:
+        """Batches (micro-batches, if there are) from the start to the end of the epochs."""
+        epoch, step = self._begin
+        steps = (self._epochs - epoch) * self._order.steps_per_epoch - step
+        return steps * -(-self._order.local_batch(self._world) // self._micro_batch)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the next batch stands: epoch, step, and the fingerprint of the data set."""
+        return {"epoch": self._next[0], "step": self._next[1], "manifest": self._shards.fingerprint}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on at ``state``. Raises UserError where it comes from another data set."""
+        if state["manifest"] != self._shards.fingerprint:
+            raise UserError(
+                f"the loader's state is of another data set than {self._shards.folder} (manifest "
+                f"{state['manifest'][:12]}, not {self._shards.fingerprint[:12]}); load it with the same shards"
+            )
+        self.close()
+        self._begin = self._next = state["epoch"], state["step"]
+
+    def damaged(self) -> list[int]:
+        """Ids of the damaged samples that this process met and replaced so far."""
+        return self._reader.damaged() if self._reader else []
+
+    def close(self) -> None:
+        """End threads, files and graph; iterating again goes on at the position."""
+        if self._stream is not None:
+            self._stream.close()
+        self._stream = None
+
+    def _plans(self) -> Iterator["_Plan"]:
+        epoch, step = self._next
+        while epoch < self._epochs:
+            ids = self._order.batch(epoch, step, self._rank, self._world)
+            now, after = self._order.windows(epoch, step, self._rank, self._world)
+            for at in range(0, len(ids), self._micro_batch):
+                stop = at + self._micro_batch
+                yield _Plan(ids[at:stop], epoch, step, stop >= len(ids), now, after)
+            epoch, step = self._order.after(epoch, step)
+
+    def _draws(self, plan: "_Plan", width: Ids, height: Ids) -> list[Draws]:
+        return [
+            draw(recipe, self._order.seed, plan.epoch, plan.ids, view, width, height)
+            for view, recipe in enumerate(self._recipes)
+        ]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """A batch to be made; ``now`` and ``after``: shards that it and those that follow are read from."""
+
+    ids: Ids
+    epoch: int
+    step: int
+    completes: bool  # whether it is the last of its step
+    now: list[int]
+    after: list[int]
+
+
 def two_views(
     shards: ShardSet,
     order: Order,
-    recipe: Recipe,
+    recipe: Recipe | tuple[Recipe, ...],
     setting: Setting,
     *,
     epochs: int,
@@ -71,61 +175,90 @@ def two_views(
     rank: int = 0,
     world: int = 1,
     micro_batch: int | None = None,
-) -> Generator[Batch, None, None]:
+    max_bad_fraction: float = MAX_BAD_FRACTION,
+    files: Callable[[], Files] | None = None,
+) -> TwoViews:
     """Two views of each of ``rank``'s images, from ``start`` = (epoch, step) to the end of ``epochs``.
 
-    A step's images come in micro-batches of ``micro_batch`` (None: in one). The stream does not stop between epochs,
-    so the graph is never drained.
+    recipe: of both views, or one for each (any number of views). micro_batch: images per batch that is given; it
+    divides the rank's share of the global batch (default: the whole share). max_bad_fraction: share of the data set
+    that may be damaged; a damaged sample is replaced by the next sound one, the same on any number of ranks, named in
+    the log and counted by each process. files: where the shards come from (default: the shard set's folder).
+    Raises UserError while iterating where more is damaged.
+    """
+    return TwoViews(
+        shards,
+        order,
+        (recipe, recipe) if isinstance(recipe, Recipe) else recipe,
+        setting,
+        files or (lambda: LocalFiles(shards)),
+        epochs=epochs,
+        start=start,
+        rank=rank,
+        world=world,
+        micro_batch=micro_batch,
+        max_bad_fraction=max_bad_fraction,
+    )
+
+
+def labelled(
+    shards: ShardSet,
+    setting: Setting,
+    *,
+    batch: int,
+    center_fraction: float,
+    files: Callable[[], Files] | None = None,
+) -> Generator[Batch, None, None]:
+    """Every image of the set once, in storage order, as its central view (draws.center); the last batch is short.
+
+    A damaged sample raises UserError: a figure over other images than those of the set would be wrong.
     """
 
     def plans() -> Iterator[_Plan]:
-        epoch, step = start
-        while epoch < epochs:
-            ids = order.batch(epoch, step, rank, world)
-            size = micro_batch or len(ids)
-            for at in range(0, len(ids), size):
-                yield _Plan(ids[at : at + size], epoch, step)
-            step += 1
-            if step == order.steps_per_epoch:
-                epoch, step = epoch + 1, 0
-
-    def draws(plan: _Plan, width: Ids, height: Ids) -> list[Draws]:
-        return [draw(recipe, order.seed, plan.epoch, plan.ids, view, width, height) for view in range(2)]
-
-    batch = micro_batch or order.global_batch // world
-    return _run(shards, plans(), draws, setting, batch=batch, views=2, augment=True)
-
-
-def labelled(shards: ShardSet, setting: Setting, *, batch: int, center_fraction: float) -> Generator[Batch, None, None]:
-    """Every image of the set once, in storage order, as its central view (draws.center); the last batch is short."""
-
-    def plans() -> Iterator[_Plan]:
         for at in range(0, len(shards), batch):
-            yield _Plan(np.arange(at, min(at + batch, len(shards))), 0, 0)
+            ids = np.arange(at, min(at + batch, len(shards)))
+            now = [int(shard) for shard in np.unique(shards.samples["shard"][ids])]
+            after = [shard for shard in range(now[-1] + 1, now[-1] + 3) if shard < len(shards.shards)]
+            yield _Plan(ids, 0, 0, True, now, after)
 
     def draws(plan: _Plan, width: Ids, height: Ids) -> list[Draws]:
         return [center(width, height, center_fraction)]
 
-    return _run(shards, plans(), draws, setting, batch=min(batch, len(shards)), views=1, augment=False)
+    reader = SampleReader(shards, files() if files else LocalFiles(shards))
+    made = _run(shards, reader, plans(), draws, setting, batch=min(batch, len(shards)), views=1, augment=False)
+    return (images for _, images in made)
 
 
 def _run(
-    shards: ShardSet, plans: Iterable[_Plan], draws: Any, setting: Setting, *, batch: int, views: int, augment: bool
-) -> Generator[Batch, None, None]:
-    reader = SampleReader(shards)
+    shards: ShardSet,
+    reader: SampleReader,
+    plans: Iterable[_Plan],
+    draws: Callable[[_Plan, Ids, Ids], list[Draws]],
+    setting: Setting,
+    *,
+    batch: int,
+    views: int,
+    augment: bool,
+) -> Generator[tuple[_Plan, Batch], None, None]:
+    def expected() -> Iterator[_Plan]:
+        for plan in plans:
+            reader.expect(plan.now, plan.after)
+            yield plan
 
-    def prepare(plan: _Plan) -> tuple[_Plan, list[Any]]:
-        rows = shards.samples[plan.ids]
+    def prepare(plan: _Plan) -> tuple[_Plan, Ids, list[Any]]:
+        images, shown = reader.read(plan.ids)
+        rows = shards.samples[shown]
+        # Keyed by the planned ids: a sample that also stands in for a damaged one is drawn twice, differently.
         drawn = draws(plan, rows["width"].astype(np.int64), rows["height"].astype(np.int64))
         inputs = [array for view in drawn for array in graph.view_inputs(view, augment)]
-        return plan, [reader.read(plan.ids), *inputs]
+        return plan, shown, [images, *inputs]
 
-    prepared = ahead(plans, prepare, setting.threads, setting.read_ahead)
-    handed_over: deque[_Plan] = deque()  # batches inside the graph
+    prepared = ahead(expected(), prepare, setting.threads, setting.read_ahead)
+    handed_over: deque[tuple[_Plan, Ids]] = deque()  # batches inside the graph
 
     def source() -> list[Any]:
-        plan, inputs = next(prepared)
-        handed_over.append(plan)
+        plan, shown, inputs = next(prepared)
+        handed_over.append((plan, shown))
         return inputs
 
     on_gpu = setting.device.type == "cuda"
@@ -138,9 +271,10 @@ def _run(
         interpolation=setting.interpolation,
         device_id=(setting.device.index or 0) if on_gpu else None,
         threads=setting.threads,
-        half=setting.half,
+        half=setting.dtype == torch.float16,
         prefetch=setting.prefetch,
     )
+    recycled = Recycled()
     copied = torch.cuda.Event() if on_gpu else None
     try:
         while True:
@@ -153,12 +287,18 @@ def _run(
                 outputs = pipeline.run(torch.cuda.current_stream(setting.device) if on_gpu else None)
             except StopIteration:
                 return
-            plan = handed_over.popleft()
-            images = torch.cat([torch.utils.dlpack.from_dlpack(output.as_tensor()) for output in outputs])
+            plan, shown = handed_over.popleft()
+            shape = (views, len(shown), setting.size, setting.size, 3)
+            if on_gpu:
+                pixels = torch.empty(shape, dtype=setting.dtype, device=setting.device)
+            else:
+                pixels = recycled.empty(shape, setting.dtype)
+            for view, output in zip(pixels, outputs, strict=True):
+                view.copy_(torch.utils.dlpack.from_dlpack(output.as_tensor()))
             if copied is not None:
                 copied.record(torch.cuda.current_stream(setting.device))
-            labels = torch.from_numpy(shards.samples["label"][plan.ids].astype(np.int64))
-            yield Batch(images.permute(0, 3, 1, 2), labels, torch.from_numpy(plan.ids), plan.epoch, plan.step)
+            labels = torch.from_numpy(shards.samples["label"][shown].astype(np.int64))
+            yield plan, Batch(pixels.flatten(0, 1).permute(0, 3, 1, 2), labels, torch.from_numpy(shown))
     finally:
         prepared.close()
         reader.close()

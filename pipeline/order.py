@@ -52,13 +52,22 @@ class Order:
         """Global batches per epoch, always the same; fewer than B + L samples are left out of each."""
         return (self.samples // self.lanes) // (self.global_batch // self.lanes)
 
-    def batch(self, epoch: int, step: int, rank: int = 0, world: int = 1) -> Ids:
-        """Sample ids, int64 (B/W,), of ``rank``'s part of global batch ``step`` of ``epoch`` (both from 0)."""
+    def after(self, epoch: int, step: int) -> tuple[int, int]:
+        """Epoch and step of the next global batch."""
+        return (epoch, step + 1) if step + 1 < self.steps_per_epoch else (epoch + 1, 0)
+
+    def local_batch(self, world: int) -> int:
+        """Images per step of each of ``world`` processes. Raises UserError where they cannot share the lanes."""
         if self.lanes % world:
             raise UserError(
                 f"{world} processes do not divide the {self.lanes} lanes of the data order; start with a divisor of "
                 f"{self.lanes}"
             )
+        return self.global_batch // world
+
+    def batch(self, epoch: int, step: int, rank: int = 0, world: int = 1) -> Ids:
+        """Sample ids, int64 (B/W,), of ``rank``'s part of global batch ``step`` of ``epoch`` (both from 0)."""
+        self.local_batch(world)  # refuses a world that cannot share the lanes
         if not 0 <= step < self.steps_per_epoch:
             raise IndexError(f"step {step} is outside of the epoch's {self.steps_per_epoch} steps")
         per_lane = self.global_batch // self.lanes
@@ -67,6 +76,19 @@ class Order:
         epoch_layout = layout(self, epoch)
         return np.concatenate([epoch_layout.take(lane, step * per_lane, (step + 1) * per_lane) for lane in lanes])
 
+    def windows(self, epoch: int, step: int, rank: int = 0, world: int = 1) -> tuple[list[int], list[int]]:
+        """Shards of the windows that ``rank`` reads from at global batch ``step``, and of the windows after those.
+
+        Both are numbers in storage order, each once; at the end of an epoch the windows after are not known yet.
+        """
+        place = step * (self.global_batch // self.lanes)
+        lanes = range(rank * self.lanes // world, (rank + 1) * self.lanes // world)
+        epoch_layout = layout(self, epoch)
+        at = [(lane, epoch_layout.window_at(lane, place)) for lane in lanes]
+        now = dict.fromkeys(shard for lane, window in at for shard in epoch_layout.shards(lane, window))
+        after = dict.fromkeys(shard for lane, window in at for shard in epoch_layout.shards(lane, window + 1))
+        return list(now), [shard for shard in after if shard not in now]
+
 
 class _Layout:
     """One epoch's samples in a row: storage ids by position, and the pieces of shards in each lane."""
@@ -74,22 +96,36 @@ class _Layout:
     def __init__(self, order: Order, epoch: int) -> None:
         self.order, self.epoch = order, epoch
         sizes = np.array(order.shard_sizes, np.int64)
-        permuted = permutation(len(sizes), order.seed, SHARD_ORDER, epoch)
+        self.permuted = permuted = permutation(len(sizes), order.seed, SHARD_ORDER, epoch)
         self.ends = np.cumsum(sizes[permuted])
         # A position in the row plus this shift of its shard is the storage id.
         self.shift = (np.cumsum(sizes) - sizes)[permuted] - (self.ends - sizes[permuted])
+        self.window_bounds = lru_cache(maxsize=order.lanes)(self._window_bounds)
         self.window_ids = lru_cache(maxsize=2 * order.lanes)(self._window_ids)
 
     def take(self, lane: int, start: int, stop: int) -> Ids:
         """Ids start..stop-1 of the lane's shuffled sequence."""
-        bounds = self._window_bounds(lane)
+        bounds = self.window_bounds(lane)
         parts = []
-        for window in range(int(np.searchsorted(bounds, start, "right")) - 1, len(bounds) - 1):
+        for window in range(self.window_at(lane, start), len(bounds) - 1):
             low, high = int(bounds[window]), int(bounds[window + 1])
             if low >= stop:
                 break
             parts.append(self.window_ids(lane, window)[max(start - low, 0) : min(stop, high) - low])
         return np.concatenate(parts)
+
+    def window_at(self, lane: int, place: int) -> int:
+        """The window that holds this place of the lane."""
+        return int(np.searchsorted(self.window_bounds(lane), place, "right")) - 1
+
+    def shards(self, lane: int, window: int) -> list[int]:
+        """Storage numbers of the shards in a window of a lane; none beyond the last window."""
+        bounds = self.window_bounds(lane)
+        if window >= len(bounds) - 1:
+            return []
+        first, last = self._lane_range(lane)[0] + bounds[window : window + 2] - np.array([0, 1])
+        low, high = np.searchsorted(self.ends, [first, last], "right")
+        return [int(shard) for shard in self.permuted[low : high + 1]]
 
     def _lane_range(self, lane: int) -> tuple[int, int]:
         samples, lanes = self.order.samples, self.order.lanes
@@ -105,7 +141,7 @@ class _Layout:
         return np.array([low, *cuts, high], np.int64) - low
 
     def _window_ids(self, lane: int, window: int) -> Ids:
-        bounds = self._window_bounds(lane)
+        bounds = self.window_bounds(lane)
         low = self._lane_range(lane)[0] + int(bounds[window])
         count = int(bounds[window + 1] - bounds[window])
         stream = lane << 16 | window

@@ -1,67 +1,107 @@
 """Reading encoded images out of the tars: by offset, ahead of time, in background threads."""
 
+import logging
 import os
-import resource
+import threading
 import zlib
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.files import Files
 from shards.errors import UserError
 from shards.manifest import ShardSet
 
 Encoded = npt.NDArray[np.uint8]
+Ids = npt.NDArray[np.int64]
 Plan = TypeVar("Plan")
 Prepared = TypeVar("Prepared")
 
-_SPARE_FILES = 256  # descriptors left to everything else in the process
+_log = logging.getLogger(__name__)
+
+
+class DamagedError(UserError):
+    """The bytes of a sample are not those that were packed."""
 
 
 class SampleReader:
-    """Reads samples of a shard set; checks the crc32 of each. Safe to use from many threads."""
+    """Reads samples of a shard set; checks the crc32 of each. Safe to use from many threads.
 
-    def __init__(self, shards: ShardSet) -> None:
-        self._shards = shards
-        _allow_open_files(len(shards.shards) + _SPARE_FILES)
-        self._descriptors = [os.open(shards.folder / shard.name, os.O_RDONLY) for shard in shards.shards]
+    max_bad_fraction: how much of the shard set may be damaged; each damaged sample up to that is replaced by the next
+    sound one in storage order, whoever reads it. 0: the first one is an error.
+    """
 
-    def read(self, ids: npt.NDArray[np.int64]) -> list[Encoded]:
-        """The encoded images of ``ids``, in their order, uint8 (length,) each.
+    def __init__(self, shards: ShardSet, files: Files, max_bad_fraction: float = 0.0) -> None:
+        self._shards, self._files = shards, files
+        self._limit = max_bad_fraction * len(shards)
+        self._damaged: set[int] = set()
+        self._lock = threading.Lock()
+
+    def read(self, ids: Ids) -> tuple[list[Encoded], Ids]:
+        """The encoded images of ``ids``, in their order, uint8 (length,) each, and the ids that they are of.
 
         They are fetched in storage order, which is nearly sequential for a batch of one window.
-        Raises UserError naming tar and sample where the bytes are not those that were packed.
+        Raises UserError naming tar and sample where more are damaged than may be.
         """
-        rows = self._shards.samples[ids]
         images: list[Encoded] = [np.empty(0, np.uint8)] * len(ids)
+        shown = ids.copy()
         for i in np.argsort(ids, kind="stable"):
-            row = rows[i]
-            data = os.pread(self._descriptors[row["shard"]], int(row["length"]), int(row["offset"]))
-            if len(data) != row["length"] or zlib.crc32(data) != row["crc32"]:
-                raise UserError(
-                    f"damaged sample in {self._shards.where(int(ids[i]))}: its crc32 differs; copy the shard again"
-                )
-            images[i] = np.frombuffer(data, np.uint8)
-        return images
+            while True:
+                try:
+                    images[i] = self._read_one(int(shown[i]))
+                    break
+                except DamagedError as error:
+                    self._count(int(shown[i]), error)
+                    shown[i] = (shown[i] + 1) % len(self._shards)
+        return images, shown
+
+    def expect(self, now: Sequence[int], after: Sequence[int]) -> None:
+        """Name the shards that are read now and those that come after; fetching them begins in the background."""
+        self._files.expect(now, after)
 
     def close(self) -> None:
-        for descriptor in self._descriptors:
-            os.close(descriptor)
-        self._descriptors = []
+        self._files.close()
 
+    def damaged(self) -> list[int]:
+        """Ids of the damaged samples met so far."""
+        with self._lock:
+            return sorted(self._damaged)
 
-def _allow_open_files(count: int) -> None:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < count:
-        if hard != resource.RLIM_INFINITY and hard < count:
-            raise UserError(
-                f"the data set needs {count} open files, the limit is {hard}; raise it (ulimit -n {count}) or pack "
-                f"larger shards"
+    def _read_one(self, sample: int) -> Encoded:
+        row = self._shards.samples[sample]
+        with self._files.opened(int(row["shard"])) as descriptor:
+            try:
+                data = os.pread(descriptor, int(row["length"]), int(row["offset"]))
+            except OSError as error:
+                raise DamagedError(
+                    f"cannot read the sample in {self._shards.where(sample)}: {error.strerror}; copy the shard again"
+                ) from error
+        if len(data) != row["length"] or zlib.crc32(data) != row["crc32"]:
+            raise DamagedError(
+                f"damaged sample in {self._shards.where(sample)}: its crc32 differs; copy the shard again"
             )
-        resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
+        return np.frombuffer(data, np.uint8)
+
+    def _count(self, sample: int, error: DamagedError) -> None:
+        with self._lock:
+            new = sample not in self._damaged
+            self._damaged.add(sample)
+            count = len(self._damaged)
+        if count <= self._limit:
+            if new:
+                _log.warning("%s (replaced by the next one; %d damaged so far)", error, count)
+        elif not self._limit:
+            raise error
+        else:
+            raise UserError(
+                f"{error}; it is damaged sample number {count} of {len(self._shards)}, more than max_bad_fraction "
+                f"= {self._limit / len(self._shards):g} allows; list them all: python -m shards.verify --full "
+                f"{self._shards.folder.parent}"
+            ) from error
 
 
 def ahead(

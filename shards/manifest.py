@@ -24,6 +24,7 @@ from shards.errors import UserError
 
 FORMAT = "simclr-dali shards"
 VERSION = 1
+MANIFEST, TABLE = "manifest.json", "samples.npy"
 BLOCK = 512  # bytes; every tar member starts on a block
 
 # offset and length (bytes) delimit the encoded image inside its tar; width and height are in pixels as stored,
@@ -61,6 +62,7 @@ class ShardSet:
     shards: tuple[Shard, ...]
     samples: npt.NDArray[Any]
     fingerprint: str  # sha256 of manifest.json, which itself holds the hashes of everything else
+    source: str = ""  # URL of the split where it is remote; folder is then the cache of its shards
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -73,8 +75,10 @@ class ShardSet:
         """A name for one sample that a person can look up: tar, offset of its bytes, key."""
         row = self.samples[sample]
         path = self.folder / self.shards[row["shard"]].name
-        with path.open("rb") as tar:
-            name = member_name(tar, int(row["offset"]), int(row["length"]))
+        name = None
+        if path.is_file():  # a cache may have let go of it
+            with path.open("rb") as tar:
+                name = member_name(tar, int(row["offset"]), int(row["length"]))
         return f"{path}, offset {row['offset']}, member {name or 'with a damaged name'}"
 
 
@@ -89,7 +93,7 @@ def write_split(
     """Write ``samples.npy``, then ``manifest.json``; ``made_with`` records the options of the packer."""
     table = io.BytesIO()
     np.save(table, samples)
-    write_durably(folder / "samples.npy", table.getvalue())
+    write_durably(folder / TABLE, table.getvalue())
     manifest = {
         "format": FORMAT,
         "version": VERSION,
@@ -100,7 +104,7 @@ def write_split(
         "classes": classes,
         "shards": [asdict(shard) for shard in shards],
     }
-    write_durably(folder / "manifest.json", seal(manifest))
+    write_durably(folder / MANIFEST, seal(manifest))
 
 
 def seal(document: dict[str, Any]) -> bytes:
@@ -130,12 +134,29 @@ def load_split(data: Path | str, split: str) -> ShardSet:
     Raises UserError where the folder is not a packed split or a file is missing, cut or swapped.
     """
     folder = Path(data) / split
-    manifest_path = folder / "manifest.json"
-    if not manifest_path.is_file():
+    if not (folder / MANIFEST).is_file():
         raise UserError(
-            f"no packed split {split!r} in {data} ({manifest_path} is missing); pack it first: "
+            f"no packed split {split!r} in {data} ({folder / MANIFEST} is missing); pack it first: "
             f"scripts/make_shards.sh IMAGES {data}"
         )
+    shards = read_split(folder)
+    for shard in shards.shards:
+        path = folder / shard.name
+        if not path.is_file():
+            raise UserError(f"shard {path} is missing; copy it back or pack the data set again")
+        if path.stat().st_size != shard.bytes:
+            raise UserError(
+                f"shard {path} has {path.stat().st_size} bytes, its manifest says {shard.bytes}; copy it again"
+            )
+    return shards
+
+
+def read_split(folder: Path) -> ShardSet:
+    """Read the description in ``folder``, whether or not the tars lie beside it.
+
+    Raises UserError where manifest or table are damaged or of another version.
+    """
+    manifest_path = folder / MANIFEST
     raw = manifest_path.read_bytes()
     try:
         manifest = unseal(raw)
@@ -148,15 +169,7 @@ def load_split(data: Path | str, split: str) -> ShardSet:
         raise UserError(
             f"{manifest_path} is not a manifest this version reads ({error}); pack the data set again"
         ) from error
-    samples = _load_table(folder / "samples.npy", table_hash)
-    for shard in shards:
-        path = folder / shard.name
-        if not path.is_file():
-            raise UserError(f"shard {path} is missing; copy it back or pack the data set again")
-        if path.stat().st_size != shard.bytes:
-            raise UserError(
-                f"shard {path} has {path.stat().st_size} bytes, its manifest says {shard.bytes}; copy it again"
-            )
+    samples = _load_table(folder / TABLE, table_hash)
     if len(samples) != sum(shard.samples for shard in shards) or not len(samples):
         raise UserError(
             f"{manifest_path} lists {sum(s.samples for s in shards)} samples, samples.npy holds {len(samples)}; pack "

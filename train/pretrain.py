@@ -213,7 +213,7 @@ def train(
             size=simclr.image_size,
             device=process.device,
             threads=simclr.loader_threads or process.cores,
-            half=process.device.type == "cuda" and config.torch_autocast.enabled,
+            dtype=torch.float16 if process.device.type == "cuda" and config.torch_autocast.enabled else torch.float32,
             interpolation=simclr.views.interpolation,
         ),
         epochs=simclr.epochs,

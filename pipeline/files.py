@@ -1,0 +1,84 @@
+"""The tars as files that can be read: opened, and fetched ahead in whole shards."""
+
+import os
+import queue
+import resource
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol
+
+from shards.errors import UserError
+from shards.manifest import ShardSet
+
+_SPARE_FILES = 256  # descriptors left to everything else in the process
+_PIECE = 1 << 20  # bytes; the kernel reads no more than about this ahead on one request
+
+
+class Files(Protocol):
+    """Where a SampleReader finds its shards; numbers are places in the manifest."""
+
+    def expect(self, now: Sequence[int], after: Sequence[int]) -> None:
+        """Say which shards are read now and which after those; they are fetched in the background."""
+
+    def opened(self, shard: int) -> AbstractContextManager[int]:
+        """A descriptor to read the shard with; waits for it where it still has to be fetched."""
+
+    def close(self) -> None:
+        """End the threads and close what is open."""
+
+
+class LocalFiles:
+    """Shards on a disk or a network file system.
+
+    A thread asks the kernel to read expected shards into its page cache, whole and one after the other: a disk then
+    sees one sequential stream instead of the scattered reads of a shuffled window. The page cache gives way where
+    memory is short, so this takes no memory from anyone.
+    """
+
+    def __init__(self, shards: ShardSet) -> None:
+        _allow_open_files(len(shards.shards) + _SPARE_FILES)
+        self._sizes = [shard.bytes for shard in shards.shards]
+        self._descriptors = [os.open(shards.folder / shard.name, os.O_RDONLY) for shard in shards.shards]
+        self._expected: set[int] = set()
+        self._queue: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._fetch_expected, name="fetch", daemon=True)
+        self._thread.start()
+
+    def expect(self, now: Sequence[int], after: Sequence[int]) -> None:
+        shards = [*now, *after]
+        new = [shard for shard in shards if shard not in self._expected]
+        self._expected = set(shards)
+        for shard in new:
+            self._queue.put(shard)
+
+    @contextmanager
+    def opened(self, shard: int) -> Iterator[int]:
+        yield self._descriptors[shard]
+
+    def close(self) -> None:
+        self._stop.set()
+        self._queue.put(None)
+        self._thread.join()
+        for descriptor in self._descriptors:
+            os.close(descriptor)
+        self._descriptors = []
+
+    def _fetch_expected(self) -> None:
+        while (shard := self._queue.get()) is not None:
+            for at in range(0, self._sizes[shard], _PIECE):
+                if self._stop.is_set():
+                    return
+                os.posix_fadvise(self._descriptors[shard], at, _PIECE, os.POSIX_FADV_WILLNEED)
+
+
+def _allow_open_files(count: int) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < count:
+        if hard != resource.RLIM_INFINITY and hard < count:
+            raise UserError(
+                f"the data set needs {count} open files, the limit is {hard}; raise it (ulimit -n {count}) or pack "
+                f"larger shards"
+            )
+        resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
