@@ -1,11 +1,13 @@
 """Pooled features of a whole split."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from pipeline.files import Files
 from pipeline.loader import Setting, labelled
 from shards.manifest import ShardSet
 
@@ -19,12 +21,20 @@ class Features:
 
 
 @torch.inference_mode()
-def extract(encoder: nn.Module, shards: ShardSet, setting: Setting, *, batch: int, center_fraction: float) -> Features:
+def extract(
+    encoder: nn.Module,
+    shards: ShardSet,
+    files: Callable[[], Files],
+    setting: Setting,
+    *,
+    batch: int,
+    center_fraction: float,
+) -> Features:
     """Run every image of ``shards`` once, centrally cropped, through ``encoder`` (in eval mode, on setting.device)."""
     assert not encoder.training
     features, labels = [], []
     with tqdm(total=len(shards), desc=f"features of {shards.split}", unit=" images", disable=None) as bar:
-        for images in labelled(shards, setting, batch=batch, center_fraction=center_fraction):
+        for images in labelled(shards, setting, batch=batch, center_fraction=center_fraction, files=files):
             features.append(encoder(images.views).float())
             labels.append(images.labels)
             bar.update(len(images.labels))

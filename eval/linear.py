@@ -27,8 +27,8 @@ from eval.probe import accuracy, fit_linear, interval_95  # noqa: E402
 from model.checkpoint import CheckpointError  # noqa: E402
 from model.load import fingerprint, load_encoder  # noqa: E402
 from pipeline.loader import Setting  # noqa: E402
+from pipeline.remote import Cache, open_split  # noqa: E402
 from shards.errors import UserError, positive_int, run_main  # noqa: E402
-from shards.manifest import load_split  # noqa: E402
 
 PROTOCOL = "fast"
 WEIGHT_DECAY = 1e-3
@@ -40,8 +40,9 @@ def main() -> None:
     arguments = parse_arguments()
     started = time.monotonic()
     encoder, found = load_encoder(arguments.ckpt, untrained=arguments.untrained)
-    data = arguments.data or Path(found.state["data"])
-    train, val = load_split(data, "train"), load_split(data, "val")
+    data = arguments.data or found.state["data"]
+    cache = Cache(arguments.cache.expanduser(), int(arguments.cache_gb * 1e9))
+    (train, train_files), (val, val_files) = (open_split(data, split, cache) for split in ("train", "val"))
     if train.classes != val.classes:
         raise UserError(f"train and val of {data} name different classes; pack them together")
 
@@ -51,8 +52,8 @@ def main() -> None:
     size = arguments.image_size or found.state["image_size"]
     setting = Setting(size=size, device=device, threads=len(os.sched_getaffinity(0)))
     train_set, val_set = (
-        extract(encoder, shards, setting, batch=arguments.batch, center_fraction=CENTER_FRACTION)
-        for shards in (train, val)
+        extract(encoder, shards, files, setting, batch=arguments.batch, center_fraction=CENTER_FRACTION)
+        for shards, files in ((train, train_files), (val, val_files))
     )
     extracted = time.monotonic()
     layer = fit_linear(train_set.features, train_set.labels, len(train.classes), WEIGHT_DECAY)
@@ -104,7 +105,7 @@ def parse_arguments() -> argparse.Namespace:
         "--ckpt", type=Path, required=True, metavar="RUN_OR_FILE", help="run folder, checkpoint folder or its state.pt"
     )
     parser.add_argument(
-        "--data", type=Path, help="folder of packed shards with train and val (default: what the run was trained on)"
+        "--data", help="folder or address of packed shards with train and val (default: what the run was trained on)"
     )
     parser.add_argument(
         "--untrained", action="store_true", help="probe the encoder with the weights its run began with"
@@ -113,6 +114,10 @@ def parse_arguments() -> argparse.Namespace:
         "--image-size", type=positive_int, metavar="PX", help="side of the central view (default: as pre-trained)"
     )
     parser.add_argument("--batch", type=positive_int, default=256, help="images embedded at a time (default: 256)")
+    parser.add_argument(
+        "--cache", type=Path, default=Path("~/.cache/simclr-dali"), metavar="FOLDER", help="keeps remote shards"
+    )
+    parser.add_argument("--cache-gb", type=float, default=200.0, metavar="GB", help="how much of them (default: 200)")
     parser.add_argument(
         "--out", type=Path, metavar="FOLDER", help="where linear.json and linear.pt go (default: the run folder)"
     )

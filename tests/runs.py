@@ -33,7 +33,7 @@ def tiny_config(folder: Path) -> Path:
     return path
 
 
-def pretrain(config: Path, data: Path, run: Path, *words: Any) -> subprocess.CompletedProcess[str]:
+def pretrain(config: Path, data: Path | str, run: Path, *words: Any) -> subprocess.CompletedProcess[str]:
     """One process, without the launcher."""
     arguments = ["--config", config, "--data", data, "--run", run, *words]
     return run_python(ROOT / "train/pretrain.py", *arguments, env={"DS_ACCELERATOR": "cpu"})

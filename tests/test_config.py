@@ -1,6 +1,7 @@
 """The configuration: presets are sound, mistakes are one sentence before anything is built."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -128,3 +129,14 @@ def test_a_missing_config_lists_the_presets() -> None:
 def test_processes_must_divide_the_lanes() -> None:
     with pytest.raises(UserError, match="3 processes do not divide the 64 lanes"):
         load_config("ds_lars.json", []).local_batch(3)
+
+
+def test_the_second_view_inherits_what_it_does_not_override() -> None:
+    config = load_config("ds_lars.json", ["simclr.views.strength=0.5", "simclr.views.second.blur=0.1"], data="d")
+    first, second = config.simclr.views.recipes()
+    assert (first.strength, first.blur) == (0.5, 0.5)
+    assert second == replace(first, blur=0.1)
+    same = load_config("ds_lars.json", [], data="d").simclr.views.recipes()
+    assert same[0] == same[1] == Recipe()
+    with pytest.raises(UserError, match=r"views\.second\.area"):
+        load_config("ds_lars.json", ["simclr.views.second.area=[0.5, 0.1]"], data="d")

@@ -11,6 +11,7 @@ from eval.features import extract
 from eval.linear import CENTER_FRACTION
 from eval.probe import accuracy, fit_linear, interval_95
 from model.load import fingerprint, load_encoder
+from pipeline.files import LocalFiles
 from pipeline.loader import Setting
 from shards.manifest import load_split
 from tests.conftest import ROOT, assert_sentence, run_python
@@ -84,7 +85,7 @@ def test_the_probe_reports_what_a_second_count_finds(run: Path, packed: Path) ->
     saved = torch.load(run / "linear.pt", weights_only=True)
     assert saved["classes"] == list(val.classes)
     setting = Setting(size=32, device=torch.device("cpu"))
-    features = extract(encoder, val, setting, batch=7, center_fraction=CENTER_FRACTION)
+    features = extract(encoder, val, lambda: LocalFiles(val), setting, batch=7, center_fraction=CENTER_FRACTION)
     scores = features.features @ saved["weight"].T + saved["bias"]
     right = (scores.argmax(1) == features.labels).double().mean()
     assert result["top1"] == pytest.approx(100 * right.item(), abs=0.01 + 100 / len(val))

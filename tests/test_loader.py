@@ -1,16 +1,18 @@
 """The loaders: complete, ordered, the same for every number of processes, threads and depths, strict about damage."""
 
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from pipeline.draws import Recipe
+from pipeline.draws import PROBE, Recipe
 from pipeline.files import LocalFiles
 from pipeline.loader import Batch, Setting, labelled, two_views
+from pipeline.memory import Recycled
 from pipeline.order import Order
-from pipeline.reading import SampleReader, ahead
+from pipeline.reading import Encoded, Ids, SampleReader, ahead
 from shards.errors import UserError
 from shards.manifest import ShardSet, load_split
 from shards.pack import pack
@@ -98,16 +100,123 @@ def test_batches_that_are_kept_stay_as_they_were(train_split: ShardSet) -> None:
     assert torch.equal(first.views, copy)
 
 
-def test_a_flipped_bit_stops_the_loader_with_the_name_of_the_sample(odd_pictures: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def damaged_set(odd_pictures: Path, tmp_path: Path) -> ShardSet:
+    """24 pictures of odd sizes in three shards; one bit of samples 7 and 8 is flipped, which lie in two of them."""
     pack(odd_pictures, tmp_path / "out", Options(samples_per_shard=8))
     shards = load_split(tmp_path / "out", "train")
-    row = shards.samples[10]
-    tar = shards.folder / shards.shards[row["shard"]].name
-    data = bytearray(tar.read_bytes())
-    data[int(row["offset"]) + int(row["length"]) // 2] ^= 4
-    tar.write_bytes(data)
-    with pytest.raises(UserError, match=rf"{tar.name}, offset {row['offset']}, member 00000010_"):
-        list(labelled(shards, SETTING, batch=4, center_fraction=1.0))
+    for sample in (7, 8):
+        row = shards.samples[sample]
+        tar = shards.folder / shards.shards[row["shard"]].name
+        data = bytearray(tar.read_bytes())
+        data[int(row["offset"]) + int(row["length"]) // 2] ^= 4
+        tar.write_bytes(data)
+    return shards
+
+
+def test_evaluation_stops_at_a_flipped_bit_with_the_name_of_the_sample(damaged_set: ShardSet) -> None:
+    with pytest.raises(UserError, match=rf"offset {damaged_set.samples['offset'][7]}, member 00000007_"):
+        list(labelled(damaged_set, SETTING, batch=4, center_fraction=1.0))
+
+
+def test_damaged_samples_are_replaced_named_and_counted_the_same_for_any_world(
+    damaged_set: ShardSet, caplog: pytest.LogCaptureFixture
+) -> None:
+    order = order_of(damaged_set, batch=12)
+    options = {"epochs": 2, "max_bad_fraction": 0.1}
+    loader = two_views(damaged_set, order, Recipe(), SETTING, **options)  # type: ignore[arg-type]
+    whole = list(loader)
+    planned = np.concatenate([order.batch(epoch, step) for epoch in range(2) for step in range(2)])
+    shown = torch.cat([batch.ids for batch in whole]).numpy()
+    # Sample 9 is the next sound one after both.
+    assert np.array_equal(shown, np.where((planned == 7) | (planned == 8), 9, planned)) and 7 in planned
+    labels = torch.cat([batch.labels for batch in whole])
+    assert np.array_equal(labels, damaged_set.samples["label"][shown])
+    assert loader.damaged() == [7, 8]
+    assert sum("member 00000007_" in record.message for record in caplog.records) == 1
+    parts = [
+        list(two_views(damaged_set, order, Recipe(), SETTING, rank=rank, world=2, **options))  # type: ignore[arg-type]
+        for rank in range(2)
+    ]
+    for one, *split in zip(whole, *parts, strict=True):
+        assert torch.equal(one.ids, torch.cat([part.ids for part in split]))
+        assert torch.equal(one.views.chunk(2)[1], torch.cat([part.views.chunk(2)[1] for part in split]))
+    # A stand-in that comes up itself in the same batch is drawn differently.
+    for batch in whole:
+        twice = (batch.ids == 9).nonzero().flatten().tolist()
+        assert len(twice) < 2 or not torch.equal(batch.views[twice[0]], batch.views[twice[1]])
+
+
+def test_more_damage_than_is_allowed_stops_with_a_sentence(damaged_set: ShardSet) -> None:
+    with pytest.raises(UserError, match=r"number 2 of 24, more than max_bad_fraction = 0\.05 allows"):
+        list(two_views(damaged_set, order_of(damaged_set, 12), Recipe(), SETTING, epochs=2, max_bad_fraction=0.05))
+
+
+def test_length_and_position(train_split: ShardSet) -> None:
+    order = order_of(train_split)
+    whole = views_of(train_split, micro_batch=6)
+    loader = two_views(train_split, order, Recipe(), SETTING, epochs=2, micro_batch=6)
+    assert len(loader) == len(whole) == 2 * order.steps_per_epoch * 4
+    assert loader.state_dict() == {"epoch": 0, "step": 0, "manifest": train_split.fingerprint}
+    for _ in range(4 * order.steps_per_epoch + 6):  # an epoch, a step and half a step
+        next(loader)
+    state = loader.state_dict()
+    assert (state["epoch"], state["step"]) == (1, 1)
+    loader.close()
+    other = two_views(train_split, order, Recipe(), SETTING, epochs=2, micro_batch=6)
+    other.load_state_dict(state)
+    rest = list(other)
+    assert len(rest) == len(other) == len(whole) - 4 * (order.steps_per_epoch + 1)
+    assert all(torch.equal(a.views, b.views) for a, b in zip(rest, whole[-len(rest) :], strict=True))
+    with pytest.raises(UserError, match="another data set"):
+        other.load_state_dict({**state, "manifest": "0" * 64})
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_lower_precisions_are_the_rounded_views(train_split: ShardSet, dtype: torch.dtype) -> None:
+    full, low = views_of(train_split)[0], views_of(train_split, Setting(size=32, device=CPU, dtype=dtype))[0]
+    assert low.views.dtype == dtype and low.views.is_contiguous(memory_format=torch.channels_last)
+    assert torch.allclose(low.views.float(), full.views, atol=0.02)
+
+
+def test_each_view_can_have_a_recipe_of_its_own(train_split: ShardSet) -> None:
+    both = views_of(train_split)[0].views.chunk(2)
+    order = order_of(train_split)
+    mixed = next(two_views(train_split, order, (PROBE, Recipe()), SETTING, epochs=1)).views.chunk(2)
+    plain = next(two_views(train_split, order, (PROBE, PROBE), SETTING, epochs=1)).views.chunk(2)
+    assert torch.equal(mixed[1], both[1]) and not torch.equal(mixed[0], both[0])
+    # Crop and flip are drawn alike with and without colors, by the graph with them and the one without.
+    assert torch.allclose(mixed[0], plain[0], atol=1e-5)
+
+
+def test_memory_is_used_again_only_once_nothing_refers_to_it() -> None:
+    memory = Recycled()
+    first = memory.empty((4, 5), torch.float32)
+    place = first.data_ptr()
+    view = first[1:].permute(1, 0)
+    del first
+    assert memory.empty((4, 5), torch.float32).data_ptr() != place
+    del view
+    assert memory.empty((4, 5), torch.float32).data_ptr() == place
+    assert memory.empty((2, 5), torch.bfloat16).shape == (2, 5)
+
+
+def test_no_more_batches_are_read_ahead_than_stated(train_split: ShardSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+    plain = SampleReader.read
+
+    def counted(self: SampleReader, ids: Ids) -> tuple[list[Encoded], Ids]:
+        read.append(len(ids))
+        return plain(self, ids)
+
+    monkeypatch.setattr(SampleReader, "read", counted)
+    setting = Setting(size=32, device=CPU, read_ahead=2, prefetch=1)
+    loader = two_views(train_split, order_of(train_split), Recipe(), setting, epochs=50)
+    for taken in range(1, 6):
+        next(loader)
+        time.sleep(0.2)
+        assert len(read) <= taken + setting.read_ahead + setting.prefetch + 2
+    loader.close()
 
 
 def test_reader_gives_the_asked_order(train_split: ShardSet) -> None:

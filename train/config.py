@@ -14,6 +14,8 @@ from pydantic import Field
 from model.encoder import ARCHITECTURES, SMALLEST_SIZE_FOR_7X7, Architecture
 from model.ntxent import SMALLEST_TEMPERATURE
 from pipeline.draws import Recipe
+from pipeline.loader import MAX_BAD_FRACTION
+from pipeline.remote import Cache
 from shards.errors import UserError
 from train.schedule import LR_RULES
 
@@ -40,8 +42,8 @@ class Encoder(_Block):
     """Widths of the projector's layers; the last is the width of the embeddings that the loss compares."""
 
 
-class Views(_Block):
-    """Augmentation of both views; the defaults are the paper's for ImageNet (see pipeline.draws)."""
+class View(_Block):
+    """Augmentation of a view; the defaults are the paper's for ImageNet (see pipeline.draws)."""
 
     area: list[float] = Field(default=[0.08, 1.0], min_length=2, max_length=2)
     """Smallest and largest share of the picture that a crop covers."""
@@ -57,8 +59,6 @@ class Views(_Block):
     """Probability of a Gaussian blur."""
     sigma: list[float] = Field(default=[0.1, 2.0], min_length=2, max_length=2)
     """Range of the blur's standard deviation, in pixels of the view."""
-    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
-    """How crops are resized."""
 
     def recipe(self) -> Recipe:
         return Recipe(
@@ -72,11 +72,31 @@ class Views(_Block):
         )
 
 
+class Views(View):
+    """Both views."""
+
+    second: View | None = None
+    """What the second view has otherwise: any of the fields above; those left out are as in the first."""
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    """How crops are resized."""
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _complete_second(cls, raw: Any) -> Any:
+        if isinstance(raw, dict) and isinstance(raw.get("second"), dict):
+            first = {key: value for key, value in raw.items() if key in View.model_fields}
+            raw = {**raw, "second": {**first, **raw["second"]}}
+        return raw
+
+    def recipes(self) -> tuple[Recipe, Recipe]:
+        return self.recipe(), (self.second or self).recipe()
+
+
 class Simclr(_Block):
     about: str = ""
     """For the reader: command, hardware, time and expected number of this preset."""
     data: str = ""
-    """Folder of packed shards; --data overrides."""
+    """Folder of packed shards, or its s3://, gs:// or http(s):// address; --data overrides."""
     run: str = ""
     """Run folder; empty: runs/ and the config's name. --run overrides."""
     seed: int = Field(default=0, ge=0, lt=2**63)
@@ -97,6 +117,12 @@ class Simclr(_Block):
     """Shards of a lane that are shuffled together."""
     encoder: Encoder = Encoder()
     views: Views = Views()
+    max_bad_fraction: float = Field(default=MAX_BAD_FRACTION, ge=0, lt=1)
+    """Share of the data set that may be damaged; up to it each damaged sample is replaced by the next sound one."""
+    cache: str = "~/.cache/simclr-dali"
+    """Folder that keeps shards of remote data; processes of a machine share it."""
+    cache_gb: float = Field(default=200.0, gt=0)
+    """How much that folder may hold, in gigabytes (1e9 bytes)."""
     loader_threads: int = Field(default=0, ge=0)
     """Threads of reading and of DALI, each, per process; 0: the cores shared out over the processes of the node."""
     log_every: Positive = 10
@@ -168,11 +194,12 @@ class Config(_Block):
                 f"of the run"
             )
         views = self.simclr.views
-        for name, (low, high), most in (("area", views.area, 1.0), ("sigma", views.sigma, float("inf"))):
-            if not 0 < low <= high <= most:
-                raise ValueError(
-                    f"simclr.views.{name} is [{low}, {high}], which is no range of positive numbers up to {most}"
-                )
+        for where, view in (("views", views), ("views.second", views.second or views)):
+            for name, (low, high), most in (("area", view.area, 1.0), ("sigma", view.sigma, float("inf"))):
+                if not 0 < low <= high <= most:
+                    raise ValueError(
+                        f"simclr.{where}.{name} is [{low}, {high}], which is no range of positive numbers up to {most}"
+                    )
         rule, lr = self.simclr.lr_rule, self.optimizer.params.lr
         if rule != "none":
             expected = LR_RULES[rule](self.train_batch_size)
@@ -191,6 +218,9 @@ class Config(_Block):
             stem = "3x3" if self.simclr.image_size < SMALLEST_SIZE_FOR_7X7 else "7x7"
         assert encoder.name in ARCHITECTURES
         return Architecture(encoder.name, encoder.width, stem, tuple(encoder.projector))
+
+    def shard_cache(self) -> Cache:
+        return Cache(Path(self.simclr.cache).expanduser(), int(self.simclr.cache_gb * 1e9))
 
     def local_batch(self, world: int) -> int:
         """Images per step of each of ``world`` processes. Raises UserError where they cannot share the batch."""

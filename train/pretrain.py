@@ -4,7 +4,8 @@
     deepspeed --num_gpus 2 train/pretrain.py --config my.json --data /data/my-shards --run runs/my
     deepspeed train/pretrain.py --config ds_lars.json --set simclr.epochs=100
 
-The config is a file or the name of a preset in train/configs; the data folder is one made by scripts/make_shards.sh.
+The config is a file or the name of a preset in train/configs; the data folder is one made by scripts/make_shards.sh, or
+its address (s3://, gs://, http://).
 The run folder gets config.json (as resolved), metrics.jsonl, speed.jsonl and checkpoints; the same command again goes
 on from the newest checkpoint. Without a GPU it runs on the CPU; --num_gpus is then the number of processes.
 """
@@ -14,6 +15,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -28,10 +30,12 @@ from model import checkpoint  # noqa: E402
 from model.batchnorm import synchronised  # noqa: E402
 from model.checkpoint import CheckpointError  # noqa: E402
 from model.encoder import build_model  # noqa: E402
+from pipeline.files import Files  # noqa: E402
 from pipeline.loader import Setting, two_views  # noqa: E402
 from pipeline.order import Order  # noqa: E402
+from pipeline.remote import is_remote, open_split  # noqa: E402
 from shards.errors import UserError, positive_int, run_main  # noqa: E402
-from shards.manifest import ShardSet, load_split  # noqa: E402
+from shards.manifest import ShardSet  # noqa: E402
 from shards.verify import verify_split  # noqa: E402
 from train.config import Config, load_config  # noqa: E402
 from train.engine import Process, build_engine, start  # noqa: E402
@@ -45,7 +49,18 @@ _FREE = {
     "train_micro_batch_size_per_gpu",
     *(
         f"simclr.{key}"
-        for key in ("about", "data", "run", "loader_threads", "log_every", "checkpoint_every", "keep_checkpoints")
+        for key in (
+            "about",
+            "data",
+            "run",
+            "loader_threads",
+            "log_every",
+            "checkpoint_every",
+            "keep_checkpoints",
+            "max_bad_fraction",
+            "cache",
+            "cache_gb",
+        )
     ),
 }
 
@@ -53,7 +68,7 @@ _FREE = {
 def main() -> None:
     arguments = parse_arguments()
     config = load_config(arguments.config, arguments.set, arguments.data, arguments.run)
-    shards = load_split(config.simclr.data, "train")
+    shards, files = open_split(config.simclr.data, "train", config.shard_cache())
     order = build_order(config, shards)
     process = start()
     refuse_damage(shards, process)
@@ -73,7 +88,7 @@ def main() -> None:
     dist.barrier()
 
     last_step = min(total_steps, step + (arguments.stop_after_steps or total_steps))
-    train(engine, optimizer, config, shards, order, process, run, step, last_step)
+    train(engine, optimizer, config, shards, files, order, process, run, step, last_step)
     dist.barrier()
     dist.destroy_process_group()
 
@@ -109,8 +124,12 @@ def build_order(config: Config, shards: ShardSet) -> Order:
 
 
 def refuse_damage(shards: ShardSet, process: Process) -> None:
-    """The fast check of shards.verify, by rank 0; seconds, once per start. All ranks hear of it and leave together."""
-    found = [next(iter(verify_split(shards, full=False)), None) if process.rank == 0 else None]
+    """The fast check of shards.verify, by rank 0; seconds, once per start. All ranks hear of it and leave together.
+
+    Remote shards are checked whole when they arrive.
+    """
+    checks = process.rank == 0 and not shards.source
+    found = [next(iter(verify_split(shards, full=False)), None) if checks else None]
     dist.broadcast_object_list(found, 0)
     if found[0]:
         raise UserError(f"{found[0]}; look with: python -m shards.verify --full {shards.folder.parent}")
@@ -164,7 +183,8 @@ def announce(config: Config, shards: ShardSet, order: Order, process: Process, s
     encoder = config.architecture()
     say(
         process,
-        f"{len(shards):,} images of {len(shards.classes)} classes in {shards.folder}, run folder {config.simclr.run}",
+        f"{len(shards):,} images of {len(shards.classes)} classes in {shards.source or shards.folder}, "
+        f"run folder {config.simclr.run}",
     )
     say(
         process,
@@ -194,6 +214,7 @@ def train(
     optimizer: torch.optim.Optimizer,
     config: Config,
     shards: ShardSet,
+    files: Callable[[], Files],
     order: Order,
     process: Process,
     run: Path,
@@ -208,7 +229,7 @@ def train(
     batches = two_views(
         shards,
         order,
-        simclr.views.recipe(),
+        simclr.views.recipes(),
         Setting(
             size=simclr.image_size,
             device=process.device,
@@ -221,6 +242,8 @@ def train(
         rank=process.rank,
         world=process.world,
         micro_batch=micro_batch,
+        max_bad_fraction=simclr.max_bad_fraction,
+        files=files,
     )
     micro_batches_per_step = config.local_batch(process.world) // micro_batch
     reporter = Reporter(
@@ -251,6 +274,8 @@ def train(
             if process.rank == 0:
                 checkpoint.save(run, state_of(engine.module, optimizer, config, shards, done), simclr.keep_checkpoints)
             last_checkpoint = f"step {done}"
+    if damaged := batches.damaged():
+        print(f"rank {process.rank} replaced {len(damaged)} damaged samples, named above", file=sys.stderr, flush=True)
     batches.close()
     if sys.stdout.isatty():
         say(process, "")
@@ -280,7 +305,7 @@ def state_of(
         "architecture": checkpoint.describe(config.architecture()),
         "image_size": config.simclr.image_size,
         "seed": config.simclr.seed,
-        "data": str(Path(config.simclr.data).resolve()),
+        "data": config.simclr.data if is_remote(config.simclr.data) else str(Path(config.simclr.data).resolve()),
         "config": config.model_dump(mode="json"),
         "manifest": shards.fingerprint,
         "versions": {"torch": str(torch.__version__), "deepspeed": sys.modules["deepspeed"].__version__},
