@@ -29,15 +29,20 @@ def photo_like(random: np.random.Generator) -> PIL.Image.Image:
     return PIL.Image.fromarray(np.clip(smooth + fine, 0, 255).astype(np.uint8))
 
 
-@pytest.fixture(scope="module")
-def images() -> list[bytes]:
+def photos(count: int) -> list[bytes]:
+    """Encoded photo-like pictures, the same for the same count."""
     random = np.random.default_rng(5)
     encoded = []
-    for _ in range(COUNT):
+    for _ in range(count):
         buffer = io.BytesIO()
         photo_like(random).save(buffer, "JPEG", quality=90)
         encoded.append(buffer.getvalue())
     return encoded
+
+
+@pytest.fixture(scope="module")
+def images() -> list[bytes]:
+    return photos(COUNT)
 
 
 def decoded(data: bytes) -> PIL.Image.Image:

