@@ -21,6 +21,8 @@ STD = (58.395, 57.12, 57.375)
 
 Array = np.ndarray[Any, Any]
 INTERPOLATIONS = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
+# In the order in which pipeline.bench adds them; color and blur come before the output.
+STAGES = ("decode", "crop", "output", "color", "blur")
 _BLACK, _WHITE = np.float32(0), np.float32(255)
 _BASIC_INPUTS = 3
 _COLOR_INPUTS = 5
@@ -48,11 +50,13 @@ def build(
     threads: int,
     half: bool,
     prefetch: int,
+    until: str = STAGES[-1],
 ) -> Pipeline:
     """Build the pipeline; ``run`` gives one batch per view, [batch, size, size, 3] float16 (``half``) or float32.
 
     source: called for each batch, returns [list of encoded images, *view_inputs of each view]; StopIteration ends it.
-    device_id: CUDA device, or None for the CPU. augment: whether color and blur are part of the graph.
+    device_id: CUDA device, or None for the CPU. augment: whether color and blur are part of the graph. until: the last
+    of STAGES that is part of the graph, for measuring.
     """
 
     @pipeline_def(
@@ -66,6 +70,8 @@ def build(
         per_view = _BASIC_INPUTS + (_COLOR_INPUTS if augment else 0)
         encoded, *numbers = fn.external_source(source=source, num_outputs=1 + views * per_view, batch=True)
         image = decoded(encoded, on_gpu=device_id is not None)
+        if until == "decode":
+            return (image,)
         return tuple(view(image, *numbers[v * per_view : (v + 1) * per_view]) for v in range(views))
 
     def view(image: Any, start: Any, end: Any, mirror: Any, *color: Any) -> Any:
@@ -77,8 +83,13 @@ def build(
             interp_type=INTERPOLATIONS[interpolation],
             antialias=True,
         )
-        if augment:
-            x = colored_and_blurred(x, *color)
+        if until == "crop":
+            return x
+        if augment and until in ("color", "blur"):
+            recolor, m, n, blur, sigma = color
+            x = colored(x, recolor, m, n)
+            if until == "blur":
+                x = blurred(x, blur, sigma)
         return fn.crop_mirror_normalize(
             x,
             mirror=mirror,
@@ -88,7 +99,12 @@ def build(
             std=list(STD),
         )
 
-    def colored_and_blurred(x: Any, recolor: Any, m: Any, n: Any, blur: Any, sigma: Any) -> Any:
+    def blurred(x: Any, blur: Any, sigma: Any) -> Any:
+        if blur:
+            x = fn.gaussian_blur(x, sigma=sigma)
+        return x
+
+    def colored(x: Any, recolor: Any, m: Any, n: Any) -> Any:
         # Bytes up to here, as in torchvision, and floats from here on: on a CPU, DALI resizes to bytes faster than to
         # floats, but rounds back to bytes more slowly than it computes.
         if recolor:
@@ -102,8 +118,6 @@ def build(
             y = fn.reshape(math.min(math.max(y, _BLACK), _WHITE), layout="HWC")
         else:
             y = fn.cast(x, dtype=types.FLOAT)
-        if blur:
-            y = fn.gaussian_blur(y, sigma=sigma)
         return y
 
     pipeline = graph()

@@ -1,0 +1,167 @@
+"""What each stage of the input pipeline costs on this machine, and which one holds it back.
+
+    python -m pipeline.bench SHARDS                          # on the CPU, all cores
+    python -m pipeline.bench SHARDS --device gpu --threads 8
+
+Reading is timed alone (from the page cache, if the shards are in it). The stages of the graph are timed by building it
+up to each of them, on images that are in memory already, and taking differences. The loader is timed as training uses
+it. Medians over the rounds; two views of each image.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipeline import graph
+from pipeline.draws import Recipe, draw
+from pipeline.files import LocalFiles
+from pipeline.loader import Setting, two_views
+from pipeline.order import Order
+from pipeline.reading import SampleReader
+from shards.errors import UserError, positive_int, run_main
+from shards.manifest import ShardSet, load_split
+from shards.source import SPLITS
+
+_WARM_UP = 4  # batches
+
+
+def measure(shards: ShardSet, setting: Setting, *, batch: int, images: int, rounds: int) -> dict[str, float]:
+    """Milliseconds per image: of reading (all threads), of each stage of the graph, and of the whole loader."""
+    order = Order(tuple(int(size) for size in shards.shard_sizes()), batch, 1, 8, 0)
+    batches = -(-images // batch)
+    places = [divmod(number, order.steps_per_epoch) for number in range(batches)]
+    ids = [order.batch(epoch, step) for epoch, step in places]
+    files = LocalFiles(shards)
+    reader = SampleReader(shards, files)
+
+    def read_all() -> None:
+        with ThreadPoolExecutor(setting.threads) as pool:
+            list(pool.map(reader.read, ids))
+
+    taken = {"read": _seconds(read_all, rounds)}
+    inputs = []
+    for some in ids:
+        rows = shards.samples[some]
+        size = rows["width"].astype(np.int64), rows["height"].astype(np.int64)
+        draws = [draw(Recipe(), order.seed, 0, some, view, *size) for view in range(2)]
+        inputs.append([reader.read(some)[0], *(array for d in draws for array in graph.view_inputs(d, True))])
+    files.close()
+
+    before = 0.0
+    for stage in graph.STAGES:
+        up_to = _seconds(_graph_run(cycle(inputs), setting, batch, batches, stage), rounds)
+        taken[stage], before = max(0.0, up_to - before), up_to
+    taken["graph"] = before
+
+    loader = two_views(shards, order, Recipe(), setting, epochs=10**6)
+    for _ in range(_WARM_UP):
+        next(loader)
+
+    def load_all() -> None:
+        for _ in range(batches):
+            next(loader)
+        _wait(setting)
+
+    taken["loader"] = _seconds(load_all, rounds)
+    loader.close()
+    return {name: 1e3 * seconds / (batches * batch) for name, seconds in taken.items()}
+
+
+def _graph_run(inputs: Iterator[Any], setting: Setting, batch: int, batches: int, until: str) -> Callable[[], None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The external source node", Warning)  # a cut graph leaves inputs unused
+        pipeline = graph.build(
+            lambda: next(inputs),
+            batch=batch,
+            views=2,
+            augment=True,
+            size=setting.size,
+            interpolation=setting.interpolation,
+            device_id=(setting.device.index or 0) if setting.device.type == "cuda" else None,
+            threads=setting.threads,
+            half=setting.dtype == torch.float16,
+            prefetch=setting.prefetch,
+            until=until,
+        )
+    for _ in range(_WARM_UP):
+        pipeline.run()
+
+    def run() -> None:
+        for _ in range(batches):
+            pipeline.run()
+        _wait(setting)
+
+    return run
+
+
+def _wait(setting: Setting) -> None:
+    if setting.device.type == "cuda":
+        torch.cuda.synchronize(setting.device)
+
+
+def _seconds(run: Callable[[], None], rounds: int) -> float:
+    times = []
+    for _ in range(rounds):
+        started = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)
+
+
+def verdict(taken: dict[str, float]) -> str:
+    """The bottleneck in a sentence."""
+    slowest = max(graph.STAGES, key=lambda stage: taken[stage])
+    if taken["read"] > taken["graph"]:
+        return f"bottleneck: reading, {taken['read'] / taken['graph']:.1f} times as long as the graph"
+    share = taken[slowest] / taken["graph"]
+    around = taken["loader"] / taken["graph"] - 1
+    return f"bottleneck: {slowest}, {share:.0%} of the graph; the loader takes {around:+.0%} on top of the graph"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m pipeline.bench", description="Time the input pipeline by stage.")
+    parser.add_argument("data", type=Path, metavar="SHARDS", help="folder made by scripts/make_shards.sh")
+    parser.add_argument("--split", choices=SPLITS, default="train", help="default: train")
+    parser.add_argument("--device", choices=["cpu", "gpu"], default="cpu", help="where the graph runs (default: cpu)")
+    parser.add_argument("--threads", type=positive_int, default=len(os.sched_getaffinity(0)), help="default: the cores")
+    parser.add_argument("--batch", type=positive_int, default=64, metavar="N", help="images a batch (default: 64)")
+    parser.add_argument("--images", type=positive_int, default=512, metavar="N", help="a round (default: 512)")
+    parser.add_argument("--rounds", type=positive_int, default=3, metavar="N", help="default: 3")
+    parser.add_argument("--size", type=positive_int, default=224, metavar="PX", help="of a view (default: 224)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    given = parser.parse_args()
+    if given.device == "gpu" and not torch.cuda.is_available():
+        raise UserError("--device is gpu, but torch sees none here; leave it out to measure the CPU")
+    on_gpu = given.device == "gpu"
+    setting = Setting(
+        size=given.size,
+        device=torch.device("cuda", 0) if on_gpu else torch.device("cpu"),
+        threads=given.threads,
+        dtype=torch.float16 if on_gpu else torch.float32,
+    )
+    shards = load_split(given.data, given.split)
+    taken = measure(shards, setting, batch=given.batch, images=given.images, rounds=given.rounds)
+    print(f"{given.threads} threads, {given.device}, two {given.size} px views, batch {given.batch}")
+    print("stage     ms/image    images/s")
+    for name, milliseconds in taken.items():
+        rate = f"{1e3 / milliseconds:11,.0f}" if milliseconds else f"{'-':>11}"
+        print(f"{name:8} {milliseconds:9.3f} {rate}")
+    print(verdict(taken))
+    if given.json:
+        figures = {"ms_per_image": taken, "threads": given.threads, "device": given.device, "batch": given.batch}
+        given.json.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,111 @@
+"""A sheet of pictures: each sample as stored, and its two views with what they drew.
+
+    python -m pipeline.show SHARDS --out views.png               # as ds_lars.json would augment them in epoch 0
+    python -m pipeline.show SHARDS --out views.png --epoch 3 --strength 0.5 --size 96
+
+The draws of each view are also printed, one line each.
+"""
+
+import argparse
+import io
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import PIL.ImageDraw
+import torch
+
+from pipeline.draws import BRIGHTNESS, CONTRAST, HUE, SATURATION, Draws, Recipe, draw
+from pipeline.files import LocalFiles
+from pipeline.graph import MEAN, STD
+from pipeline.loader import Setting, two_views
+from pipeline.order import Order
+from pipeline.reading import SampleReader
+from shards.durable import refusals_named
+from shards.errors import UserError, positive_int, run_main
+from shards.manifest import ShardSet, load_split
+from shards.source import SPLITS
+
+_SIDE = 224  # pixels of every picture on the sheet
+_CAPTION = 44  # pixels below each, three lines
+_LETTERS = {BRIGHTNESS: "b", CONTRAST: "c", SATURATION: "s", HUE: "h"}
+
+
+def described(draws: Draws, row: int) -> list[str]:
+    """What a view drew, in three short lines: geometry, colors in their order, blur."""
+    x0, y0, x1, y1 = draws.box[row]
+    geometry = f"{x1 - x0:.0f}x{y1 - y0:.0f} at {x0:.0f},{y0:.0f}{' flipped' if draws.flip[row] else ''}"
+    factors = " ".join(f"{_LETTERS[step]} {draws.factors[row, step]:.2f}" for step in draws.order[row])
+    colors = factors if draws.jitter[row] else "colors kept"
+    blur = f"blur {draws.sigma[row]:.2f} px" if draws.blur[row] else "no blur"
+    return [geometry, colors, f"{'gray, ' if draws.gray[row] else ''}{blur}"]
+
+
+def sheet(shards: ShardSet, order: Order, recipe: Recipe, epoch: int, size: int) -> tuple[PIL.Image.Image, list[str]]:
+    """The picture of one batch, and its draws as lines of text."""
+    setting = Setting(size=size, device=torch.device("cpu"))
+    loader = two_views(shards, order, recipe, setting, epochs=epoch + 1, start=(epoch, 0), max_bad_fraction=0)
+    views, labels, ids_shown = next(loader)
+    loader.close()
+    ids = ids_shown.numpy()
+    pixels = views.permute(0, 2, 3, 1).numpy() * np.array(STD) + np.array(MEAN)
+    pictures = [PIL.Image.fromarray(view.clip(0, 255).round().astype(np.uint8)) for view in pixels]
+    rows = shards.samples[ids]
+    width, height = rows["width"].astype(np.int64), rows["height"].astype(np.int64)
+    draws = [draw(recipe, order.seed, epoch, ids, view, width, height) for view in range(2)]
+    files = LocalFiles(shards)
+    originals = [_decode(data.tobytes()) for data in SampleReader(shards, files).read(ids)[0]]
+    files.close()
+
+    result = PIL.Image.new("RGB", (3 * _SIDE, len(ids) * (_SIDE + _CAPTION)), "white")
+    pen = PIL.ImageDraw.Draw(result)
+    lines = []
+    for row, sample in enumerate(ids):
+        name = shards.classes[int(labels[row])]
+        captions = [[f"sample {sample}, {name}"[:36], f"{width[row]}x{height[row]} pixels"]]
+        captions += [described(view, row) for view in draws]
+        for column, picture in enumerate((originals[row], pictures[row], pictures[len(ids) + row])):
+            x, y = column * _SIDE, row * (_SIDE + _CAPTION)
+            picture.thumbnail((_SIDE, _SIDE))
+            result.paste(picture, (x + (_SIDE - picture.width) // 2, y + (_SIDE - picture.height) // 2))
+            pen.multiline_text((x + 3, y + _SIDE), "\n".join(captions[column]), fill="black", spacing=2)
+            if column:
+                lines.append(f"sample {sample} ({name}) view {column}: {'; '.join(captions[column])}")
+    return result, lines
+
+
+def _decode(data: bytes) -> PIL.Image.Image:
+    with PIL.Image.open(io.BytesIO(data)) as picture:
+        return picture.convert("RGB")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m pipeline.show", description="Show samples and their two views.")
+    parser.add_argument("data", type=Path, metavar="SHARDS", help="folder made by scripts/make_shards.sh")
+    parser.add_argument("--out", type=Path, required=True, metavar="PNG", help="the sheet")
+    parser.add_argument("--split", choices=SPLITS, default="train", help="default: train")
+    parser.add_argument("--count", type=positive_int, default=8, metavar="N", help="samples (default: 8)")
+    parser.add_argument("--epoch", type=int, default=0, metavar="N", help="whose order and draws (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the run (default: 0)")
+    parser.add_argument("--size", type=positive_int, default=224, metavar="PX", help="of a view (default: 224)")
+    parser.add_argument("--strength", type=float, default=1.0, metavar="S", help="of the colors (default: 1)")
+    given = parser.parse_args()
+    if given.epoch < 0 or given.seed < 0 or given.strength < 0:
+        raise UserError(
+            f"--epoch {given.epoch}, --seed {given.seed} and --strength {given.strength} must not be negative"
+        )
+    shards = load_split(given.data, given.split)
+    order = Order(tuple(int(size) for size in shards.shard_sizes()), given.count, 1, 8, given.seed)
+    picture, lines = sheet(shards, order, replace(Recipe(), strength=given.strength), given.epoch, given.size)
+    with refusals_named(given.out):
+        try:
+            picture.save(given.out)
+        except ValueError as error:
+            raise UserError(f"--out is {given.out}; its ending must be .png or .jpg") from error
+    print("\n".join(lines))
+    print(f"{len(lines) // 2} samples: {given.out}")
+
+
+if __name__ == "__main__":
+    run_main(main)
