@@ -56,6 +56,7 @@ class Setting:
     interpolation: str = "bilinear"
     read_ahead: int = 4
     prefetch: int = 2
+    tuning: graph.Tuning = graph.PLAIN
 
 
 class TwoViews(Iterator[Batch]):
@@ -250,8 +251,9 @@ def _run(
         rows = shards.samples[shown]
         # Keyed by the planned ids: a sample that also stands in for a damaged one is drawn twice, differently.
         drawn = draws(plan, rows["width"].astype(np.int64), rows["height"].astype(np.int64))
+        region = graph.region_inputs(drawn) if setting.tuning.region else []
         inputs = [array for view in drawn for array in graph.view_inputs(view, augment)]
-        return plan, shown, [images, *inputs]
+        return plan, shown, [images, *region, *inputs]
 
     prepared = ahead(expected(), prepare, setting.threads, setting.read_ahead)
     handed_over: deque[tuple[_Plan, Ids]] = deque()  # batches inside the graph
@@ -273,6 +275,7 @@ def _run(
         threads=setting.threads,
         half=setting.dtype == torch.float16,
         prefetch=setting.prefetch,
+        tuning=setting.tuning,
     )
     recycled = Recycled()
     copied = torch.cuda.Event() if on_gpu else None

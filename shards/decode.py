@@ -11,19 +11,25 @@ from nvidia.dali.pipeline import Pipeline
 BATCH = 16  # images at a time; more do not fit the processor's cache once decoded
 
 
-def decoded(encoded: Any, *, on_gpu: bool) -> Any:
+def decoded(encoded: Any, *, on_gpu: bool, hw_load: float = 0.0, region: tuple[Any, Any] | None = None) -> Any:
     """A DALI node: encoded images to uint8 RGB (height, width, 3).
 
     EXIF rotation stays off, as in torchvision: crop boxes are drawn for the picture as stored. Fancy upsampling makes
-    the GPU decoder interpolate chroma as libjpeg does on the CPU.
+    the GPU decoder interpolate chroma as libjpeg does on the CPU. hw_load: share of a batch for the JPEG engine of GPUs
+    that have one; which images it gets depends on the batch, and it may round otherwise than the rest, so it is off.
+    region: nodes with the corners (y, x), int32, that decoding may be limited to.
     """
-    return fn.decoders.image(
-        encoded,
-        device="mixed" if on_gpu else "cpu",
-        output_type=types.RGB,
-        adjust_orientation=False,
-        jpeg_fancy_upsampling=True,
-    )
+    common: dict[str, Any] = {
+        "device": "mixed" if on_gpu else "cpu",
+        "output_type": types.RGB,
+        "adjust_orientation": False,
+        "jpeg_fancy_upsampling": True,
+    }
+    if on_gpu:
+        common["hw_decoder_load"] = hw_load
+    if region is None:
+        return fn.decoders.image(encoded, **common)
+    return fn.decoders.image_slice(encoded, start=region[0], end=region[1], axes=[0, 1], **common)
 
 
 class Decoder:

@@ -12,7 +12,7 @@ import pytest
 from pipeline import graph
 from pipeline.color import compose
 from pipeline.draws import Draws, Recipe, draw
-from pipeline.graph import MEAN, STD
+from pipeline.graph import MEAN, STD, Tuning
 
 SIZE = 48
 COUNT = 24
@@ -54,16 +54,19 @@ def draws_for(images: list[bytes], **recipe: Any) -> Draws:
     return draw(Recipe(**recipe), 3, 0, np.arange(len(images)), 0, sizes[:, 0], sizes[:, 1])
 
 
-def run(images: list[bytes], draws: Draws, *, threads: int = 2, half: bool = False) -> Pixels:
+def run(
+    images: list[bytes], draws: Draws, *, threads: int = 2, half: bool = False, tuning: Tuning = graph.PLAIN
+) -> Pixels:
     """The graph's view of each image, in levels of 0..255, float64 (n, SIZE, SIZE, 3)."""
 
     def batches() -> Iterator[list[Any]]:
-        yield [[np.frombuffer(data, np.uint8) for data in images], *graph.view_inputs(draws, True)]
+        region = graph.region_inputs([draws]) if tuning.region else []
+        yield [[np.frombuffer(data, np.uint8) for data in images], *region, *graph.view_inputs(draws, True)]
 
     source = batches()
     pipeline = graph.build(
         lambda: next(source), batch=len(images), views=1, augment=True, size=SIZE, interpolation="bilinear",
-        device_id=None, threads=threads, half=half, prefetch=1,
+        device_id=None, threads=threads, half=half, prefetch=1, tuning=tuning,
     )  # fmt: skip
     (views,) = pipeline.run()
     return np.asarray(views.as_tensor()).astype(np.float64) * STD + MEAN
@@ -132,6 +135,18 @@ def test_nothing_but_the_inputs_decides_the_pixels(images: list[bytes]) -> None:
 def test_half_output_is_the_rounded_full_output(images: list[bytes]) -> None:
     draws = draws_for(images)
     assert np.abs(run(images, draws, half=True) - run(images, draws)).max() < 0.2
+
+
+def test_neutral_parameters_instead_of_conditionals_give_the_same_views(images: list[bytes]) -> None:
+    draws = draws_for(images)
+    assert np.abs(run(images, draws, tuning=Tuning(conditionals=False)) - run(images, draws)).max() < 0.01
+
+
+def test_decoding_a_region_gives_the_same_views_but_at_its_border(images: list[bytes]) -> None:
+    draws = draws_for(images)
+    difference = np.abs(run(images, draws, tuning=Tuning(region=True)) - run(images, draws))
+    # Where a crop is enlarged, resizing sees one pixel beside the box, which a region does not have.
+    assert difference[:, 4:-4, 4:-4].max() < 1.01 and difference.mean() < 0.1
 
 
 def test_exif_rotation_is_ignored_as_in_torchvision() -> None:

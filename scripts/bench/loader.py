@@ -38,10 +38,10 @@ from shards.plan import Options  # noqa: E402
 WARM_UP = 16  # batches; until then DALI's buffers still grow to the largest images, and workers start
 # What a GPU changes is for measuring: each is one more row beside "ours".
 GPU_TUNINGS: dict[str, dict[str, Any]] = {
-    "hardware decoder 0": {"hw_decoder_load": 0.0},
-    "hardware decoder 0.9": {"hw_decoder_load": 0.9},
-    "decode region": {"region": True},
-    "no conditionals": {"conditionals": False},
+    "hardware decoder 0.65": {"tuning": {"hw_decoder_load": 0.65}},
+    "hardware decoder 0.9": {"tuning": {"hw_decoder_load": 0.9}},
+    "decode region": {"tuning": {"region": True}},
+    "no conditionals": {"tuning": {"conditionals": False}},
     "prefetch 4": {"prefetch": 4},
     "half the threads": {"threads": max(1, (os.cpu_count() or 2) // 2)},
 }

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from model.vision import torchvision
 from pipeline.draws import Recipe
-from pipeline.graph import MEAN, STD
+from pipeline.graph import MEAN, STD, Tuning
 from pipeline.loader import Setting, two_views
 from pipeline.order import Order
 from shards.manifest import load_split
@@ -32,11 +32,12 @@ ENDLESS = 10**6
 Stream = Iterator[torch.Tensor]
 
 
-def ours(images: Path, shards: Path, device: torch.device, batch: int, cores: int, **tuning: Any) -> Stream:
+def ours(images: Path, shards: Path, device: torch.device, batch: int, cores: int, **changes: Any) -> Stream:
     split = load_split(shards, "train")
     order = Order(tuple(int(size) for size in split.shard_sizes()), batch, 1, 8, 0)
     dtype = torch.float16 if device.type == "cuda" else torch.float32
-    setting = Setting(**{"size": SIZE, "device": device, "threads": cores, "dtype": dtype, **tuning})
+    changes["tuning"] = Tuning(**changes.pop("tuning", {}))
+    setting = Setting(**{"size": SIZE, "device": device, "threads": cores, "dtype": dtype, **changes})
     for views, _, _ in two_views(split, order, Recipe(), setting, epochs=ENDLESS):
         yield views
 
