@@ -18,7 +18,7 @@ import torch
 from pipeline import graph
 from pipeline.draws import Draws, Recipe, center, draw
 from pipeline.files import Files, LocalFiles
-from pipeline.memory import Recycled
+from pipeline.memory import Recycled, keep_freed_memory
 from pipeline.order import Order
 from pipeline.reading import SampleReader, ahead
 from shards.errors import UserError
@@ -264,6 +264,8 @@ def _run(
         return inputs
 
     on_gpu = setting.device.type == "cuda"
+    if not on_gpu:
+        keep_freed_memory()
     pipeline = graph.build(
         source,
         batch=batch,

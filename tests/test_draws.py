@@ -5,12 +5,16 @@ from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
+import PIL.Image
 import pytest
+import torch
 from scipy import stats
 
+from model.vision import torchvision
 from pipeline.color import LUMA, compose
-from pipeline.draws import BRIGHTNESS, CONTRAST, HUE, SATURATION, Draws, Recipe, center, draw
+from pipeline.draws import BRIGHTNESS, CIFAR, CONTRAST, HUE, PROBE, SATURATION, Draws, Recipe, center, draw
 
+transforms = torchvision.transforms
 COUNT = 20_000
 IDS = np.arange(COUNT)
 # With fixed seeds a test either always passes or always fails; this level only says how odd a result may look.
@@ -52,27 +56,11 @@ def test_all_orders_of_the_four_factors_are_equally_likely() -> None:
 
 
 def torchvision_boxes(width: int, height: int, count: int) -> npt.NDArray[np.float64]:
-    """Boxes x0, y0, x1, y1 by the algorithm of torchvision's RandomResizedCrop.get_params, sample by sample."""
-    random = np.random.default_rng(1)
-    boxes = []
-    for _ in range(count):
-        for _ in range(10):
-            area = width * height * random.uniform(0.08, 1)
-            aspect = np.exp(random.uniform(np.log(3 / 4), np.log(4 / 3)))
-            w, h = round(np.sqrt(area * aspect)), round(np.sqrt(area / aspect))
-            if 0 < w <= width and 0 < h <= height:
-                y, x = random.integers(0, height - h + 1), random.integers(0, width - w + 1)
-                break
-        else:
-            ratio = width / height
-            w, h = width, height
-            if ratio < 3 / 4:
-                h = round(w / (3 / 4))
-            elif ratio > 4 / 3:
-                w = round(h * 4 / 3)
-            y, x = (height - h) // 2, (width - w) // 2
-        boxes.append((x, y, x + w, y + h))
-    return np.array(boxes, float)
+    """Boxes x0, y0, x1, y1 of torchvision's own sampler, which has no batched form."""
+    torch.manual_seed(1)
+    sampler, picture = transforms.RandomResizedCrop, PIL.Image.new("L", (width, height))
+    rows = (sampler.get_params(picture, [0.08, 1.0], [3 / 4, 4 / 3]) for _ in range(count))
+    return np.array([(left, top, left + w, top + h) for top, left, h, w in rows], float)
 
 
 @pytest.mark.parametrize(("width", "height"), [(500, 375), (224, 224), (90, 400), (1000, 200)])
@@ -87,6 +75,48 @@ def test_crops_are_distributed_as_torchvisions(width: int, height: int) -> None:
         assert stats.ks_2samp(measure(ours), measure(theirs)).pvalue > LEVEL
     assert ours.min() >= 0 and ours[:, 2].max() <= width and ours[:, 3].max() <= height
     assert np.all(ours[:, 2] > ours[:, 0]) and np.all(ours[:, 3] > ours[:, 1])
+
+
+def test_color_factors_and_their_order_are_distributed_as_torchvisions() -> None:
+    torch.manual_seed(2)
+    jitter = transforms.ColorJitter(0.8, 0.8, 0.8, 0.2)
+    ranges = jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue
+    theirs = [transforms.ColorJitter.get_params(*ranges) for _ in range(4000)]
+    ours = drawn()
+    for factor in (BRIGHTNESS, CONTRAST, SATURATION, HUE):
+        assert stats.ks_2samp(ours.factors[:, factor], [row[1 + factor] for row in theirs]).pvalue > LEVEL
+    orders = sorted(set(map(tuple, ours.order.tolist())))
+    counts = [
+        Counter(tuple(order) for order in many) for many in (ours.order.tolist(), (r[0].tolist() for r in theirs))
+    ]
+    table = [[count[order] for order in orders] for count in counts]
+    assert sum(table[1]) == len(theirs)
+    assert stats.chi2_contingency(table).pvalue > LEVEL
+
+
+def test_blur_flip_and_gray_are_distributed_as_torchvisions() -> None:
+    torch.manual_seed(3)
+    ours = drawn()
+    theirs = [transforms.GaussianBlur.get_params(0.1, 2.0) for _ in range(4000)]
+    assert stats.ks_2samp(ours.sigma, theirs).pvalue > LEVEL
+    # How often torchvision's random steps change a picture that each of them changes visibly.
+    left_red = PIL.Image.fromarray(np.array([[[255, 0, 0], [0, 0, 0]]], np.uint8))
+    before = np.asarray(left_red)
+    blurring = transforms.RandomApply([transforms.functional.hflip], 0.5)  # any function that shows
+    steps = (transforms.RandomHorizontalFlip(0.5), ours.flip), (transforms.RandomGrayscale(0.2), ours.gray)
+    for step, flags in (*steps, (blurring, ours.blur)):
+        changed = sum(not np.array_equal(np.asarray(step(left_red)), before) for _ in range(4000))
+        table = [[changed, 4000 - changed], [int(flags.sum()), int((~flags).sum())]]
+        assert stats.chi2_contingency(table).pvalue > LEVEL
+
+
+def test_the_variants_draw_what_they_should() -> None:
+    cifar, probe = drawn(CIFAR), drawn(PROBE)
+    assert not cifar.blur.any() and is_uniform(cifar.factors[:, BRIGHTNESS], 0.6, 1.4) and is_share(cifar.jitter, 0.8)
+    assert not (probe.jitter | probe.gray | probe.blur).any() and is_share(probe.flip, 0.5)
+    # The same sample is cropped alike by every recipe of the same area: only what a recipe names changes.
+    assert np.array_equal(probe.box, drawn().box) and np.array_equal(cifar.box, drawn().box)
+    assert Recipe().changes_pixels() and CIFAR.changes_pixels() and not PROBE.changes_pixels()
 
 
 def test_a_picture_that_no_crop_fits_falls_back_to_its_center() -> None:
