@@ -88,11 +88,10 @@ def draw(
     u = _uniforms(seed, epoch, ids, view)
     tries, rest = u[:, : 2 * _CROP_TRIES].reshape(-1, _CROP_TRIES, 2), u[:, 2 * _CROP_TRIES :]
     spread = 0.8 * recipe.strength
-    low = np.array([1 - spread, 1 - spread, 1 - spread, -0.2 * recipe.strength])
+    least = max(0.0, 1 - spread)  # at a strength over 1.25 the range would reach below 0; torchvision cuts it there
+    low = np.array([least, least, least, -0.2 * recipe.strength])
     high = np.array([1 + spread, 1 + spread, 1 + spread, 0.2 * recipe.strength])
     factors = low + (high - low) * rest[:, 4:8]
-    # At a strength over 1.25 the range of a factor would reach below 0; torchvision clips it there too.
-    factors[:, :HUE] = np.maximum(factors[:, :HUE], 0.0)
     return Draws(
         box=_crop(recipe.area, tries, rest[:, 0], rest[:, 1], width, height),
         flip=rest[:, 2] < recipe.flip,

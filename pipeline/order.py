@@ -81,12 +81,18 @@ class Order:
 
         Both are numbers in storage order, each once; at the end of an epoch the windows after are not known yet.
         """
-        place = step * (self.global_batch // self.lanes)
+        per_lane = self.global_batch // self.lanes
         lanes = range(rank * self.lanes // world, (rank + 1) * self.lanes // world)
         epoch_layout = layout(self, epoch)
-        at = [(lane, epoch_layout.window_at(lane, place)) for lane in lanes]
-        now = dict.fromkeys(shard for lane, window in at for shard in epoch_layout.shards(lane, window))
-        after = dict.fromkeys(shard for lane, window in at for shard in epoch_layout.shards(lane, window + 1))
+        now: dict[int, None] = {}
+        after: dict[int, None] = {}
+        for lane in lanes:
+            first, last = (
+                epoch_layout.window_at(lane, place) for place in (step * per_lane, (step + 1) * per_lane - 1)
+            )
+            for window in range(first, last + 1):
+                now |= dict.fromkeys(epoch_layout.shards(lane, window))
+            after |= dict.fromkeys(epoch_layout.shards(lane, last + 1))
         return list(now), [shard for shard in after if shard not in now]
 
 

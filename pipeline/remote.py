@@ -11,6 +11,7 @@ import os
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -30,6 +31,7 @@ _ATTEMPTS = 6  # without a byte of progress; pauses double from _PAUSE, half a m
 _PAUSE = 0.5  # seconds
 _SILENCE = 20  # seconds without a byte after which an http answer counts as failed
 _THREADS = 4  # shards that come at a time
+_STILL_READ = 16  # changes of the windows; batches made ahead may still read what was current that long ago
 _URGENT, _AHEAD, _END = 0, 1, -1
 
 
@@ -41,7 +43,7 @@ class _Fetch:
 
 @dataclass(frozen=True)
 class Cache:
-    """Where remote shards are kept on the local disk, and how many bytes of them at most."""
+    """Where remote shards are kept on the local disk, and how many bytes of them at most, over all processes."""
 
     folder: Path
     limit: int
@@ -69,7 +71,11 @@ def open_split(data: str | Path, split: str, cache: Cache) -> tuple[ShardSet, Ca
         write_durably(folder / MANIFEST, manifest)
         if not (folder / TABLE).is_file():
             write_durably(folder / TABLE, _download_small(url, TABLE))
-    shards = replace(read_split(folder), source=url)
+    try:
+        shards = replace(read_split(folder), source=url)
+    except UserError as error:
+        (folder / TABLE).unlink(missing_ok=True)  # the next start asks for it again
+        raise UserError(f"{url} is damaged, or its upload is not finished: {error}") from error
     return shards, lambda: RemoteFiles(shards, cache)
 
 
@@ -81,7 +87,7 @@ class RemoteFiles:
         self._filesystem, self._root = _filesystem(shards.source)
         self._lock = threading.Lock()
         self._fetches: dict[int, _Fetch] = {}
-        self._before: frozenset[int] = frozenset()  # batches made ahead may still read what was expected before
+        self._before: deque[frozenset[int]] = deque(maxlen=_STILL_READ)
         self._now: frozenset[int] = frozenset()
         self._after: frozenset[int] = frozenset()
         self._queue: queue.PriorityQueue[tuple[int, int, int]] = queue.PriorityQueue()
@@ -93,7 +99,7 @@ class RemoteFiles:
             thread.start()
 
     def expect(self, now: Sequence[int], after: Sequence[int]) -> None:
-        """Raises UserError where the cache cannot hold what is read at one time."""
+        """Raises UserError where the cache cannot hold what this process alone reads at one time."""
         if (frozenset(now), frozenset(after)) == (self._now, self._after):
             return
         needed = sum(self._shards.shards[shard].bytes for shard in now)
@@ -102,10 +108,11 @@ class RemoteFiles:
                 f"the shards of the current windows take {needed:,} bytes, the cache in {self._cache.folder} may "
                 f"hold {self._cache.limit:,}; allow it more, or lower simclr.shuffle_window"
             )
-        self._before, self._now, self._after = self._now, frozenset(now), frozenset(after)
+        self._before.append(self._now)
+        self._now, self._after = frozenset(now), frozenset(after)
         for shard in now:
-            if (path := self._path(shard)).is_file():
-                os.utime(path)  # used last: the last to make room
+            with suppress(OSError):  # not there yet, or not anymore
+                os.utime(self._path(shard))  # used last: the last to make room
             self._fetch(shard, _URGENT)
         for shard in after:
             self._fetch(shard, _AHEAD)
@@ -188,16 +195,16 @@ class RemoteFiles:
 
     def _reserve(self, shard: int, partial: Path, fetch: _Fetch) -> bool:
         """Make room for a shard and take it with a file of its size; False if it can wait and there is none."""
-        size = self._shards.shards[shard].bytes
+        size, urgency = self._shards.shards[shard].bytes, fetch.urgency
         with self._room_locked():
             kept = kept_in(self._cache.folder)
             total = sum(stat.st_size for stat in kept.values())
             # Shards that nobody here waits for go first, the longest unused of them first; those of the current
-            # windows never go.
+            # windows of this process never go; those of other processes are the youngest of the rest.
             worth = {self._path(number): 1 for number in self._after}
-            worth |= {self._path(number): 2 for number in self._before}
+            worth |= {self._path(number): 2 for numbers in tuple(self._before) for number in numbers}
             worth |= {self._path(number): 3 for number in self._now}
-            most = 2 if fetch.urgency == _URGENT else 0
+            most = 2 if urgency == _URGENT else 0
             may_go = [path for path in kept if path.suffix == ".tar" and worth.get(path, 0) <= most]
             may_go.sort(key=lambda path: (worth.get(path, 0), kept[path].st_mtime))
             for path in may_go:
@@ -209,7 +216,7 @@ class RemoteFiles:
                 with partial.open("wb") as file:
                     file.truncate(size)
                 return True
-        if fetch.urgency == _AHEAD:
+        if urgency == _AHEAD:
             return False
         raise UserError(
             f"the cache in {self._cache.folder} has no room for {size:,} more bytes within its {self._cache.limit:,}: "
@@ -221,32 +228,42 @@ class RemoteFiles:
 
     def _remove_leftovers(self) -> None:
         """Free what a killed process was fetching."""
-        for partial in self._shards.folder.glob("*.partial"):
+        for partial in kept_in(self._cache.folder):
+            if partial.suffix != ".partial":
+                continue
             with partial.with_suffix(".lock").open("a") as file, suppress(BlockingIOError):
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 partial.unlink(missing_ok=True)
 
     def _copy(self, name: str, target: Path, size: int) -> None:
         """Copy a remote file into ``target``, going on where an attempt broke off."""
-        at, failures = 0, 0
+        at, best, failures, streaming = 0, 0, 0, False
         with target.open("r+b") as file:
             while at < size:
-                before = at
+                if streaming:
+                    at = 0
+                how = {"block_size": 0} if streaming else {"cache_type": "none"}
                 try:
-                    with self._filesystem.open(f"{self._root}/{name}", "rb", cache_type="none") as remote:
-                        if at and not _sought(remote, at):
-                            at = before = 0
+                    with self._filesystem.open(f"{self._root}/{name}", "rb", **how) as remote:
+                        if at:
+                            remote.seek(at)
                         file.seek(at)
                         while chunk := remote.read(min(_CHUNK, size - at)):
                             if self._stop.is_set():
                                 raise UserError("the loader was closed")
-                            at += file.write(chunk)
+                            with refusals_named(target):
+                                at += file.write(chunk)
                     if at < size:
                         raise EOFError(f"it ended after {at:,} of {size:,} bytes")
                 except UserError:
                     raise
+                except ValueError:
+                    if streaming:
+                        raise
+                    streaming = True  # a server that knows no ranges: whole files only, from the start
                 except Exception as error:
-                    failures = 0 if at > before else failures + 1
+                    failures = 0 if at > best else failures + 1
+                    best = max(best, at)
                     if failures == _ATTEMPTS:
                         raise _unreachable(f"{self._shards.source}/{name}", error) from error
                     self._stop.wait(_PAUSE * 2**failures)
@@ -255,19 +272,12 @@ class RemoteFiles:
 def kept_in(folder: Path) -> dict[Path, os.stat_result]:
     """The shards that a cache holds, whole or on their way."""
     kept = {}
-    for path in folder.rglob("*"):
+    # Only below folders that are named by a manifest: a cache folder may hold tars of its owner too.
+    for path in folder.glob(f"{'[0-9a-f]' * 16}/*/*"):
         if path.suffix in (".tar", ".partial"):
             with suppress(FileNotFoundError):  # another process let go of it
                 kept[path] = path.stat()
     return kept
-
-
-def _sought(remote: Any, at: int) -> bool:
-    try:
-        remote.seek(at)
-    except (ValueError, NotImplementedError):  # a server that sends whole files only
-        return False
-    return True
 
 
 def _download_small(url: str, name: str) -> bytes:
@@ -321,6 +331,8 @@ def _sha256(path: Path) -> str:
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """Hold a lock that all processes of this machine respect; it goes with the process that holds it."""
-    with path.open("a") as file:
+    with refusals_named(path):
+        file = path.open("a")
+    with file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

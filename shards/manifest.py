@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 import tarfile
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -76,9 +77,9 @@ class ShardSet:
         row = self.samples[sample]
         path = self.folder / self.shards[row["shard"]].name
         name = None
-        if path.is_file():  # a cache may have let go of it
-            with path.open("rb") as tar:
-                name = member_name(tar, int(row["offset"]), int(row["length"]))
+        # A disk that fails may fail here too, and a cache may have let go of the tar.
+        with suppress(OSError), path.open("rb") as tar:
+            name = member_name(tar, int(row["offset"]), int(row["length"]))
         return f"{path}, offset {row['offset']}, member {name or 'with a damaged name'}"
 
 

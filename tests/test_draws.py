@@ -49,6 +49,11 @@ def test_strength_scales_the_color_ranges() -> None:
     assert is_uniform(d.factors[:, SATURATION], 0.6, 1.4) and is_uniform(d.factors[:, HUE], -0.1, 0.1)
 
 
+def test_a_high_strength_cuts_the_range_at_zero_as_torchvision_does() -> None:
+    assert is_uniform(drawn(Recipe(strength=1.5)).factors[:, CONTRAST], 0, 2.2)
+    assert transforms.ColorJitter(contrast=1.2).contrast == (0.0, 2.2)
+
+
 def test_all_orders_of_the_four_factors_are_equally_likely() -> None:
     counts = Counter(map(tuple, drawn().order.tolist()))
     assert len(counts) == 24

@@ -40,6 +40,22 @@ def test_ranks_split_the_same_global_batch_in_the_same_order(order: Order, epoch
         assert np.array_equal(np.concatenate(parts), whole)
 
 
+@given(orders(), st.integers(0, 5), st.data())
+@settings(max_examples=100, deadline=None)
+def test_the_windows_name_every_shard_that_is_read(order: Order, epoch: int, data: st.DataObject) -> None:
+    step = data.draw(st.integers(0, order.steps_per_epoch - 1))
+    world = data.draw(st.sampled_from([w for w in range(1, order.lanes + 1) if order.lanes % w == 0]))
+    shard_of = np.repeat(np.arange(len(order.shard_sizes)), order.shard_sizes)
+    for rank in range(world):
+        now, after = order.windows(epoch, step, rank, world)
+        assert set(shard_of[order.batch(epoch, step, rank, world)]) <= set(now)
+        assert not set(now) & set(after) and len(set(now)) == len(now)
+        if step + 1 < order.steps_per_epoch:
+            then = set(order.windows(epoch, step + 1, rank, world)[0])
+            if order.global_batch // order.lanes == 1:  # one step enters one window at most
+                assert then <= set(now) | set(after)
+
+
 def test_any_position_is_reached_without_replay() -> None:
     def order() -> Order:
         return Order((100,) * 20, 64, 8, 4, 3)

@@ -183,6 +183,7 @@ def test_slow_failing_and_cut_answers_of_s3_change_nothing(
 def test_a_web_server_without_ranges_serves_too(
     web: str, packed: Path, tmp_path: Path, fast_retries: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(remote, "_CHUNK", 5000)  # several a shard
     proxy = Proxy(web, lambda number, path: "cut" if path.endswith("0.tar") and number % 2 else None)
     try:
         shards, files = open_split(proxy.url, "train", Cache(tmp_path, PLENTY))
@@ -247,6 +248,35 @@ def test_a_shard_that_arrives_wrong_is_refused_by_name(packed: Path, tmp_path: P
     message = refusal(f"file://{broken}", Cache(tmp_path / "cache", PLENTY))
     assert tar.name in message and "sha256" in message
     assert not list((tmp_path / "cache").rglob("*.partial"))
+
+
+def test_an_answer_that_is_always_cut_ends_with_a_sentence(web: str, tmp_path: Path, fast_retries: None) -> None:
+    proxy = Proxy(web, lambda number, path: "cut" if path.endswith(".tar") else None)
+    try:
+        assert "cannot be read after 6 attempts" in refusal(proxy.url, Cache(tmp_path, PLENTY))
+    finally:
+        proxy.close()
+
+
+def test_an_unfinished_upload_is_named_and_asked_for_again(packed: Path, tmp_path: Path) -> None:
+    upload, cache = tmp_path / "upload", Cache(tmp_path / "cache", PLENTY)
+    shutil.copytree(packed, upload)
+    table = upload / "train" / "samples.npy"
+    whole = table.read_bytes()
+    table.write_bytes(whole[:-100])
+    assert "its upload is not finished" in refusal(f"file://{upload}", cache)
+    table.write_bytes(whole)
+    assert_same(stream(*open_split(f"file://{upload}", "train", cache)), stream(load_split(packed, "train"), None))
+
+
+def test_a_cache_folder_with_tars_of_the_user_leaves_them_alone(web: str, packed: Path, tmp_path: Path) -> None:
+    mine = [tmp_path / "mine.tar", tmp_path / "deeper" / "train" / "mine.tar"]
+    for path in mine:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x" * 1_000_000)
+    limit = 4 * max(shard.bytes for shard in load_split(packed, "train").shards)
+    stream(*open_split(web, "train", Cache(tmp_path, limit)), epochs=3)
+    assert all(path.stat().st_size == 1_000_000 for path in mine)
 
 
 def test_what_cannot_be_reached_is_named(web: str, tmp_path: Path, fast_retries: None) -> None:
