@@ -38,7 +38,7 @@ _WARM_UP = 4  # batches
 
 def measure(shards: ShardSet, setting: Setting, *, batch: int, images: int, rounds: int) -> dict[str, float]:
     """Milliseconds per image: of reading (all threads), of each stage of the graph, and of the whole loader."""
-    order = Order(tuple(int(size) for size in shards.shard_sizes()), batch, 1, 8, 0)
+    order = Order(shards.shard_sizes(), batch, 1, 8, 0)
     batches = -(-images // batch)
     places = [divmod(number, order.steps_per_epoch) for number in range(batches)]
     ids = [order.batch(epoch, step) for epoch, step in places]

@@ -80,7 +80,7 @@ def build(
     threads: int,
     half: bool,
     prefetch: int,
-    tuning: Tuning = Tuning(),
+    tuning: Tuning = PLAIN,
     until: str = STAGES[-1],
 ) -> Pipeline:
     """Build the pipeline; ``run`` gives one batch per view, [batch, size, size, 3] float16 (``half``) or float32.

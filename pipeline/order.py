@@ -67,12 +67,10 @@ class Order:
 
     def batch(self, epoch: int, step: int, rank: int = 0, world: int = 1) -> Ids:
         """Sample ids, int64 (B/W,), of ``rank``'s part of global batch ``step`` of ``epoch`` (both from 0)."""
-        self.local_batch(world)  # refuses a world that cannot share the lanes
         if not 0 <= step < self.steps_per_epoch:
             raise IndexError(f"step {step} is outside of the epoch's {self.steps_per_epoch} steps")
         per_lane = self.global_batch // self.lanes
-        lanes_per_rank = self.lanes // world
-        lanes = range(rank * lanes_per_rank, (rank + 1) * lanes_per_rank)
+        lanes = self._lanes(rank, world)
         epoch_layout = layout(self, epoch)
         return np.concatenate([epoch_layout.take(lane, step * per_lane, (step + 1) * per_lane) for lane in lanes])
 
@@ -82,7 +80,7 @@ class Order:
         Both are numbers in storage order, each once; at the end of an epoch the windows after are not known yet.
         """
         per_lane = self.global_batch // self.lanes
-        lanes = range(rank * self.lanes // world, (rank + 1) * self.lanes // world)
+        lanes = self._lanes(rank, world)
         epoch_layout = layout(self, epoch)
         now: dict[int, None] = {}
         after: dict[int, None] = {}
@@ -94,6 +92,11 @@ class Order:
                 now |= dict.fromkeys(epoch_layout.shards(lane, window))
             after |= dict.fromkeys(epoch_layout.shards(lane, last + 1))
         return list(now), [shard for shard in after if shard not in now]
+
+    def _lanes(self, rank: int, world: int) -> range:
+        """The lanes that ``rank`` serves."""
+        self.local_batch(world)  # refuses a world that cannot share the lanes
+        return range(rank * self.lanes // world, (rank + 1) * self.lanes // world)
 
 
 class _Layout:

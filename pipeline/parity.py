@@ -14,7 +14,6 @@ enlarged, DALI mixes in the pixel beside the crop where Pillow repeats the last 
 """
 
 import argparse
-import io
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -34,6 +33,7 @@ from pipeline.page import page
 from shards.durable import refusals_named
 from shards.errors import UserError, positive_int, run_main
 from shards.folder import PICTURE_ENDINGS
+from shards.picture import rgb
 
 SIZE = 224
 KERNEL = 23  # pixels, a tenth of the view, as the paper's
@@ -75,7 +75,7 @@ class Result:
 
 def compare(images: list[bytes], draws_per_image: int = 4) -> list[Result]:
     """Run all stages. A stage that no view qualifies for is left out."""
-    pictures = [_decode(data) for data in images for _ in range(draws_per_image)]
+    pictures = [rgb(data) for data in images for _ in range(draws_per_image)]
     encoded = [data for data in images for _ in range(draws_per_image)]
     width, height = np.array([picture.size for picture in pictures]).T
     drawn = draw(Recipe(), 0, 0, np.arange(len(pictures)), 0, width, height)
@@ -192,11 +192,6 @@ def _stays_inside(crop: Pixels, draws: Draws, row: int) -> bool:
     return True
 
 
-def _decode(data: bytes) -> PIL.Image.Image:
-    with PIL.Image.open(io.BytesIO(data)) as picture:
-        return picture.convert("RGB")
-
-
 def _read(paths: list[Path], most: int) -> list[bytes]:
     files: list[Path] = []
     for path in paths:
@@ -211,7 +206,7 @@ def _read(paths: list[Path], most: int) -> list[bytes]:
     for file in chosen:
         data = file.read_bytes()
         try:
-            _decode(data)
+            rgb(data)
         except OSError as error:
             raise UserError(f"{file} cannot be decoded ({error}); leave it out") from error
         images.append(data)

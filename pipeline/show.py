@@ -7,7 +7,6 @@ The draws of each view are also printed, one line each.
 """
 
 import argparse
-import io
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,9 +21,10 @@ from pipeline.graph import MEAN, STD
 from pipeline.loader import Setting, two_views
 from pipeline.order import Order
 from pipeline.reading import SampleReader
-from shards.durable import refusals_named
 from shards.errors import UserError, positive_int, run_main
 from shards.manifest import ShardSet, load_split
+from shards.picture import rgb
+from shards.show import save
 from shards.source import SPLITS
 
 _SIDE = 224  # pixels of every picture on the sheet
@@ -55,7 +55,7 @@ def sheet(shards: ShardSet, order: Order, recipe: Recipe, epoch: int, size: int)
     width, height = rows["width"].astype(np.int64), rows["height"].astype(np.int64)
     draws = [draw(recipe, order.seed, epoch, ids, view, width, height) for view in range(2)]
     files = LocalFiles(shards)
-    originals = [_decode(data.tobytes()) for data in SampleReader(shards, files).read(ids)[0]]
+    originals = [rgb(data.tobytes()) for data in SampleReader(shards, files).read(ids)[0]]
     files.close()
 
     result = PIL.Image.new("RGB", (3 * _SIDE, len(ids) * (_SIDE + _CAPTION)), "white")
@@ -75,11 +75,6 @@ def sheet(shards: ShardSet, order: Order, recipe: Recipe, epoch: int, size: int)
     return result, lines
 
 
-def _decode(data: bytes) -> PIL.Image.Image:
-    with PIL.Image.open(io.BytesIO(data)) as picture:
-        return picture.convert("RGB")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m pipeline.show", description="Show samples and their two views.")
     parser.add_argument("data", type=Path, metavar="SHARDS", help="folder made by scripts/make_shards.sh")
@@ -96,13 +91,9 @@ def main() -> None:
             f"--epoch {given.epoch}, --seed {given.seed} and --strength {given.strength} must not be negative"
         )
     shards = load_split(given.data, given.split)
-    order = Order(tuple(int(size) for size in shards.shard_sizes()), given.count, 1, 8, given.seed)
+    order = Order(shards.shard_sizes(), given.count, 1, 8, given.seed)
     picture, lines = sheet(shards, order, replace(Recipe(), strength=given.strength), given.epoch, given.size)
-    with refusals_named(given.out):
-        try:
-            picture.save(given.out)
-        except ValueError as error:
-            raise UserError(f"--out is {given.out}; its ending must be .png or .jpg") from error
+    save(picture, given.out, "--out")
     print("\n".join(lines))
     print(f"{len(lines) // 2} samples: {given.out}")
 

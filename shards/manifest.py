@@ -68,9 +68,9 @@ class ShardSet:
     def __len__(self) -> int:
         return len(self.samples)
 
-    def shard_sizes(self) -> npt.NDArray[np.int64]:
-        """Samples per shard, int64."""
-        return np.array([shard.samples for shard in self.shards], np.int64)
+    def shard_sizes(self) -> tuple[int, ...]:
+        """Samples per shard."""
+        return tuple(shard.samples for shard in self.shards)
 
     def where(self, sample: int) -> str:
         """A name for one sample that a person can look up: tar, offset of its bytes, key."""

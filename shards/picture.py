@@ -29,6 +29,12 @@ class UnusableError(Exception):
     """A picture that cannot be decoded; the message says why, the same on every machine."""
 
 
+def rgb(encoded: bytes) -> PIL.Image.Image:
+    """An encoded picture as RGB, as stored. Raises OSError where Pillow cannot decode it."""
+    with PIL.Image.open(io.BytesIO(encoded)) as picture:
+        return picture.convert("RGB")
+
+
 def prepare(encoded: bytes, *, resize: int | None = None, quality: int = 95) -> Prepared:
     """Keep an ordinary JPEG as it is; re-encode everything else, and what ``resize`` wants smaller.
 

@@ -5,7 +5,6 @@ python -m shards.show /data/imagenet-shards --pictures sheet.png --split val
 """
 
 import argparse
-import io
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import PIL.ImageDraw
 from shards.durable import refusals_named
 from shards.errors import UserError, positive_int, run_main
 from shards.manifest import ShardSet, load_split, unseal
+from shards.picture import rgb
 from shards.source import SPLITS
 
 THUMBNAIL = 128  # pixels, both sides
@@ -33,7 +33,7 @@ def summary(shards: ShardSet) -> list[str]:
     short = np.minimum(rows["width"], rows["height"])
     return [
         f"{shards.split}: {len(rows):,} images, {sizes.sum() / 1e9:.3f} GB in {len(sizes):,} shards "
-        f"({in_shard.min():,} to {in_shard.max():,} images, {sizes.min() / 1e6:.1f} to {sizes.max() / 1e6:.1f} MB)",
+        f"({min(in_shard):,} to {max(in_shard):,} images, {sizes.min() / 1e6:.1f} to {sizes.max() / 1e6:.1f} MB)",
         f"  {len(shards.classes):,} classes, from {of_class[few]:,} images ({shards.classes[few]}) "
         f"to {of_class[many]:,} ({shards.classes[many]})",
         "  short side, pixels",
@@ -66,8 +66,7 @@ def sheet(shards: ShardSet, columns: int, lines: int) -> PIL.Image.Image:
             tar.seek(int(row["offset"]))
             encoded = tar.read(int(row["length"]))
         try:
-            with PIL.Image.open(io.BytesIO(encoded)) as picture:
-                small = picture.convert("RGB")
+            small = rgb(encoded)
         except OSError as error:
             raise UserError(f"{shards.where(int(sample))} cannot be decoded ({error}); run shards.verify") from error
         small.thumbnail((THUMBNAIL, THUMBNAIL))
@@ -75,6 +74,15 @@ def sheet(shards: ShardSet, columns: int, lines: int) -> PIL.Image.Image:
         result.paste(small, (x + (THUMBNAIL - small.width) // 2, y + (THUMBNAIL - small.height) // 2))
         pen.text((x + 2, y + THUMBNAIL), shards.classes[row["label"]][:20], fill="black")
     return result
+
+
+def save(picture: PIL.Image.Image, path: Path, option: str) -> None:
+    """Write a sheet to the file that the command line's ``option`` names. Raises UserError where that cannot be."""
+    with refusals_named(path):
+        try:
+            picture.save(path)
+        except ValueError as error:
+            raise UserError(f"{option} is {path}; its ending must be .png or .jpg") from error
 
 
 def _report_lines(data: Path) -> list[str]:
@@ -108,11 +116,7 @@ def main() -> None:
     print("\n".join(_report_lines(given.data)))
     if given.pictures:
         picture = sheet(splits[given.split or names[0]], given.columns, given.lines)
-        with refusals_named(given.pictures):
-            try:
-                picture.save(given.pictures)
-            except ValueError as error:
-                raise UserError(f"--pictures is {given.pictures}; its ending must be .png or .jpg") from error
+        save(picture, given.pictures, "--pictures")
         print(f"pictures: {given.pictures}")
 
 

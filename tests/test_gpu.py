@@ -16,7 +16,7 @@ GPU = Setting(size=32, device=torch.device("cuda", 0))
 
 
 def views_of(shards: ShardSet, setting: Setting, **options: object) -> list[Batch]:
-    order = Order(tuple(int(size) for size in shards.shard_sizes()), 24, 4, 2, 9)
+    order = Order(shards.shard_sizes(), 24, 4, 2, 9)
     return list(two_views(shards, order, Recipe(), setting, epochs=2, **options))  # type: ignore[arg-type]
 
 

@@ -23,7 +23,7 @@ SETTING = Setting(size=32, device=CPU)
 
 
 def order_of(shards: ShardSet, batch: int = 24, lanes: int = 4) -> Order:
-    return Order(tuple(int(size) for size in shards.shard_sizes()), batch, lanes, 2, 9)
+    return Order(shards.shard_sizes(), batch, lanes, 2, 9)
 
 
 def views_of(shards: ShardSet, setting: Setting = SETTING, **options: object) -> list[Batch]:

@@ -27,7 +27,7 @@ PLENTY = 1 << 30
 
 
 def stream(shards: ShardSet, files: Any, epochs: int = 2) -> list[Batch]:
-    order = Order(tuple(int(size) for size in shards.shard_sizes()), 24, 2, 1, 3)
+    order = Order(shards.shard_sizes(), 24, 2, 1, 3)
     return list(two_views(shards, order, Recipe(), SETTING, epochs=epochs, files=files))
 
 
@@ -198,7 +198,7 @@ def test_the_cache_stays_within_its_bound_and_gives_the_same_batches(web: str, p
     cache = Cache(tmp_path, 4 * max(shard.bytes for shard in local.shards))
     shards, files = open_split(web, "train", cache)
     most = 0
-    order = Order(tuple(int(size) for size in shards.shard_sizes()), 24, 2, 1, 3)
+    order = Order(shards.shard_sizes(), 24, 2, 1, 3)
     batches = []
     for batch in two_views(shards, order, Recipe(), SETTING, epochs=3, files=files):
         batches.append(batch)

@@ -115,7 +115,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def build_order(config: Config, shards: ShardSet) -> Order:
     return Order(
-        shard_sizes=tuple(int(size) for size in shards.shard_sizes()),
+        shard_sizes=shards.shard_sizes(),
         global_batch=config.train_batch_size,
         lanes=config.simclr.lanes,
         window=config.simclr.shuffle_window,

@@ -17,7 +17,6 @@ import importlib.util
 import json
 import os
 import platform
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -30,6 +29,7 @@ sys.path[0] = str(ROOT)
 
 import torch  # noqa: E402
 
+from scripts.bench.figures import extremes, spread  # noqa: E402
 from scripts.bench.rivals import CONTENDERS  # noqa: E402
 from shards.errors import UserError, positive_int, run_main  # noqa: E402
 from shards.pack import pack  # noqa: E402
@@ -132,14 +132,6 @@ def report(given: argparse.Namespace, rows: dict[str, list[float]]) -> None:
             "versions": versions,
         }
         given.json.write_text(json.dumps(result, indent=2) + "\n")
-
-
-def extremes(values: list[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
-
-
-def spread(values: list[float], digits: int) -> str:
-    return f"{statistics.median(values):,.{digits}f} ({min(values):,.{digits}f} .. {max(values):,.{digits}f})"
 
 
 def version(package: str) -> str:

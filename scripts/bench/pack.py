@@ -19,7 +19,6 @@ import json
 import os
 import platform
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -31,6 +30,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
+from scripts.bench.figures import extremes, spread  # noqa: E402
 from shards.errors import UserError, positive_int, run_main  # noqa: E402
 from shards.folder import scan  # noqa: E402
 
@@ -103,14 +103,6 @@ def contestants(source: Path, scratch: Path, workers: int) -> dict[str, Callable
         "ours, none": lambda: seconds([*pack, "--decoder", "none"], scratch / "ours"),
         "ours": lambda: seconds(pack, scratch / "ours"),
     }
-
-
-def extremes(values: list[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
-
-
-def spread(values: list[float], digits: int) -> str:
-    return f"{statistics.median(values):,.{digits}f} ({min(values):,.{digits}f} .. {max(values):,.{digits}f})"
 
 
 def main() -> None:

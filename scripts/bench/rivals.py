@@ -34,7 +34,7 @@ Stream = Iterator[torch.Tensor]
 
 def ours(images: Path, shards: Path, device: torch.device, batch: int, cores: int, **changes: Any) -> Stream:
     split = load_split(shards, "train")
-    order = Order(tuple(int(size) for size in split.shard_sizes()), batch, 1, 8, 0)
+    order = Order(split.shard_sizes(), batch, 1, 8, 0)
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     changes["tuning"] = Tuning(**changes.pop("tuning", {}))
     setting = Setting(**{"size": SIZE, "device": device, "threads": cores, "dtype": dtype, **changes})
