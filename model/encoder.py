@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from model.selective_kernels import add_selective_kernels
 from model.vision import resnet
 
 # Blocks per stage: He et al. 2016, table 1.
@@ -27,19 +28,22 @@ class Architecture:
 
     name: one of ARCHITECTURES. width: factor on every number of channels. stem: "7x7" with max-pool (ImageNet) or "3x3"
     at full resolution without (small pictures). projector: widths of its layers, the last is that of z.
+    selective_kernels: SimCLRv2's, with ResNet-D's stem and shortcuts (model.selective_kernels).
     """
 
     name: str
     width: float
     stem: str
     projector: tuple[int, ...]
+    selective_kernels: bool = False
 
 
 def build_encoder(architecture: Architecture) -> resnet.ResNet:
     """A torchvision ResNet without its classifier: [n, 3, h, w] -> pooled features [n, encoder_width].
 
     The last BatchNorm of each residual block starts at zero, as in the reference code (google-research/simclr,
-    resnet.py). Keys are torchvision's. Raises ValueError for an unknown name or stem.
+    resnet.py). Keys are torchvision's. Raises ValueError for an unknown name or stem, a width that gives fractions of
+    channels, or selective kernels in a network without bottlenecks.
     """
     if architecture.name not in _ARCHITECTURES:
         raise ValueError(f"unknown encoder {architecture.name!r}; choose one of {', '.join(ARCHITECTURES)}")
@@ -49,8 +53,12 @@ def build_encoder(architecture: Architecture) -> resnet.ResNet:
     encoder = resnet.ResNet(block, depths, zero_init_residual=True)
     if architecture.width != 1:
         _set_width(encoder, block, depths, architecture.width)
+    if architecture.selective_kernels:
+        if block is not resnet.Bottleneck:
+            raise ValueError(f"selective kernels are for resnet50 and deeper, not for {architecture.name}")
+        add_selective_kernels(encoder)
     if architecture.stem == "3x3":
-        encoder.conv1 = nn.Conv2d(3, encoder.conv1.out_channels, 3, padding=1, bias=False)
+        encoder.conv1 = nn.Conv2d(3, encoder.bn1.num_features, 3, padding=1, bias=False)
         nn.init.kaiming_normal_(encoder.conv1.weight, mode="fan_out", nonlinearity="relu")
         encoder.maxpool = nn.Identity()
     encoder.fc = nn.Identity()

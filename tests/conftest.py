@@ -99,6 +99,7 @@ def run_ranks(function: Callable[..., Any], world: int, folder: Path, *arguments
 
 def _rank_main(rank: int, function: Callable[..., Any], world: int, folder: str, arguments: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
+    os.environ["LOCAL_RANK"] = str(rank)  # which DeepSpeed asks for
     store = f"file://{folder}/store-{world}-{function.__name__}"
     torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
     try:

@@ -9,7 +9,8 @@ import pytest
 
 from pipeline.draws import Recipe
 from shards.errors import UserError
-from train.config import PRESETS, Config, load_config
+from train.config import Config, LARSParams
+from train.config_file import PRESETS, load_config
 
 MINIMAL: dict[str, Any] = {
     "train_batch_size": 64,
@@ -26,13 +27,40 @@ def written(tmp_path: Path, config: Any) -> str:
 
 @pytest.mark.parametrize("preset", sorted(path.name for path in PRESETS.glob("*.json")))
 def test_presets_are_valid_and_say_what_they_are(preset: str) -> None:
+    about = load_config(preset, [], data="somewhere").simclr.about
+    assert all(vars(about).values())
+    assert f"--config {preset}" in about.command or about.command == "scripts/quickstart.sh"
+
+
+@pytest.mark.parametrize(
+    ("preset", "batch", "epochs", "lr", "temperature"),
+    [
+        ("ds_lars.json", 4096, 200, 4.8, 0.1),
+        ("ds_lars_100e.json", 4096, 100, 4.8, 0.1),
+        ("ds_lars_800e.json", 4096, 800, 4.8, 0.1),
+        ("ds_sqrt_b256.json", 256, 100, 1.2, 0.1),
+        ("cifar10.json", 512, 1000, 2.0, 0.5),
+    ],
+)
+def test_presets_hold_the_published_settings(
+    preset: str, batch: int, epochs: int, lr: float, temperature: float
+) -> None:
     config = load_config(preset, [], data="somewhere")
-    assert len(config.simclr.about) > 40
+    assert (config.train_batch_size, config.simclr.epochs) == (batch, epochs)
+    assert (config.optimizer.params.lr, config.simclr.temperature) == (lr, temperature)
+    assert config.simclr.warmup_epochs == 10
+
+
+def test_cifar10_has_no_blur_weaker_color_and_the_small_stem() -> None:
+    config = load_config("cifar10.json", [], data="somewhere")
+    assert config.simclr.views.recipe() == replace(Recipe(), blur=0.0, strength=0.5)
+    assert config.architecture().stem == "3x3"
 
 
 def test_ds_lars_is_the_papers_recipe() -> None:
     config = load_config("ds_lars.json", [])
     simclr, params = config.simclr, config.optimizer.params
+    assert isinstance(params, LARSParams)
     assert config.train_batch_size == 4096 and config.gradient_clipping == 0
     assert (params.lr, params.momentum, params.weight_decay, params.trust_coefficient) == (4.8, 0.9, 1e-6, 0.001)
     assert (simclr.temperature, simclr.epochs, simclr.warmup_epochs, simclr.image_size) == (0.1, 200, 10, 224)
@@ -73,8 +101,8 @@ def test_stem_follows_the_size_of_the_views(tmp_path: Path) -> None:
     [
         ("simclr.epoch=7", ["unknown key 'simclr.epoch'"]),
         ("train_batchsize=7", ["unknown key 'train_batchsize'"]),
-        ("fp16.enabled=true", ["unknown key 'fp16'"]),
-        ("bf16.enabled=true", ["unknown key 'bf16'"]),
+        ("fp16.enabled=true", ["fp16", "torch_autocast"]),
+        ("bf16.enabled=true", ["bf16", "torch_autocast"]),
         ("simclr.epochs=2.5", ["simclr.epochs is 2.5"]),
         ("simclr.epochs=many", ["simclr.epochs is 'many'"]),
         ("simclr.epochs=0", ["simclr.epochs is 0"]),
@@ -88,8 +116,13 @@ def test_stem_follows_the_size_of_the_views(tmp_path: Path) -> None:
         ("simclr.warmup_epochs=300", ["warmup_epochs is 300"]),
         ("gradient_clipping=1.0", ["gradient_clipping is 1.0"]),
         ("zero_optimization.stage=2", ["stage is 2", "LARS"]),
-        ("optimizer.type=Adam", ["optimizer.type is 'Adam'"]),
+        ("optimizer.type=Adam", ["optimizer.type is 'Adam'", "AdamW"]),
+        ("optimizer.type=AdamW", ["lr_rule", "AdamW", "none"]),
         ("optimizer.params.lr=0.3", ["lr is 0.3", "linear", "0.075"]),
+        ("optimizer.params.lr=-1", ["optimizer.params.lr is -1"]),
+        ("optimizer.params.nesterov=true", ["unknown key 'optimizer.params.nesterov'"]),
+        ("simclr.compile=yes", ["simclr.compile is 'yes'", "inductor"]),
+        ("train_batch_size=1", ["train_batch_size is 1"]),
         ("simclr.epochs", ["no '='"]),
         ("train_batch_size.x=1", ["train_batch_size.x=1"]),
     ],
@@ -99,6 +132,28 @@ def test_mistakes_are_named(override: str, words: list[str], tmp_path: Path) -> 
         load_config(written(tmp_path, MINIMAL), [override])
     for word in words:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(("rule", "lr"), [("linear", 0.3 * 512 / 256), ("sqrt", 0.075 * 512**0.5)])
+def test_an_automatic_rate_follows_the_batch(rule: str, lr: float, tmp_path: Path) -> None:
+    overrides = ["optimizer.params.lr=auto", "train_batch_size=512", f"simclr.lr_rule={rule}"]
+    config = load_config(written(tmp_path, MINIMAL), overrides)
+    assert config.optimizer.params.lr == lr
+    with pytest.raises(UserError, match=r"'auto'.*'none'"):
+        load_config(written(tmp_path, MINIMAL), ["optimizer.params.lr=auto", "simclr.lr_rule=none"])
+
+
+def test_selective_kernels_need_bottlenecks(tmp_path: Path) -> None:
+    name = written(tmp_path, MINIMAL)
+    assert load_config(name, ["simclr.encoder.selective_kernels=true"]).architecture().selective_kernels
+    with pytest.raises(UserError, match=r"selective_kernels.*resnet18"):
+        load_config(name, ["simclr.encoder.selective_kernels=true", "simclr.encoder.name=resnet18"])
+
+
+@pytest.mark.parametrize("name", ["lars", "Sgd", "adamw"])
+def test_optimizers_go_by_any_case(name: str, tmp_path: Path) -> None:
+    config = load_config(written(tmp_path, MINIMAL), [f"optimizer.type={name}", "simclr.lr_rule=none"])
+    assert config.optimizer.type.lower() == name.lower()
 
 
 def test_a_forced_rate_is_allowed(tmp_path: Path) -> None:

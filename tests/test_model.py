@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from model.batchnorm import CPUSyncBatchNorm, synchronised
 from model.encoder import Architecture, build_encoder, build_model, build_projector, encoder_width
+from model.selective_kernels import SelectiveKernel
 from model.vision import resnet
 from tests.conftest import run_ranks
 
@@ -62,6 +63,44 @@ def test_projector_has_no_linear_bias_and_no_shift_at_its_end() -> None:
     assert isinstance(last, nn.BatchNorm1d) and not last.bias.requires_grad and not last.bias.any()
 
 
+# Millions of parameters by (name, width): google-research/simclr, README.md, table of SimCLRv2's models.
+@pytest.mark.parametrize(
+    ("name", "width", "plain", "selective"),
+    [("resnet50", 1, 24, 35), ("resnet50", 2, 94, 140), ("resnet101", 1, 43, 65), ("resnet152", 1, 58, 89)],
+)
+def test_encoders_are_as_large_as_simclrv2s(name: str, width: float, plain: int, selective: int) -> None:
+    for with_selective_kernels, expected in ((False, plain), (True, selective)):
+        with torch.device("meta"):
+            encoder = build_encoder(Architecture(name, width, "7x7", (8,), with_selective_kernels))
+        assert round(sum(p.numel() for p in encoder.parameters()) / 1e6) == expected
+
+
+def test_a_selective_kernel_mixes_two_streams_by_a_softmax() -> None:
+    """tf2/resnet.py, SK_Conv2D, written out with its stack and softmax over streams."""
+    kernel = SelectiveKernel(6, 4, 2).eval()
+    assert kernel.mix1.out_channels == 32
+    images = torch.randn(3, 6, 9, 9)
+    streams = torch.stack(kernel.bn(kernel.conv(images)).relu().split(4, dim=1))
+    pooled = streams.sum(0).mean((2, 3), keepdim=True)
+    logits = torch.stack(kernel.mix2(kernel.mix_bn(kernel.mix1(pooled)).relu()).split(4, dim=1))
+    expected = (streams * logits.softmax(0)).sum(0)
+    assert torch.allclose(kernel(images), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("stem", ["7x7", "3x3"])
+def test_encoders_with_selective_kernels_train(stem: str) -> None:
+    architecture = Architecture("resnet50", 0.25, stem, (16, 8), selective_kernels=True)
+    model = build_model(architecture, 0)
+    z = model(torch.randn(4, 3, 33, 33))
+    assert z.shape == (4, 8)
+    z.square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+    # Shortcuts average instead of dropping three of four pixels; a pool of stride 1 keeps a constant picture.
+    shortcut = model.encoder.layer1[0].downsample
+    assert torch.allclose(shortcut[0](torch.ones(1, 2, 5, 5)), torch.ones(1, 2, 5, 5))
+    assert model.encoder.layer2[0].downsample[0](torch.ones(1, 2, 5, 5)).shape[2:] == (3, 3)
+
+
 def test_the_seed_alone_decides_the_weights() -> None:
     architecture = Architecture("resnet18", 0.25, "7x7", (16, 8))
     state = torch.random.get_rng_state()
@@ -76,8 +115,9 @@ def test_unknown_architectures_are_refused() -> None:
         Architecture("resnet20", 1.0, "7x7", (8,)),
         Architecture("resnet18", 1.0, "5x5", (8,)),
         Architecture("resnet18", 0.3, "7x7", (8,)),
+        Architecture("resnet34", 1.0, "7x7", (8,), selective_kernels=True),
     ):
-        with pytest.raises(ValueError, match=r"resnet20|5x5|0\.3"):
+        with pytest.raises(ValueError, match=r"resnet20|5x5|0\.3|resnet34"):
             build_encoder(architecture)
 
 

@@ -1,23 +1,17 @@
 """The trainer as a user runs it: numbers of processes, stopping and going on, mistakes."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
 
 from model import checkpoint
-from model.encoder import Architecture, build_model
 from shards.pack import pack
 from shards.plan import Options
-from tests.conftest import assert_sentence, run_ranks
-from tests.runs import TINY, launch, metrics, pretrain, tiny_config
-from train.config import Config
-from train.engine import Process, build_engine
-from train.step import train_step
+from tests.conftest import assert_sentence
+from tests.runs import launch, metrics, pretrain, tiny_config
 
 pytestmark = pytest.mark.launch
 
@@ -29,6 +23,8 @@ def undisturbed(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = launch(1, tiny_config(folder), packed, folder / "run")
     assert done.returncode == 0, done.stderr
     assert "each view meets 30 negatives" in done.stdout and "ETA" in done.stdout
+    assert "LARS, peak lr 0.01875 (0.3 B/256)" in done.stdout
+    assert "chance is ln(31) = 3.434" in done.stdout
     return folder / "run"
 
 
@@ -36,6 +32,12 @@ def test_a_run_folder_holds_what_it_should(undisturbed: Path) -> None:
     lines = metrics(undisturbed)
     assert [line["step"] for line in lines] == list(range(30))
     assert [line["epoch"] for line in lines] == [0] * 15 + [1] * 15
+    assert set(lines[0]) == {
+        "step", "epoch", "lr", "loss", "positive", "hardest_negative", "top1", "alignment", "uniformity"
+    }  # fmt: skip
+    for line in lines:
+        assert line["alignment"] == 2 - 2 * line["positive"] and line["uniformity"] < 0
+        assert -1 <= line["positive"] <= 1 and -1 <= line["hardest_negative"] <= 1
     assert lines[0]["lr"] == 0 and max(line["lr"] for line in lines) == pytest.approx(0.01875)
     config = json.loads((undisturbed / "config.json").read_text())
     assert config["simclr"]["temperature"] == 0.1 and config["optimizer"]["params"]["lr"] == 0.01875
@@ -93,42 +95,6 @@ def test_gradient_caching_runs_with_the_whole_batch_as_negatives(packed: Path, t
     done = pretrain(tiny_config(tmp_path), packed, tmp_path / "run", *words)
     assert done.returncode == 0, done.stderr
     assert "(1 x 4 x 4)" in done.stdout and "30 negatives" in done.stdout
-
-
-def engine_rank(rank: int, passes: int, views: Tensor) -> list[Tensor]:
-    """Parameters after two steps through DeepSpeed with BatchNorm fixed; ``views`` [2, n, 3, h, w] are of all ranks."""
-    world = torch.distributed.get_world_size()
-    os.environ["LOCAL_RANK"] = str(rank)  # DeepSpeed insists
-    raw = {**TINY, "train_micro_batch_size_per_gpu": 16 // world // passes}
-    raw["simclr"] = {**TINY["simclr"], "data": "unused"}
-    config = Config.model_validate(raw)
-    process = Process(rank, world, world, torch.device("cpu"), 1)
-    model = build_model(Architecture("resnet18", 0.125, "7x7", (32, 16)), 0)
-    engine, _ = build_engine(model, config, process)
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.eval()
-    own = views.chunk(world, dim=1)[rank]
-    for _ in range(2):
-        train_step(engine, [part.flatten(0, 1) for part in own.chunk(passes, dim=1)], 0.1)
-    return [parameter.detach().clone() for parameter in model.parameters()]
-
-
-def test_any_split_into_processes_and_micro_batches_gives_the_same_step(tmp_path: Path) -> None:
-    views = torch.randn(2, 16, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    results = {}
-    for world, passes in ((1, 1), (1, 4), (2, 1), (2, 2)):
-        folder = tmp_path / f"{world}-{passes}"
-        folder.mkdir()
-        ranks = run_ranks(engine_rank, world, folder, passes, views)
-        assert all(torch.equal(a, b) for rank in ranks for a, b in zip(rank, ranks[0], strict=True))
-        results[world, passes] = ranks[0]
-    start = build_model(Architecture("resnet18", 0.125, "7x7", (32, 16)), 0)
-    moved = torch.cat([(a - b).flatten() for a, b in zip(results[1, 1], start.parameters(), strict=True)])
-    assert moved.norm() > 0
-    for key, parameters in results.items():
-        error = torch.cat([(a - b).flatten() for a, b in zip(parameters, results[1, 1], strict=True)])
-        assert error.norm() < 1e-5 * moved.norm(), key
 
 
 def mistake(name: str, packed: Path, tmp_path: Path) -> tuple[Any, ...]:

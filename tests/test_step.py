@@ -6,8 +6,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.encoder import Architecture, build_model
+from train.config import Config
+from train.optimizer import build_optimizer
+from train.parking import Parked
 from train.step import train_step
 
 
@@ -16,7 +20,7 @@ class PlainEngine:
 
     def __init__(self, module: nn.Module, passes: int) -> None:
         self.module, self.passes, self.calls = module, passes, 0
-        self.optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+        self.optimizer: torch.optim.Optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
 
     def __call__(self, images: Tensor) -> Any:
         return self.module(images)
@@ -39,6 +43,40 @@ def model_with_fixed_statistics() -> nn.Module:
             module.eval()
             nn.init.ones_(module.weight)
     return model
+
+
+class HostReads(TorchDispatchMode):
+    """The operations by which Python learns a tensor's value or size that depends on values: each waits for a GPU."""
+
+    WAITING = ("_local_scalar_dense", "nonzero", "unique", "masked_select", "equal", "is_nonzero")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(name in str(function) for name in self.WAITING):
+            self.seen.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize("name", ["LARS", "SGD"])
+def test_a_step_never_waits_for_a_value(name: str, passes: int) -> None:
+    """AdamW is left out: torch's reads its step counters, which lie on the CPU on purpose."""
+    raw = {"train_batch_size": 8, "optimizer": {"type": name, "params": {"lr": 0.1}}}
+    raw["simclr"] = {"lr_rule": "none", "lanes": 8}
+    model = build_model(Architecture("resnet18", 0.25, "7x7", (16, 8)), 0)
+    engine = PlainEngine(model, passes)
+    engine.optimizer = build_optimizer(model, Config.model_validate(raw))
+    parts = [torch.randn(8, 3, 32, 32) for _ in range(passes)]
+    train_step(engine, parts, 0.1)  # the state of the optimizer is made
+    with HostReads() as reads:
+        contrast = train_step(engine, parts, 0.1)
+    assert not reads.seen
+    with reads:
+        contrast.loss.item()
+    assert reads.seen == ["aten._local_scalar_dense.default"]
 
 
 @pytest.mark.parametrize("passes", [2, 4, 8])
@@ -67,3 +105,25 @@ def test_running_statistics_count_each_micro_batch_once() -> None:
         assert torch.allclose(a.double(), b.double(), rtol=1e-5, atol=1e-7), name
     momenta = {m.momentum for m in cached.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
     assert momenta == {0.1}
+
+
+def test_parked_views_are_gone_through_as_often_as_asked_for_and_replaced_by_the_next_step() -> None:
+    stream = iter(torch.arange(6.0).split(1))
+    parked = Parked(torch.device("cpu"), 3)
+    for expected in ([0, 1, 2], [3, 4, 5]):
+        parked.fill(stream)
+        assert len(parked) == 3
+        for _ in range(2):
+            assert [float(views) for views in parked] == expected
+
+
+def test_a_captured_model_gives_the_same_embeddings_from_one_graph() -> None:
+    model = build_model(Architecture("resnet18", 0.25, "7x7", (16, 8)), 0)
+    images = torch.randn(4, 3, 32, 32)
+    expected = model(images)
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    model.compile(backend="eager")
+    assert torch.equal(model(images), expected)
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+    assert not any("_orig_mod" in key for key in model.state_dict())

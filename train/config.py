@@ -1,10 +1,9 @@
-"""The one configuration file: a DeepSpeed JSON whose key "simclr" holds what is ours.
+"""What a configuration may hold: DeepSpeed's keys that we use, and ours under "simclr".
 
 Every key is known here, typed and checked before anything is built; an unknown one is an error, since DeepSpeed itself
-passes over a misspelt top-level key in silence.
+passes over a misspelt top-level key in silence. train/config_file.py reads it from a file.
 """
 
-import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,7 +18,6 @@ from pipeline.remote import Cache
 from shards.errors import UserError
 from train.schedule import LR_RULES
 
-PRESETS = Path(__file__).resolve().parent / "configs"
 _LR_TOLERANCE = 1e-3  # relative; a rate written with three digits still fits its rule
 
 Positive = Annotated[int, Field(ge=1)]
@@ -38,8 +36,10 @@ class Encoder(_Block):
     """Factor on every number of channels."""
     stem: Literal["auto", "7x7", "3x3"] = "auto"
     """First convolution; auto takes 3x3 without max-pool for views under 64 pixels."""
+    selective_kernels: bool = False
+    """Selective kernels and ResNet-D's stem and shortcuts, as in SimCLRv2; resnet50 and deeper."""
     projector: list[Positive] = Field(default=[2048, 128], min_length=1)
-    """Widths of the projector's layers; the last is the width of the embeddings that the loss compares."""
+    """Widths of the projector's layers, two in the paper and three in SimCLRv2; the last is that of the embeddings."""
 
 
 class View(_Block):
@@ -92,9 +92,24 @@ class Views(View):
         return self.recipe(), (self.second or self).recipe()
 
 
+class About(_Block):
+    """For the reader; nothing here changes a run."""
+
+    what: str = ""
+    """What is trained."""
+    command: str = ""
+    """How to start it."""
+    hardware: str = ""
+    """What it needs, or what the time was measured on."""
+    time: str = ""
+    """How long that takes, or "not run"."""
+    expected: str = ""
+    """The number at its end, with its source."""
+
+
 class Simclr(_Block):
-    about: str = ""
-    """For the reader: command, hardware, time and expected number of this preset."""
+    about: About = About()
+    """For the reader: what a preset is."""
     data: str = ""
     """Folder of packed shards, or its s3://, gs:// or http(s):// address; --data overrides."""
     run: str = ""
@@ -106,9 +121,13 @@ class Simclr(_Block):
     warmup_epochs: float = Field(default=10.0, ge=0)
     """Linear warm-up, in epochs; then a cosine to 0 at the end."""
     lr_rule: Literal["linear", "sqrt", "none"] = "linear"
-    """What lr must be for the global batch: 0.3 B/256, 0.075 sqrt(B), or none to allow any."""
+    """What lr must be, or "auto" makes it, for the global batch: 0.3 B/256 or 0.075 sqrt(B); none allows any number."""
     temperature: float = Field(default=0.1, ge=SMALLEST_TEMPERATURE)
     """Of NT-Xent."""
+    ring: bool = False
+    """Pass embeddings from process to process instead of gathering them all: less memory, more messages."""
+    compile: Literal["no", "inductor", "aot_eager", "eager"] = "no"
+    """Backend of torch.compile for encoder and projector; the last two only show that the model can be captured."""
     image_size: Annotated[int, Field(ge=16)] = 224
     """Side of a view, in pixels."""
     lanes: Positive = 64
@@ -133,18 +152,42 @@ class Simclr(_Block):
     """How many of the newest checkpoints stay."""
 
 
-class OptimizerParams(_Block):
+class _OptimizerParams(_Block):
     lr: float = Field(gt=0)
-    """Peak learning rate."""
-    momentum: float = Field(default=0.9, ge=0, lt=1)
+    """Peak learning rate; "auto" takes it from simclr.lr_rule."""
     weight_decay: float = Field(default=1e-6, ge=0)
+    """Of weights; biases and BatchNorm have none."""
+
+
+class LARSParams(_OptimizerParams):
+    momentum: float = Field(default=0.9, ge=0, lt=1)
     trust_coefficient: float = Field(default=0.001, gt=0)
     """Eta of LARS."""
 
 
-class Optimizer(_Block):
+class SGDParams(_OptimizerParams):
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    nesterov: bool = False
+
+
+class AdamWParams(_OptimizerParams):
+    betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field(default=[0.9, 0.999], min_length=2, max_length=2)
+    eps: float = Field(default=1e-8, gt=0)
+
+
+class LARSBlock(_Block):
     type: Literal["LARS"]
-    params: OptimizerParams
+    params: LARSParams
+
+
+class SGDBlock(_Block):
+    type: Literal["SGD"]
+    params: SGDParams
+
+
+class AdamWBlock(_Block):
+    type: Literal["AdamW"]
+    params: AdamWParams
 
 
 class Autocast(_Block):
@@ -166,24 +209,39 @@ class Config(_Block):
     torch_autocast: Autocast = Autocast()
     """bfloat16 convolutions and matrix products, on a GPU; parameters stay float32. Not used on the CPU."""
     zero_optimization: ZeroOptimization = ZeroOptimization()
-    optimizer: Optimizer
+    optimizer: LARSBlock | SGDBlock | AdamWBlock = Field(discriminator="type")
     simclr: Simclr
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _refuse_low_precision_blocks(cls, raw: Any) -> Any:
+        for block in {"bf16", "fp16"} & set(raw if isinstance(raw, dict) else ()):
+            raise ValueError(
+                f"the {block} block casts parameters and BatchNorm to half precision, in which LARS's norms and the "
+                "running statistics are wrong; remove it and use torch_autocast, which keeps them in float32"
+            )
+        return raw
 
     @pydantic.model_validator(mode="after")
     def _refuse_contradictions(self) -> "Config":
         stage = self.zero_optimization.stage
         if stage != 0:
             raise ValueError(
-                f"zero_optimization.stage is {stage}; LARS needs stage 0, since the others flatten all layers into "
-                f"one tensor and LARS "
-                "scales each layer by its own norm"
+                f"zero_optimization.stage is {stage}; set it to 0: the other stages flatten all layers into one "
+                "tensor, while LARS scales each layer by its own norm, and every process saves what it alone holds"
             )
         if self.gradient_clipping != 0:
             raise ValueError(
-                f"gradient_clipping is {self.gradient_clipping}; LARS scales every layer itself: set it to 0.0"
+                f"gradient_clipping is {self.gradient_clipping}, which the method does not have; set it to 0.0"
             )
         if 64 * self.simclr.encoder.width % 1:
             raise ValueError(f"simclr.encoder.width is {self.simclr.encoder.width}; it must be a multiple of 1/64")
+        if self.simclr.encoder.selective_kernels and self.simclr.encoder.name in ("resnet18", "resnet34"):
+            raise ValueError(
+                f"simclr.encoder.selective_kernels is for resnet50 and deeper, not for {self.simclr.encoder.name}"
+            )
+        if self.train_batch_size < 2:
+            raise ValueError("train_batch_size is 1; NT-Xent compares an image with others: use at least 2")
         if self.train_batch_size % self.simclr.lanes:
             raise ValueError(
                 f"simclr.lanes is {self.simclr.lanes}, which does not divide train_batch_size {self.train_batch_size}"
@@ -201,6 +259,10 @@ class Config(_Block):
                         f"simclr.{where}.{name} is [{low}, {high}], which is no range of positive numbers up to {most}"
                     )
         rule, lr = self.simclr.lr_rule, self.optimizer.params.lr
+        if rule != "none" and self.optimizer.type == "AdamW":
+            raise ValueError(
+                f'simclr.lr_rule is "{rule}", which is for LARS and SGD; for AdamW set it to "none" and lr to a number'
+            )
         if rule != "none":
             expected = LR_RULES[rule](self.train_batch_size)
             if abs(lr - expected) > _LR_TOLERANCE * expected:
@@ -217,7 +279,7 @@ class Config(_Block):
         if stem == "auto":
             stem = "3x3" if self.simclr.image_size < SMALLEST_SIZE_FOR_7X7 else "7x7"
         assert encoder.name in ARCHITECTURES
-        return Architecture(encoder.name, encoder.width, stem, tuple(encoder.projector))
+        return Architecture(encoder.name, encoder.width, stem, tuple(encoder.projector), encoder.selective_kernels)
 
     def shard_cache(self) -> Cache:
         return Cache(Path(self.simclr.cache).expanduser(), int(self.simclr.cache_gb * 1e9))
@@ -237,67 +299,3 @@ class Config(_Block):
         local = self.local_batch(world)
         most = min(self.train_micro_batch_size_per_gpu or local, local)
         return next(size for size in range(most, 0, -1) if local % size == 0)
-
-
-def load_config(name: str, overrides: list[str], data: str | None = None, run: str | None = None) -> Config:
-    """Read config ``name`` (a path, or a preset of train/configs), apply ``key.key=value`` overrides and check it.
-
-    Raises UserError with one sentence for the first thing that is wrong.
-    """
-    path = Path(name)
-    if not path.is_file():
-        path = PRESETS / name
-    if not path.is_file():
-        presets = ", ".join(sorted(preset.name for preset in PRESETS.glob("*.json")))
-        raise UserError(f"config {name} is neither a file nor a preset; the presets are {presets}")
-    try:
-        raw = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
-    if not isinstance(raw, dict) or not isinstance(raw.get("simclr", {}), dict):
-        raise UserError(f"{path} must be a JSON object whose key 'simclr' is an object too")
-    simclr = raw.setdefault("simclr", {})
-    for override in overrides:
-        _set(raw, override)
-    if data is not None:
-        simclr["data"] = data
-    if run is not None:
-        simclr["run"] = run
-    if not simclr.get("run"):
-        simclr["run"] = f"runs/{path.stem}"
-    try:
-        config = Config.model_validate(raw)
-    except pydantic.ValidationError as error:
-        raise UserError(f"{path}: {_sentence(error)}") from error
-    if not config.simclr.data:
-        raise UserError(f"{path} names no data folder; give --data FOLDER, made by scripts/make_shards.sh")
-    return config
-
-
-def _set(raw: dict[str, Any], override: str) -> None:
-    keys, equals, text = override.partition("=")
-    if not equals:
-        raise UserError(f"--set {override!r} has no '='; write it as --set simclr.epochs=100")
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError:
-        value = text
-    *parents, last = keys.split(".")
-    block = raw
-    for key in parents:
-        block = block.setdefault(key, {})
-        if not isinstance(block, dict):
-            raise UserError(f"--set {override!r}: {key!r} is a value, not a block of the config")
-    block[last] = value
-
-
-def _sentence(error: pydantic.ValidationError) -> str:
-    first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        return f"unknown key {key!r}; see train/config.py for the known ones"
-    if first["type"] == "missing":
-        return f"key {key!r} is missing"
-    if first["type"] == "value_error" and not key:
-        return str(first["ctx"]["error"])
-    return f"{key} is {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"

@@ -11,7 +11,7 @@ from torch import nn
 
 from shards.errors import UserError
 from train.config import Config
-from train.lars import LARS, parameter_groups
+from train.optimizer import build_optimizer
 
 
 @dataclass(frozen=True)
@@ -91,18 +91,15 @@ def deepspeed_config(config: Config, process: Process) -> dict[str, Any]:
     }
 
 
-def build_engine(model: nn.Module, config: Config, process: Process) -> tuple[Any, LARS]:
-    """Wrap ``model`` in a DeepSpeed engine with LARS. Parameters and buffers of rank 0 are given to all ranks."""
+def build_engine(model: nn.Module, config: Config, process: Process) -> tuple[Any, torch.optim.Optimizer]:
+    """Wrap ``model`` in a DeepSpeed engine. Parameters and buffers of rank 0 are given to all ranks."""
     model.to(process.device)
     for buffer in model.buffers():  # the engine gives all ranks the parameters of rank 0, but not the buffers
         dist.broadcast(buffer, 0)
-    params = config.optimizer.params
-    optimizer = LARS(
-        parameter_groups(model, params.weight_decay),
-        lr=params.lr,
-        momentum=params.momentum,
-        trust_coefficient=params.trust_coefficient,
-    )
+    optimizer = build_optimizer(model, config)
+    if config.simclr.compile != "no":
+        # In place, so that keys stay as they are, and inside of the engine, whose hooks are then not traced.
+        model.compile(backend=config.simclr.compile)
     engine, wrapped, _, _ = import_deepspeed(process.device).initialize(
         model=model, optimizer=optimizer, config=deepspeed_config(config, process)
     )

@@ -19,9 +19,11 @@ from train.engine import Process
 class Reporter:
     """Collects each step's numbers on the device and writes them when drained, so that no step waits for the device.
 
-    metrics.jsonl has one line per step: step, epoch, loss, positive, top1, lr. speed.jsonl has one per drain: step,
-    images_per_s (images, each of which gives two views) and wait_share (share
-    of the host's time spent waiting for input, which on a GPU leaves out what the device itself waits).
+    metrics.jsonl has one line per step: step, epoch, lr, loss, and of the embeddings (model.ntxent.Contrast) positive,
+    hardest_negative, top1, alignment (mean squared distance of two views of an image) and uniformity (the last two as
+    in Wang and Isola 2020). speed.jsonl has one per drain: step, images_per_s (images, each of which gives two views)
+    and wait_share (share of the host's time spent waiting for input, which on a GPU leaves out what the device itself
+    waits).
     """
 
     def __init__(
@@ -42,7 +44,7 @@ class Reporter:
         self._waited += seconds
 
     def add(self, step: int, lr: float, contrast: Contrast) -> None:
-        numbers = torch.stack([contrast.loss.detach(), contrast.positive, contrast.top1]).double()
+        numbers = torch.stack([value.detach() for value in vars(contrast).values()]).double()
         self._pending.append((step, lr, numbers))
 
     def drain(self, last_checkpoint: str) -> None:
@@ -78,10 +80,12 @@ class Reporter:
     def _write(self, rows: Sequence[Sequence[float]], images_per_s: float, wait_share: float) -> None:
         self._rates.append(images_per_s)
         with (self._run / "metrics.jsonl").open("a") as metrics:
-            for (step, lr, _), (loss, positive, top1) in zip(self._pending, rows, strict=True):
-                epoch = step // self._steps_per_epoch
-                line = {"step": step, "epoch": epoch, "loss": loss, "positive": positive, "top1": top1, "lr": lr}
-                metrics.write(json.dumps(line) + "\n")
+            for (step, lr, _), row in zip(self._pending, rows, strict=True):
+                metrics.write(json.dumps(self._line(step, lr, *row)) + "\n")
+        if self._pending[0][0] == 0:
+            # What no information gives; embeddings that point anywhere begin a little above it.
+            others = 2 * self._batch - 1
+            print(f"the first loss is {rows[0][0]:.3f}; chance is ln({others}) = {math.log(others):.3f}", flush=True)
         step, lr, _ = self._pending[-1]
         with (self._run / "speed.jsonl").open("a") as speed:
             line = {"step": step, "images_per_s": round(images_per_s, 2), "wait_share": round(wait_share, 4)}
@@ -94,6 +98,21 @@ class Reporter:
             f"ETA {_duration(left)}"
         )
         print(f"\r\033[K{text}" if sys.stdout.isatty() else text, end="" if sys.stdout.isatty() else "\n", flush=True)
+
+    def _line(
+        self, step: int, lr: float, loss: float, positive: float, hardest_negative: float, top1: float, potential: float
+    ) -> dict[str, float]:
+        return {
+            "step": step,
+            "epoch": step // self._steps_per_epoch,
+            "lr": lr,
+            "loss": loss,
+            "positive": positive,
+            "hardest_negative": hardest_negative,
+            "top1": top1,
+            "alignment": 2 - 2 * positive,
+            "uniformity": math.log(max(potential, sys.float_info.min)),
+        }
 
 
 def _drop_lines_from(path: Path, first_step: int) -> None:

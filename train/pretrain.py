@@ -16,7 +16,6 @@ import math
 import sys
 import time
 from collections.abc import Callable
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -33,36 +32,18 @@ from model.encoder import build_model  # noqa: E402
 from pipeline.files import Files  # noqa: E402
 from pipeline.loader import Setting, two_views  # noqa: E402
 from pipeline.order import Order  # noqa: E402
-from pipeline.remote import is_remote, open_split  # noqa: E402
+from pipeline.remote import open_split  # noqa: E402
 from shards.errors import UserError, positive_int, run_main  # noqa: E402
 from shards.manifest import ShardSet  # noqa: E402
 from shards.verify import verify_split  # noqa: E402
-from train.config import Config, load_config  # noqa: E402
+from train.config import Config  # noqa: E402
+from train.config_file import load_config  # noqa: E402
 from train.engine import Process, build_engine, start  # noqa: E402
 from train.metrics import Reporter  # noqa: E402
-from train.schedule import learning_rate  # noqa: E402
+from train.parking import Parked  # noqa: E402
+from train.resume import resume, state_of  # noqa: E402
+from train.schedule import LR_FORMULAS, learning_rate  # noqa: E402
 from train.step import train_step  # noqa: E402
-
-# Fields of the config that may differ between the stopped run and the one that goes on. They change no number of it,
-# but for the micro-batch, which BatchNorm sees where there are several: another machine may have less memory.
-_FREE = {
-    "train_micro_batch_size_per_gpu",
-    *(
-        f"simclr.{key}"
-        for key in (
-            "about",
-            "data",
-            "run",
-            "loader_threads",
-            "log_every",
-            "checkpoint_every",
-            "keep_checkpoints",
-            "max_bad_fraction",
-            "cache",
-            "cache_gb",
-        )
-    ),
-}
 
 
 def main() -> None:
@@ -135,43 +116,6 @@ def refuse_damage(shards: ShardSet, process: Process) -> None:
         raise UserError(f"{found[0]}; look with: python -m shards.verify --full {shards.folder.parent}")
 
 
-def resume(
-    run: Path, config: Config, shards: ShardSet, model: torch.nn.Module, optimizer: torch.optim.Optimizer
-) -> int:
-    """Load the newest checkpoint of ``run``, if there is one; return the step to go on with.
-
-    Raises UserError where the run was made with another data set or other settings.
-    """
-    found = checkpoint.newest(run)
-    if found is None:
-        return 0
-    state = found.state
-    if state["manifest"] != shards.fingerprint:
-        raise UserError(
-            f"{run} was trained on another data set than {shards.folder} (the manifests differ); give another --run "
-            f"or the same --data"
-        )
-    before, now = flatten(state["config"]), flatten(config.model_dump(mode="json"))
-    for key in sorted((before.keys() | now.keys()) - _FREE):
-        if before.get(key) != now.get(key):
-            raise UserError(
-                f"{run} was made with {key} = {before.get(key)!r}, this command gives {now.get(key)!r}; give another "
-                f"--run"
-            )
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    step: int = state["step"]
-    return step
-
-
-def flatten(block: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}"""
-    flat: dict[str, Any] = {}
-    for key, value in block.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
-
-
 def prepare_run_folder(run: Path, config: Config) -> None:
     run.mkdir(parents=True, exist_ok=True)
     (run / "config.json").write_text(json.dumps(config.model_dump(mode="json"), indent=2) + "\n")
@@ -189,17 +133,22 @@ def announce(config: Config, shards: ShardSet, order: Order, process: Process, s
     say(
         process,
         f"{encoder.name} x{encoder.width:g}, {encoder.stem} stem, projector {'-'.join(map(str, encoder.projector))}, "
-        f"{config.simclr.image_size} px, "
-        f"{process.world} x {process.device.type}",
+        f"{config.simclr.image_size} px, {process.world} x {process.device.type}, compiled: {config.simclr.compile}",
+    )
+    params, rule = config.optimizer.params, config.simclr.lr_rule
+    say(
+        process,
+        f"{config.optimizer.type}, peak lr {params.lr:g} ({LR_FORMULAS.get(rule, 'no rule')}), weight decay "
+        f"{params.weight_decay:g}, warm-up {config.simclr.warmup_epochs:g} epochs",
     )
     say(
         process,
-        f"global batch {batch} ({process.world} x {passes} x {micro_batch}), peak lr {config.optimizer.params.lr:g}, "
-        f"{order.steps_per_epoch} steps "
-        f"per epoch, {config.simclr.epochs} epochs; each view meets {2 * batch - 2} negatives, a loss of "
-        f"ln({2 * batch - 1}) = "
+        f"global batch {batch} ({process.world} x {passes} x {micro_batch}), {order.steps_per_epoch} steps per epoch, "
+        f"{config.simclr.epochs} epochs; each view meets {2 * batch - 2} negatives, a loss of ln({2 * batch - 1}) = "
         f"{math.log(2 * batch - 1):.3f} is chance",
     )
+    if passes > 1:
+        say(process, f"{passes} passes of {micro_batch} images: the loss sees the whole batch, BatchNorm only a pass")
     if step:
         say(process, f"going on from step {step}")
 
@@ -245,7 +194,7 @@ def train(
         max_bad_fraction=simclr.max_bad_fraction,
         files=files,
     )
-    micro_batches_per_step = config.local_batch(process.world) // micro_batch
+    views = Parked(process.device, config.local_batch(process.world) // micro_batch)
     reporter = Reporter(
         run,
         process,
@@ -259,12 +208,12 @@ def train(
     started = time.monotonic()
     for step in range(first_step, last_step):
         asked = time.perf_counter()
-        views = [batch.views for batch in islice(batches, micro_batches_per_step)]
+        views.fill(batch.views for batch in batches)
         reporter.waited(time.perf_counter() - asked)
         lr = learning_rate(step, config.optimizer.params.lr, warmup_steps, total_steps)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        reporter.add(step, lr, train_step(engine, views, simclr.temperature))
+        reporter.add(step, lr, train_step(engine, views, simclr.temperature, ring=simclr.ring))
 
         done = step + 1
         save_now = done == last_step or done % simclr.checkpoint_every == 0
@@ -292,24 +241,6 @@ def train(
         f"{last_step - first_step} steps in {seconds:.1f} s, {reporter.images_per_s():,.0f} images/s; {run} is at "
         f"step {last_step} of {total_steps}",
     )
-
-
-def state_of(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer, config: Config, shards: ShardSet, step: int
-) -> dict[str, Any]:
-    """Everything that a run needs to go on, and an evaluation to read it, in tensors and plain values."""
-    return {
-        "step": step,
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "architecture": checkpoint.describe(config.architecture()),
-        "image_size": config.simclr.image_size,
-        "seed": config.simclr.seed,
-        "data": config.simclr.data if is_remote(config.simclr.data) else str(Path(config.simclr.data).resolve()),
-        "config": config.model_dump(mode="json"),
-        "manifest": shards.fingerprint,
-        "versions": {"torch": str(torch.__version__), "deepspeed": sys.modules["deepspeed"].__version__},
-    }
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -10,22 +10,32 @@ from torch import Tensor, nn
 from model.ntxent import Contrast, nt_xent
 
 
-def train_step(engine: Any, micro_batches: Sequence[Tensor], temperature: float) -> Contrast:
+class MicroBatches(Protocol):
+    """A list of tensors, or train.parking.Parked."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Tensor]: ...
+
+
+def train_step(engine: Any, micro_batches: MicroBatches, temperature: float, *, ring: bool = False) -> Contrast:
     """Update the engine's model on one global batch; ``micro_batches`` [2b, 3, h, w] are this rank's share of it.
 
     With several micro-batches the loss still sees the whole global batch (gradient caching, Gao et al. 2021): all are
     embedded without gradient, the loss and its gradient dz are computed once, and each is embedded again with its
     slice of dz. That costs one more forward pass, and BatchNorm sees micro-batches instead of the rank's whole share.
+    ``micro_batches`` is gone through twice then. ring: see model.ntxent.
     """
     if len(micro_batches) == 1:
-        contrast = nt_xent(engine(micro_batches[0]), temperature)
+        (views,) = micro_batches
+        contrast = nt_xent(engine(views), temperature, ring=ring)
         engine.backward(contrast.loss)
         engine.step()
         return contrast
     with torch.no_grad(), _statistics_kept(engine.module):
         embedded = [_at_least_float32(engine(views)) for views in micro_batches]
     z = _by_view(embedded).requires_grad_()
-    contrast = nt_xent(z, temperature)
+    contrast = nt_xent(z, temperature, ring=ring)
     (dz,) = torch.autograd.grad(contrast.loss, z)
     for views, dz_slice in zip(micro_batches, _by_micro_batch(dz, embedded), strict=True):
         # The gradient of <z, dz> for constant dz is what the loss would send back through this micro-batch. The loss

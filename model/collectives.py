@@ -1,0 +1,50 @@
+"""What the loss sends between ranks. Without a process group there is one rank. Nothing here is differentiable.
+
+Legend: W = ranks, R = rows that each rank holds.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# torch 2.13 gave the function its second name and warns of the first.
+_gather_into = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def all_gather(x_R: Tensor) -> Tensor:
+    """``x_R`` of all ranks, [W, R, ...]."""
+    if world_size() == 1:
+        return x_R[None]
+    gathered = x_R.new_empty(world_size() * len(x_R), *x_R.shape[1:])
+    _gather_into(gathered, x_R.contiguous())
+    return gathered.view(world_size(), *x_R.shape)
+
+
+def own_first(x_WR: Tensor) -> Iterator[Tensor]:
+    """The blocks of a gathered tensor in the order in which :func:`ring` brings them."""
+    rank = dist.get_rank() if len(x_WR) > 1 else 0
+    return (x_WR[(rank - hop) % len(x_WR)] for hop in range(len(x_WR)))
+
+
+def ring(x_R: Tensor) -> Iterator[Tensor]:
+    """``x_R`` of this rank, then of the ranks before it, each on its way while the caller works on the last.
+
+    All ranks must go through it together; no rank holds more than two blocks.
+    """
+    rank, world = dist.get_rank() if dist.is_initialized() else 0, world_size()
+    block = x_R.contiguous()
+    for hop in range(world):
+        arriving, requests = torch.empty_like(block), []
+        if hop + 1 < world:
+            to_next = dist.P2POp(dist.isend, block, (rank + 1) % world)
+            requests = dist.batch_isend_irecv([to_next, dist.P2POp(dist.irecv, arriving, (rank - 1) % world)])
+        yield block
+        for request in requests:
+            request.wait()
+        block = arriving

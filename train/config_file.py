@@ -1,0 +1,101 @@
+"""Reading the one configuration file: a DeepSpeed JSON whose key "simclr" holds what is ours."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pydantic
+
+from shards.errors import UserError
+from train.config import Config
+from train.schedule import LR_RULES
+
+PRESETS = Path(__file__).resolve().parent / "configs"
+
+
+def load_config(name: str, overrides: list[str], data: str | None = None, run: str | None = None) -> Config:
+    """Read config ``name`` (a path, or a preset of train/configs), apply ``key.key=value`` overrides and check it.
+
+    Raises UserError with one sentence for the first thing that is wrong.
+    """
+    path = Path(name)
+    if not path.is_file():
+        path = PRESETS / name
+    if not path.is_file():
+        presets = ", ".join(sorted(preset.name for preset in PRESETS.glob("*.json")))
+        raise UserError(f"config {name} is neither a file nor a preset; the presets are {presets}")
+    try:
+        raw = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not JSON: {error}") from error
+    if not isinstance(raw, dict) or not isinstance(raw.get("simclr", {}), dict):
+        raise UserError(f"{path} must be a JSON object whose key 'simclr' is an object too")
+    simclr = raw.setdefault("simclr", {})
+    for override in overrides:
+        _set(raw, override)
+    if data is not None:
+        simclr["data"] = data
+    if run is not None:
+        simclr["run"] = run
+    if not simclr.get("run"):
+        simclr["run"] = f"runs/{path.stem}"
+    _resolve_optimizer(raw)
+    try:
+        config = Config.model_validate(raw)
+    except pydantic.ValidationError as error:
+        raise UserError(f"{path}: {_sentence(error)}") from error
+    if not config.simclr.data:
+        raise UserError(f"{path} names no data folder; give --data FOLDER, made by scripts/make_shards.sh")
+    return config
+
+
+def _set(raw: dict[str, Any], override: str) -> None:
+    keys, equals, text = override.partition("=")
+    if not equals:
+        raise UserError(f"--set {override!r} has no '='; write it as --set simclr.epochs=100")
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = text
+    *parents, last = keys.split(".")
+    block = raw
+    for key in parents:
+        block = block.setdefault(key, {})
+        if not isinstance(block, dict):
+            raise UserError(f"--set {override!r}: {key!r} is a value, not a block of the config")
+    block[last] = value
+
+
+def _resolve_optimizer(raw: dict[str, Any]) -> None:
+    """Write the optimizer's name as we do, and its rate as a number. What is not as it should be is left as it is."""
+    block = raw.get("optimizer")
+    if not isinstance(block, dict):
+        return
+    names = {name.lower(): name for name in ("LARS", "SGD", "AdamW")}
+    block["type"] = names.get(str(block.get("type")).lower(), block.get("type"))
+    params, batch = block.get("params"), raw.get("train_batch_size")
+    if isinstance(params, dict) and params.get("lr") == "auto" and isinstance(batch, int):
+        rule = raw["simclr"].get("lr_rule", "linear")
+        if rule not in LR_RULES:
+            raise UserError(
+                f"optimizer.params.lr is 'auto', but simclr.lr_rule is {rule!r}; give a number, or one of the rules "
+                f"{', '.join(LR_RULES)}"
+            )
+        params["lr"] = LR_RULES[rule](batch)
+
+
+def _sentence(error: pydantic.ValidationError) -> str:
+    first = error.errors()[0]
+    if first["type"] == "union_tag_invalid":
+        return f"optimizer.type is {first['ctx']['tag']!r}; choose one of {first['ctx']['expected_tags']}"
+    location = first["loc"]
+    if location[:1] == ("optimizer",):
+        location = location[:1] + location[2:]  # without the name of the optimizer, which pydantic puts in
+    key = ".".join(str(part) for part in location)
+    if first["type"] == "extra_forbidden":
+        return f"unknown key {key!r}; see train/config.py for the known ones"
+    if first["type"] == "missing":
+        return f"key {key!r} is missing"
+    if first["type"] == "value_error" and not key:
+        return str(first["ctx"]["error"])
+    return f"{key} is {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"

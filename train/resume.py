@@ -1,0 +1,90 @@
+"""What a run keeps to go on with, and going on with it."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from model import checkpoint
+from pipeline.remote import is_remote
+from shards.errors import UserError
+from shards.manifest import ShardSet
+from train.config import Config
+
+# Fields of the config that may differ between the stopped run and the one that goes on. They change no number of it,
+# but for the micro-batch, which BatchNorm sees where there are several: another machine may have less memory.
+_FREE = {
+    "train_micro_batch_size_per_gpu",
+    *(
+        f"simclr.{key}"
+        for key in (
+            "data",
+            "run",
+            "loader_threads",
+            "log_every",
+            "checkpoint_every",
+            "keep_checkpoints",
+            "max_bad_fraction",
+            "cache",
+            "cache_gb",
+        )
+    ),
+}
+
+
+def resume(
+    run: Path, config: Config, shards: ShardSet, model: torch.nn.Module, optimizer: torch.optim.Optimizer
+) -> int:
+    """Load the newest checkpoint of ``run``, if there is one; return the step to go on with.
+
+    Raises UserError where the run was made with another data set or other settings.
+    """
+    found = checkpoint.newest(run)
+    if found is None:
+        return 0
+    state = found.state
+    if state["manifest"] != shards.fingerprint:
+        raise UserError(
+            f"{run} was trained on another data set than {shards.folder} (the manifests differ); give another --run "
+            f"or the same --data"
+        )
+    before, now = flatten(state["config"]), flatten(config.model_dump(mode="json"))
+    for key in sorted(before.keys() | now.keys()):
+        if key in _FREE or key.startswith("simclr.about"):
+            continue
+        if before.get(key) != now.get(key):
+            raise UserError(
+                f"{run} was made with {key} = {before.get(key)!r}, this command gives {now.get(key)!r}; give another "
+                f"--run"
+            )
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    step: int = state["step"]
+    return step
+
+
+def flatten(block: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}"""
+    flat: dict[str, Any] = {}
+    for key, value in block.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def state_of(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, config: Config, shards: ShardSet, step: int
+) -> dict[str, Any]:
+    """Everything that a run needs to go on, and an evaluation to read it, in tensors and plain values."""
+    return {
+        "step": step,
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "architecture": checkpoint.describe(config.architecture()),
+        "image_size": config.simclr.image_size,
+        "seed": config.simclr.seed,
+        "data": config.simclr.data if is_remote(config.simclr.data) else str(Path(config.simclr.data).resolve()),
+        "config": config.model_dump(mode="json"),
+        "manifest": shards.fingerprint,
+        "versions": {"torch": str(torch.__version__), "deepspeed": sys.modules["deepspeed"].__version__},
+    }
