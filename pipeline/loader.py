@@ -26,6 +26,8 @@ from shards.manifest import ShardSet
 
 Ids = npt.NDArray[np.int64]
 MAX_BAD_FRACTION = 1e-4
+# Steps by which the host may be ahead of a GPU; each keeps a batch of views in its memory.
+_AHEAD_OF_THE_GPU = 2
 
 
 class Batch(NamedTuple):
@@ -230,6 +232,30 @@ def labelled(
     return (images for _, images in made)
 
 
+def chosen(
+    shards: ShardSet,
+    ids: Ids,
+    recipes: Sequence[Recipe],
+    setting: Setting,
+    *,
+    seed: int,
+    epoch: int,
+    max_bad_fraction: float = 0.0,
+) -> Batch:
+    """The views of samples ``ids`` as ``epoch`` of a run with ``seed`` draws them."""
+    now = [int(shard) for shard in np.unique(shards.samples["shard"][ids])]
+    plan = _Plan(ids, epoch, 0, True, now, [])
+
+    def draws(plan: _Plan, width: Ids, height: Ids) -> list[Draws]:
+        return [draw(recipe, seed, epoch, ids, view, width, height) for view, recipe in enumerate(recipes)]
+
+    reader = SampleReader(shards, LocalFiles(shards), max_bad_fraction)
+    made = _run(shards, reader, [plan], draws, setting, batch=len(ids), views=len(recipes), augment=True)
+    _, batch = next(made)
+    made.close()
+    return batch
+
+
 def _run(
     shards: ShardSet,
     reader: SampleReader,
@@ -280,28 +306,36 @@ def _run(
         tuning=setting.tuning,
     )
     recycled = Recycled()
-    copied = torch.cuda.Event() if on_gpu else None
+    # On a GPU the outputs are copied on a stream of their own, while the step before still computes.
+    copies = torch.cuda.Stream(setting.device) if on_gpu else None
+    asked: deque[torch.cuda.Event] = deque()  # what the caller's stream was given to do before each batch
     try:
         while True:
-            if copied is not None:
+            if copies is not None:
                 # DALI may reuse the memory of the last outputs once they are let go, which its own stream does not
                 # order after our copy.
-                copied.synchronize()
+                copies.synchronize()
+                asked.append(torch.cuda.current_stream(setting.device).record_event())
+                if len(asked) > _AHEAD_OF_THE_GPU:
+                    asked.popleft().synchronize()
             try:
                 # Stream-ordered on the GPU: the host does not wait for the images to be there.
-                outputs = pipeline.run(torch.cuda.current_stream(setting.device) if on_gpu else None)
+                outputs = pipeline.run(copies)
             except StopIteration:
                 return
             plan, shown = handed_over.popleft()
             shape = (views, len(shown), setting.size, setting.size, 3)
-            if on_gpu:
-                pixels = torch.empty(shape, dtype=setting.dtype, device=setting.device)
-            else:
-                pixels = recycled.empty(shape, setting.dtype)
-            for view, output in zip(pixels, outputs, strict=True):
-                view.copy_(torch.utils.dlpack.from_dlpack(output.as_tensor()))
-            if copied is not None:
-                copied.record(torch.cuda.current_stream(setting.device))
+            with torch.cuda.stream(copies):  # does nothing where there is none
+                if on_gpu:
+                    pixels = torch.empty(shape, dtype=setting.dtype, device=setting.device)
+                else:
+                    pixels = recycled.empty(shape, setting.dtype)
+                for view, output in zip(pixels, outputs, strict=True):
+                    view.copy_(torch.utils.dlpack.from_dlpack(output.as_tensor()))
+            if copies is not None:
+                caller = torch.cuda.current_stream(setting.device)
+                caller.wait_stream(copies)
+                pixels.record_stream(caller)
             labels = torch.from_numpy(shards.samples["label"][shown].astype(np.int64))
             yield plan, Batch(pixels.flatten(0, 1).permute(0, 3, 1, 2), labels, torch.from_numpy(shown))
     finally:

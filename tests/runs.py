@@ -41,12 +41,17 @@ def pretrain(config: Path, data: Path | str, run: Path, *words: Any) -> subproce
 
 def launch(processes: int, config: Path, data: Path, run: Path, *words: Any) -> subprocess.CompletedProcess[str]:
     """As a user starts it, by the deepspeed launcher."""
+    arguments = ["--config", config, "--data", data, "--run", run, *words]
+    return launch_script(processes, ROOT / "train/pretrain.py", *arguments)
+
+
+def launch_script(processes: int, script: Path, *words: Any) -> subprocess.CompletedProcess[str]:
+    """Run any script of ours by the deepspeed launcher on the CPU."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     tools = Path(sys.executable).parent
-    launcher = [tools / "deepspeed", "--quiet", "--num_gpus", processes, "--master_port", port]
-    command = [*launcher, ROOT / "train/pretrain.py", "--config", config, "--data", data, "--run", run, *words]
+    command = [tools / "deepspeed", "--quiet", "--num_gpus", processes, "--master_port", port, script, *words]
     environment = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}", "DS_ACCELERATOR": "cpu"}
     return subprocess.run(
         [str(word) for word in command],

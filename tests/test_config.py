@@ -75,6 +75,13 @@ def test_the_global_batch_is_the_same_on_any_number_of_gpus(world: int, micro: i
     assert config.micro_batch(world) == micro
 
 
+def test_a_share_without_a_fitting_micro_batch_is_refused(tmp_path: Path) -> None:
+    overrides = ["train_batch_size=254", "simclr.lanes=2", "train_micro_batch_size_per_gpu=64", "simclr.lr_rule=none"]
+    config = load_config(written(tmp_path, MINIMAL), overrides)
+    with pytest.raises(UserError, match=r"127 images.*64.*largest is 1"):
+        config.micro_batch(2)
+
+
 def test_a_file_in_the_working_folder_wins_over_a_preset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "ds_lars.json").write_text(json.dumps(MINIMAL))
     monkeypatch.chdir(tmp_path)

@@ -1,14 +1,24 @@
-"""The input path on a GPU; skipped where there is none."""
+"""Input path, loss, step and trainer on a GPU; skipped where there is none."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
+from model.encoder import Architecture, build_model
+from model.ntxent import nt_xent
 from pipeline.draws import Recipe
 from pipeline.loader import Batch, Setting, two_views
 from pipeline.order import Order
 from shards.manifest import ShardSet
+from tests.conftest import ROOT, run_python
+from tests.runs import metrics, tiny_config
+from tests.test_ntxent import embeddings
+from tests.test_step import PlainEngine
+from train.lars import LARS, parameter_groups
+from train.parking import Parked
+from train.step import train_step
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -47,3 +57,65 @@ def test_batches_on_the_gpu_that_are_kept_stay_as_they_were(train_split: ShardSe
 def test_half_precision_on_the_gpu_is_the_rounded_view(train_split: ShardSet) -> None:
     full, half = (views_of(train_split, replace(GPU, dtype=dtype))[0] for dtype in (torch.float32, torch.float16))
     assert torch.allclose(half.views.float(), full.views, atol=0.02)
+
+
+def test_the_loss_on_the_gpu_is_that_of_the_cpu() -> None:
+    z = embeddings(1000, 128).detach().float()
+    results = []
+    for device in ("cpu", "cuda"):
+        leaf = z.to(device).requires_grad_()
+        contrast = nt_xent(leaf, 0.1, tile=256)
+        (gradient,) = torch.autograd.grad(contrast.loss, leaf)
+        results.append((contrast, gradient.cpu()))
+    (on_cpu, expected), (on_gpu, gradient) = results
+    assert (gradient - expected).norm() < 1e-5 * expected.norm()
+    for name, value in vars(on_cpu).items():
+        assert getattr(on_gpu, name).item() == pytest.approx(value.item(), rel=1e-4), name
+
+
+@pytest.mark.parametrize("passes", [1, 3])
+def test_a_step_on_the_gpu_never_waits(passes: int) -> None:
+    model = build_model(Architecture("resnet18", 0.25, "7x7", (16, 8)), 0).cuda()
+    engine = PlainEngine(model, passes)
+    engine.optimizer = LARS(parameter_groups(model, 1e-6), lr=0.1)
+    device = torch.device("cuda", 0)
+    parked = Parked(device, passes)
+    parts = [torch.randn(16, 3, 64, 64, device=device) for _ in range(passes)]
+    for _ in range(2):  # what is made once: memory, the optimizer's state
+        parked.fill(iter(parts))
+        train_step(engine, parked, 0.1)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        parked.fill(iter(parts))
+        train_step(engine, parked, 0.1)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_views_parked_by_the_gpu_come_back_twice_and_take_no_more_memory_when_there_are_more() -> None:
+    device = torch.device("cuda", 0)
+    held = []
+    for count in (2, 12):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        parked = Parked(device, count)
+        for step in range(2):
+            parked.fill(torch.full((1 << 20,), float(step * count + n), device=device) for n in range(count))
+            for _ in range(2):
+                assert [float(views.mean()) for views in parked] == [float(step * count + n) for n in range(count)]
+        held.append(torch.cuda.max_memory_allocated() - before)
+        del parked
+    assert held[1] <= 1.5 * held[0]
+
+
+@pytest.mark.launch
+def test_the_trainer_runs_and_goes_on_on_the_gpu(packed: Path, tmp_path: Path) -> None:
+    words = ["--config", tiny_config(tmp_path), "--data", packed, "--run", tmp_path / "run"]
+    for more in (["--set", "torch_autocast.enabled=true", "--stop-after-steps", 7], []):
+        overrides = more or ["--set", "torch_autocast.enabled=true"]
+        done = run_python(ROOT / "train/pretrain.py", *words, *overrides)
+        assert done.returncode == 0, done.stderr
+    assert "1 x cuda" in done.stdout
+    losses = [line["loss"] for line in metrics(tmp_path / "run")]
+    assert len(losses) == 30 and sum(losses[-10:]) < sum(losses[:10])

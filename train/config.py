@@ -295,7 +295,17 @@ class Config(_Block):
         return self.train_batch_size // world
 
     def micro_batch(self, world: int) -> int:
-        """Images a process embeds at a time: the largest divisor of its share that is at most the configured number."""
+        """Images a process embeds at a time: the largest divisor of its share that is at most the configured number.
+
+        Raises UserError where that is less than half of it.
+        """
         local = self.local_batch(world)
         most = min(self.train_micro_batch_size_per_gpu or local, local)
-        return next(size for size in range(most, 0, -1) if local % size == 0)
+        size = next(size for size in range(most, 0, -1) if local % size == 0)
+        if 2 * size < most:
+            raise UserError(
+                f"the {local} images of each of {world} processes have no divisor close below "
+                f"train_micro_batch_size_per_gpu {most} (the largest is {size}); change train_batch_size, the number "
+                "of processes, or the micro-batch"
+            )
+        return size

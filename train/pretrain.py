@@ -30,7 +30,6 @@ from model.batchnorm import synchronised  # noqa: E402
 from model.checkpoint import CheckpointError  # noqa: E402
 from model.encoder import build_model  # noqa: E402
 from pipeline.files import Files  # noqa: E402
-from pipeline.loader import Setting, two_views  # noqa: E402
 from pipeline.order import Order  # noqa: E402
 from pipeline.remote import open_split  # noqa: E402
 from shards.errors import UserError, positive_int, run_main  # noqa: E402
@@ -44,6 +43,7 @@ from train.parking import Parked  # noqa: E402
 from train.resume import resume, state_of  # noqa: E402
 from train.schedule import LR_FORMULAS, learning_rate  # noqa: E402
 from train.step import train_step  # noqa: E402
+from train.views import build_order, build_views  # noqa: E402
 
 
 def main() -> None:
@@ -53,7 +53,7 @@ def main() -> None:
     order = build_order(config, shards)
     process = start()
     refuse_damage(shards, process)
-    config.local_batch(process.world)  # refuses a number of processes that cannot share the batch
+    config.micro_batch(process.world)  # refuses a number of processes that cannot share the batch
 
     model = synchronised(build_model(config.architecture(), config.simclr.seed), process.device)
     engine, optimizer = build_engine(model, config, process)
@@ -92,16 +92,6 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # given by the deepspeed launcher
     return parser.parse_args()
-
-
-def build_order(config: Config, shards: ShardSet) -> Order:
-    return Order(
-        shard_sizes=shards.shard_sizes(),
-        global_batch=config.train_batch_size,
-        lanes=config.simclr.lanes,
-        window=config.simclr.shuffle_window,
-        seed=config.simclr.seed,
-    )
 
 
 def refuse_damage(shards: ShardSet, process: Process) -> None:
@@ -174,27 +164,8 @@ def train(
     simclr, steps_per_epoch = config.simclr, order.steps_per_epoch
     total_steps = simclr.epochs * steps_per_epoch
     warmup_steps = round(simclr.warmup_epochs * steps_per_epoch)
-    micro_batch = config.micro_batch(process.world)
-    batches = two_views(
-        shards,
-        order,
-        simclr.views.recipes(),
-        Setting(
-            size=simclr.image_size,
-            device=process.device,
-            threads=simclr.loader_threads or process.cores,
-            dtype=torch.float16 if process.device.type == "cuda" and config.torch_autocast.enabled else torch.float32,
-            interpolation=simclr.views.interpolation,
-        ),
-        epochs=simclr.epochs,
-        start=divmod(first_step, steps_per_epoch),
-        rank=process.rank,
-        world=process.world,
-        micro_batch=micro_batch,
-        max_bad_fraction=simclr.max_bad_fraction,
-        files=files,
-    )
-    views = Parked(process.device, config.local_batch(process.world) // micro_batch)
+    batches = build_views(config, shards, files, order, process, first_step)
+    views = Parked(process.device, config.local_batch(process.world) // config.micro_batch(process.world))
     reporter = Reporter(
         run,
         process,

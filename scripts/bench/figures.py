@@ -1,6 +1,14 @@
-"""How the benchmarks summarise what they measured over the rounds."""
+"""How the benchmarks summarise what they measured over the rounds, and say on what."""
 
+import importlib.metadata
+import os
+import platform
 import statistics
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
 
 
 def extremes(values: list[float]) -> dict[str, float]:
@@ -9,3 +17,27 @@ def extremes(values: list[float]) -> dict[str, float]:
 
 def spread(values: list[float], digits: int) -> str:
     return f"{statistics.median(values):,.{digits}f} ({min(values):,.{digits}f} .. {max(values):,.{digits}f})"
+
+
+def machine(device: str, packages: Iterable[str]) -> dict[str, Any]:
+    """Name of the processor or GPU, cores, and versions of ``packages``; device: cpu or gpu."""
+    return {
+        "device": device,
+        "machine": torch.cuda.get_device_name() if device == "gpu" else _processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "versions": {package: _version(package) for package in packages},
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()

@@ -12,11 +12,9 @@ ours/rival are taken within a round.
 """
 
 import argparse
-import importlib.metadata
 import importlib.util
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -29,7 +27,7 @@ sys.path[0] = str(ROOT)
 
 import torch  # noqa: E402
 
-from scripts.bench.figures import extremes, spread  # noqa: E402
+from scripts.bench.figures import extremes, machine, spread  # noqa: E402
 from scripts.bench.rivals import CONTENDERS  # noqa: E402
 from shards.errors import UserError, positive_int, run_main  # noqa: E402
 from shards.pack import pack  # noqa: E402
@@ -107,10 +105,9 @@ def check(views: torch.Tensor, given: argparse.Namespace) -> None:
 
 
 def report(given: argparse.Namespace, rows: dict[str, list[float]]) -> None:
-    versions = {name: version(name) for name in PACKAGES}
-    machine = torch.cuda.get_device_name() if given.device == "gpu" else processor()
+    on = machine(given.device, PACKAGES)
     print(
-        f"{machine}, {len(os.sched_getaffinity(0))} cores, batch {given.batch}, {given.rounds} rounds of {given.count} "
+        f"{on['machine']}, {on['cores']} cores, batch {given.batch}, {given.rounds} rounds of {given.count} "
         f"images: {given.images}"
     )
     ratios = {}
@@ -124,28 +121,11 @@ def report(given: argparse.Namespace, rows: dict[str, list[float]]) -> None:
         result = {
             "ratios": {name: ratio for name, ratio in ratios.items() if name != "ours"},
             "images_per_s": {name: extremes(rates) for name, rates in rows.items()},
-            "device": given.device,
-            "machine": machine,
-            "cores": len(os.sched_getaffinity(0)),
             "batch": given.batch,
             "rounds": given.rounds,
-            "versions": versions,
+            **on,
         }
         given.json.write_text(json.dumps(result, indent=2) + "\n")
-
-
-def version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
 
 
 def parse_arguments() -> argparse.Namespace:

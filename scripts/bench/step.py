@@ -1,0 +1,228 @@
+"""Where the time of a training step goes, with input that is there already and with the real input.
+
+    deepspeed scripts/bench/step.py --config ds_lars.json --json FILE            # a GPU per process
+    deepspeed --num_gpus 2 scripts/bench/step.py --config imagenette.json --data SHARDS
+    python scripts/bench/step.py --config ds_lars.json --synthetic-only          # needs no data
+
+Model, engine, loss and input are those that train/pretrain.py builds from the same config (--set works too). Each round
+runs --steps steps on random views that lie on the device, then --steps steps on the views of the shards, after
+--warm-up steps each. The phases of a step are the time from one mark to the next: on a GPU by events in its stream, so
+that nothing waits while measuring and "data wait" is time in which the GPU had nothing to do; on a CPU by the clock.
+
+    data wait   until the views of the step are there
+    forward     encoder and projector; with several micro-batches both passes
+    loss        NT-Xent, its share of the gathering, and the metrics
+    backward    from the loss to the gradients of this process
+    reduction   mean of the gradients over processes
+    optimizer   update and zeroing
+
+Figures are medians over all steps of all rounds, with the extremes of the rounds' medians. "lost to input" is
+1 - synthetic / real of the whole step, taken within a round.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path[0] = str(ROOT)
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from model.batchnorm import synchronised  # noqa: E402
+from model.encoder import build_model  # noqa: E402
+from pipeline.remote import open_split  # noqa: E402
+from scripts.bench.figures import extremes, machine, spread  # noqa: E402
+from shards.errors import positive_int, run_main  # noqa: E402
+from train.config import Config  # noqa: E402
+from train.config_file import load_config  # noqa: E402
+from train.engine import Process, build_engine, start  # noqa: E402
+from train.parking import Parked  # noqa: E402
+from train.step import train_step  # noqa: E402
+from train.views import build_order, build_views, view_dtype  # noqa: E402
+
+PHASES = ("data wait", "forward", "loss", "backward", "reduction", "optimizer")
+PACKAGES = ("torch", "deepspeed", "nvidia-dali-cuda120")
+
+
+class Clock:
+    """Marks where a phase begins; nothing is read, and so nothing waits, before the end."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._marks: list[tuple[str, Any]] = []
+
+    def mark(self, phase: str) -> None:
+        if self._on_gpu:
+            now: Any = torch.cuda.Event(enable_timing=True)
+            now.record()
+        else:
+            now = time.perf_counter()
+        self._marks.append((phase, now))
+
+    def read(self) -> list[dict[str, float]]:
+        """Milliseconds of each phase of each step marked since the last call; a step begins with its data wait."""
+        if self._on_gpu:
+            torch.cuda.synchronize()
+        steps: list[dict[str, float]] = []
+        for (phase, begun), (_, ended) in zip(self._marks, self._marks[1:], strict=False):
+            if phase == PHASES[0]:
+                steps.append(dict.fromkeys(PHASES, 0.0))
+            steps[-1][phase] += begun.elapsed_time(ended) if self._on_gpu else 1e3 * (ended - begun)
+        self._marks.clear()
+        return steps
+
+
+class TimedEngine:
+    """DeepSpeed's engine as train_step uses it, with marks."""
+
+    def __init__(self, engine: Any, clock: Clock) -> None:
+        self._engine, self._clock, self.module = engine, clock, engine.module
+        reduce: Callable[..., None] = engine.allreduce_gradients
+
+        def timed(*words: Any, **named: Any) -> None:
+            clock.mark("reduction")
+            reduce(*words, **named)
+            clock.mark("backward")
+
+        engine.allreduce_gradients = timed
+
+    def __call__(self, views: Tensor) -> Any:
+        self._clock.mark("forward")
+        z = self._engine(views)
+        self._clock.mark("loss")
+        return z
+
+    def backward(self, loss: Tensor, **named: Any) -> None:
+        self._clock.mark("backward")
+        self._engine.backward(loss, **named)
+
+    def step(self) -> None:
+        self._clock.mark("optimizer")
+        self._engine.step()
+
+
+def main() -> None:
+    given = parse_arguments()
+    data = "unused" if given.synthetic_only else given.data
+    config = load_config(given.config, given.set, data, "unused")
+    process = start()
+    config.micro_batch(process.world)  # refuses a number of processes that cannot share the batch
+    model = synchronised(build_model(config.architecture(), config.simclr.seed), process.device)
+    engine, optimizer = build_engine(model, config, process)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0  # the same work, and the loss stays what it is however long this runs
+    clock = Clock(process.device)
+    timed = TimedEngine(engine, clock)
+    inputs: dict[str, Iterator[Tensor]] = {"synthetic": random_views(config, process)}
+    loader = None
+    if not given.synthetic_only:
+        shards, files = open_split(config.simclr.data, "train", config.shard_cache())
+        loader = build_views(config, shards, files, build_order(config, shards), process)
+        inputs["real"] = (batch.views for batch in loader)
+    engine.train()
+    rounds: dict[str, list[list[dict[str, float]]]] = {name: [] for name in inputs}
+    for _ in range(given.rounds):
+        for name, views in inputs.items():
+            rounds[name].append(run(timed, clock, config, process, views, given))
+    if loader is not None:
+        loader.close()
+    if process.rank == 0:
+        report(given, config, process, rounds)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def random_views(config: Config, process: Process) -> Iterator[Tensor]:
+    size, rows = config.simclr.image_size, 2 * config.micro_batch(process.world)
+    views = torch.randn(rows, size, size, 3, device=process.device, dtype=view_dtype(config, process.device))
+    while True:
+        yield views.permute(0, 3, 1, 2)
+
+
+def run(
+    engine: TimedEngine,
+    clock: Clock,
+    config: Config,
+    process: Process,
+    views: Iterator[Tensor],
+    given: argparse.Namespace,
+) -> list[dict[str, float]]:
+    """Milliseconds of the phases of each measured step."""
+    parked = Parked(process.device, config.local_batch(process.world) // config.micro_batch(process.world))
+    for _ in range(given.warm_up + given.steps):
+        clock.mark(PHASES[0])
+        parked.fill(views)
+        train_step(engine, parked, config.simclr.temperature, ring=config.simclr.ring)
+    clock.mark("end")
+    return clock.read()[given.warm_up :]
+
+
+def report(
+    given: argparse.Namespace, config: Config, process: Process, rounds: dict[str, list[list[dict[str, float]]]]
+) -> None:
+    device = "gpu" if process.device.type == "cuda" else "cpu"
+    on = machine(device, PACKAGES)
+    micro_batch = config.micro_batch(process.world)
+    passes = config.local_batch(process.world) // micro_batch
+    print(
+        f"{on['machine']}, {on['cores']} cores, {config.architecture().name} at {config.simclr.image_size} px, global "
+        f"batch {config.train_batch_size} = {process.world} x {passes} x {micro_batch}, {given.rounds} rounds of "
+        f"{given.steps} steps"
+    )
+    result: dict[str, Any] = {"config": given.config, "set": given.set, "processes": process.world, **on}
+    whole: dict[str, list[float]] = {}
+    for name, found in rounds.items():
+        whole[name] = [statistics.median(sum(step.values()) for step in steps) for steps in found]
+        print(f"{name} input: {spread(whole[name], 1)} ms a step, {rate(config, whole[name])} images/s")
+        result[name] = {"step": extremes(whole[name])}
+        for phase in PHASES:
+            times = [statistics.median(step[phase] for step in steps) for steps in found]
+            result[name][phase] = extremes(times)
+            share = statistics.median(times) / statistics.median(whole[name])
+            print(f"    {phase:10} {spread(times, 2):>32} ms {share:7.1%}")
+    if "real" in whole:
+        lost = [100 * (1 - best / real) for best, real in zip(whole["synthetic"], whole["real"], strict=True)]
+        print(f"lost to input: {spread(lost, 1)} %")
+        result["lost to input, %"] = extremes(lost)
+    result["peak memory, MB"] = peak_memory(device) / 1e6
+    print(f"peak memory of a process: {result['peak memory, MB']:,.0f} MB")
+    if given.json:
+        given.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def rate(config: Config, milliseconds: list[float]) -> str:
+    return spread([1e3 * config.train_batch_size / taken for taken in milliseconds], 1)
+
+
+def peak_memory(device: str) -> float:
+    """Bytes: of torch's allocator on a GPU, of the whole process on a CPU."""
+    if device == "gpu":
+        return torch.cuda.max_memory_allocated()
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="a JSON file, or a preset of train/configs")
+    parser.add_argument("--data", help="folder of packed shards (default: the config's simclr.data)")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one key")
+    parser.add_argument("--synthetic-only", action="store_true", help="leave the real input out")
+    parser.add_argument("--steps", type=positive_int, default=10, help="measured, a round (default: 10)")
+    parser.add_argument("--warm-up", type=positive_int, default=3, help="steps before, a round (default: 3)")
+    parser.add_argument("--rounds", type=positive_int, default=3, help="default: 3")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # given by the deepspeed launcher
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,61 @@
+"""The benchmarks run, agree on what they compute, and their parts add up; nothing here looks at how long it took."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from scripts.bench.step import PHASES, Clock
+from tests.conftest import ROOT, assert_sentence, run_python
+from tests.runs import launch_script, tiny_config
+
+
+def test_the_loss_benchmark_compares_contenders_of_equal_value(tmp_path: Path) -> None:
+    out = tmp_path / "loss.json"
+    words = ["--pairs", 16, 32, "--rounds", 1, "--seconds", 0, "--json", out]
+    done = run_python(ROOT / "scripts/bench/loss.py", *words)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(out.read_text())
+    for pairs in ("16", "32"):
+        assert result["pairs"][pairs]["ours"]["ms"]["median"] > 0
+        assert result["pairs"][pairs]["full matrix"]["x ours"]["median"] > 0
+
+
+def test_a_contender_without_memory_is_reported_as_such(tmp_path: Path) -> None:
+    """16,384 rows squared are a gigabyte; ours needs a small part of the limit."""
+    words = ["--pairs", 8192, "--rounds", 1, "--seconds", 0, "--limit-gb", 0.9]
+    done = run_python(ROOT / "scripts/bench/loss.py", *words)
+    assert done.returncode == 0, done.stderr
+    rows = {line.split()[1]: line for line in done.stdout.splitlines() if line.split()[:1] == ["8192"]}
+    assert "out of memory" in rows["full"] and "out of memory" not in rows["ours"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_loss_benchmark_without_a_gpu_says_so() -> None:
+    assert_sentence(run_python(ROOT / "scripts/bench/loss.py", "--device", "gpu"), "torch sees none")
+
+
+def test_the_clock_splits_steps_into_phases() -> None:
+    clock = Clock(torch.device("cpu"))
+    for _ in range(2):
+        for phase in (*PHASES, "forward"):
+            clock.mark(phase)
+    clock.mark("end")
+    first, second = clock.read()
+    assert set(first) == set(second) == set(PHASES) and min(first.values()) > 0
+    assert clock.read() == []
+
+
+@pytest.mark.launch
+def test_the_step_benchmark_splits_a_step_with_both_inputs(packed: Path, tmp_path: Path) -> None:
+    out = tmp_path / "step.json"
+    words = ["--steps", 2, "--warm-up", 1, "--rounds", 1, "--set", "train_micro_batch_size_per_gpu=4", "--json", out]
+    script = ROOT / "scripts/bench/step.py"
+    done = launch_script(2, script, "--config", tiny_config(tmp_path), "--data", packed, *words)
+    assert done.returncode == 0, done.stderr
+    assert "global batch 16 = 2 x 2 x 4" in done.stdout and "lost to input" in done.stdout
+    result = json.loads(out.read_text())
+    for kind in ("synthetic", "real"):
+        parts = [result[kind][phase]["median"] for phase in PHASES]
+        assert min(parts) > 0 and 0.5 < sum(parts) / result[kind]["step"]["median"] < 1.5
