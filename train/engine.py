@@ -103,6 +103,8 @@ def build_engine(model: nn.Module, config: Config, process: Process) -> tuple[An
     engine, wrapped, _, _ = import_deepspeed(process.device).initialize(
         model=model, optimizer=optimizer, config=deepspeed_config(config, process)
     )
+    if process.world == 1:
+        engine.enable_backward_allreduce = False  # it would copy all gradients twice to average one of them
     # LARS needs the model's own tensors, layer by layer and in float32, and unclipped gradients.
     assert wrapped is optimizer and engine.zero_optimization_stage() == 0 and engine.gradient_clipping() == 0
     assert all(p.dtype == torch.float32 for p in model.parameters())
