@@ -1,7 +1,7 @@
 """Checkpoints: complete or absent, hashed, readable without unpickling code.
 
 ``RUN/checkpoints/step-00001000/`` holds ``state.pt`` (tensors and plain values) and ``checkpoint.json`` (its sha256 and
-size); ``RUN/checkpoints/latest`` names the newest folder.
+size, and whether it stays for good); ``RUN/checkpoints/latest`` names the newest folder.
 """
 
 import hashlib
@@ -9,7 +9,7 @@ import io
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +30,15 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """path: the file read. sha256: of that file. state: what ``save`` was given."""
+    """path: the file read. sha256: of that file. state: what ``save`` was given.
+
+    passed_over: folder of each newer checkpoint that is damaged, and a sentence that says so.
+    """
 
     path: Path
     sha256: str
     state: dict[str, Any]
+    passed_over: tuple[tuple[Path, str], ...] = ()
 
     def architecture(self) -> Architecture:
         fields = dict(self.state["architecture"])
@@ -46,11 +50,11 @@ def describe(architecture: Architecture) -> dict[str, Any]:
     return {**asdict(architecture), "projector": list(architecture.projector)}
 
 
-def save(run: Path, state: dict[str, Any], keep: int) -> Path:
-    """Write ``state`` as the checkpoint of its "step" and let all but the newest ``keep`` go.
+def save(run: Path, state: dict[str, Any], keep: int, *, for_good: bool = False) -> Path:
+    """Write ``state`` as the checkpoint of its "step" and let all but the newest ``keep`` and those for good go.
 
     The folder appears under its name only when its files are complete and on disk, and ``latest`` moves after that;
-    a kill at any instant leaves the checkpoint before it usable.
+    a kill at any instant leaves the checkpoint before it usable. Raises OSError where the disk refuses.
     """
     assert state.keys() >= _REQUIRED
     folder = run / _FOLDER
@@ -58,42 +62,47 @@ def save(run: Path, state: dict[str, Any], keep: int) -> Path:
     for leftover in folder.glob("*.tmp"):
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     final = folder / f"step-{state['step']:08d}"
-    if final.exists():
-        shutil.rmtree(final)
     temporary = final.with_name(f"{final.name}.tmp")
-    temporary.mkdir()
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    data = buffer.getvalue()
+    data = buffer.getbuffer()
+    temporary.mkdir()
     _write(temporary / _STATE, data)
-    description = {"step": state["step"], "sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+    description = {
+        "step": state["step"],
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "bytes": len(data),
+        "for_good": for_good,
+    }
     _write(temporary / _DESCRIPTION, json.dumps(description).encode())
     _sync(temporary)
+    if final.exists():  # damaged, or it would have been gone on from
+        shutil.rmtree(final)
     temporary.rename(final)
     latest = folder / f"{_LATEST}.tmp"
     _write(latest, final.name.encode())
     latest.replace(folder / _LATEST)
     _sync(folder)
     for old in _steps(folder)[:-keep]:
-        shutil.rmtree(old)
+        if not _is_for_good(old):
+            shutil.rmtree(old)
     return final
 
 
 def newest(run: Path) -> Checkpoint | None:
-    """The newest checkpoint of a run folder, or None where there is none.
+    """The newest sound checkpoint of a run folder, or None where there is none at all.
 
-    Raises CheckpointError where the newest is damaged; it names the one before it, if any.
+    Damaged ones are passed over and named in its ``passed_over``. Raises CheckpointError where all are damaged.
     """
-    steps = _steps(run / _FOLDER)
-    if not steps:
-        return None
-    try:
-        return _load_verified(steps[-1])
-    except CheckpointError as error:
-        advice = (
-            f"remove it to go on from {steps[-2].name}" if len(steps) > 1 else "it is the only one: start a new run"
-        )
-        raise CheckpointError(f"{error}; {advice}") from error
+    damaged: list[tuple[Path, str]] = []
+    for folder in reversed(_steps(run / _FOLDER)):
+        try:
+            return replace(_load_verified(folder), passed_over=tuple(damaged))
+        except CheckpointError as error:
+            damaged.append((folder, str(error)))
+    if damaged:
+        raise CheckpointError(f"{damaged[0][1]}, and there is no sound one before it; start a new run")
+    return None
 
 
 def load(path: Path) -> Checkpoint:
@@ -107,6 +116,8 @@ def load(path: Path) -> Checkpoint:
         found = newest(path)
         if found is None:
             raise CheckpointError(f"{path} holds no checkpoint; give a run folder, a folder step-*, or its {_STATE}")
+        if found.passed_over:
+            raise CheckpointError(f"{found.passed_over[0][1]}; to use the one before it, give {found.path.parent}")
         return found
     if not path.is_file():
         raise CheckpointError(f"checkpoint {path} does not exist; give a run folder, a folder step-*, or its {_STATE}")
@@ -117,6 +128,13 @@ def load(path: Path) -> Checkpoint:
 
 def _steps(folder: Path) -> list[Path]:
     return sorted(step for step in folder.glob("step-*") if step.suffix != ".tmp")
+
+
+def _is_for_good(folder: Path) -> bool:
+    try:
+        return bool(json.loads((folder / _DESCRIPTION).read_text()).get("for_good"))
+    except (OSError, ValueError):
+        return False
 
 
 def _load_verified(folder: Path) -> Checkpoint:
@@ -147,7 +165,7 @@ def _load_file(path: Path, data: bytes) -> Checkpoint:
     return Checkpoint(path, hashlib.sha256(data).hexdigest(), state)
 
 
-def _write(path: Path, data: bytes) -> None:
+def _write(path: Path, data: bytes | memoryview) -> None:
     with path.open("wb") as file:
         file.write(data)
         file.flush()

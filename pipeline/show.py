@@ -2,6 +2,7 @@
 
     python -m pipeline.show SHARDS --out views.png               # as ds_lars.json would augment them in epoch 0
     python -m pipeline.show SHARDS --out views.png --epoch 3 --strength 0.5 --size 96
+    python -m pipeline.show --replay RUN/bad-step-00001234-rank-3.json --out views.png   # a batch that a run kept
 
 The draws of each view are also printed, one line each.
 """
@@ -15,12 +16,13 @@ import PIL.Image
 import PIL.ImageDraw
 import torch
 
-from pipeline.draws import BRIGHTNESS, CONTRAST, HUE, SATURATION, Draws, Recipe, draw
+from pipeline.draws import BRIGHTNESS, CONTRAST, HUE, SATURATION, Draws, Recipe
 from pipeline.files import LocalFiles
 from pipeline.graph import MEAN, STD
-from pipeline.loader import Setting, two_views
+from pipeline.loader import Setting, chosen
 from pipeline.order import Order
 from pipeline.reading import SampleReader
+from pipeline.replay import Replay, read
 from shards.errors import UserError, positive_int, run_main
 from shards.manifest import ShardSet, load_split
 from shards.picture import rgb
@@ -42,18 +44,19 @@ def described(draws: Draws, row: int) -> list[str]:
     return [geometry, colors, f"{'gray, ' if draws.gray[row] else ''}{blur}"]
 
 
-def sheet(shards: ShardSet, order: Order, recipe: Recipe, epoch: int, size: int) -> tuple[PIL.Image.Image, list[str]]:
-    """The picture of one batch, and its draws as lines of text."""
-    setting = Setting(size=size, device=torch.device("cpu"))
-    loader = two_views(shards, order, recipe, setting, epochs=epoch + 1, start=(epoch, 0), max_bad_fraction=0)
-    views, labels, ids_shown = next(loader)
-    loader.close()
+def sheet(shards: ShardSet, batch: Replay) -> tuple[PIL.Image.Image, list[str]]:
+    """The picture of a batch, and its draws as lines of text."""
+    setting = Setting(size=batch.size, device=torch.device("cpu"), interpolation=batch.interpolation)
+    # Damaged samples are shown by what stands in for them, as in training.
+    views, labels, ids_shown = chosen(
+        shards, batch.ids, batch.recipes, setting, seed=batch.seed, epoch=batch.epoch, max_bad_fraction=1.0
+    )
     ids = ids_shown.numpy()
     pixels = views.permute(0, 2, 3, 1).numpy() * np.array(STD) + np.array(MEAN)
     pictures = [PIL.Image.fromarray(view.clip(0, 255).round().astype(np.uint8)) for view in pixels]
     rows = shards.samples[ids]
     width, height = rows["width"].astype(np.int64), rows["height"].astype(np.int64)
-    draws = [draw(recipe, order.seed, epoch, ids, view, width, height) for view in range(2)]
+    draws = batch.draws(shards)
     files = LocalFiles(shards)
     originals = [rgb(data.tobytes()) for data in SampleReader(shards, files).read(ids)[0]]
     files.close()
@@ -75,9 +78,28 @@ def sheet(shards: ShardSet, order: Order, recipe: Recipe, epoch: int, size: int)
     return result, lines
 
 
+def planned(given: argparse.Namespace, shards: ShardSet) -> Replay:
+    """The first --count samples of an epoch, as the command line describes them."""
+    order = Order(shards.shard_sizes(), given.count, 1, 8, given.seed)
+    recipe = replace(Recipe(), strength=given.strength)
+    return Replay(
+        data=str(given.data),
+        manifest=shards.fingerprint,
+        about={},
+        seed=given.seed,
+        epoch=given.epoch,
+        size=given.size,
+        interpolation="bilinear",
+        recipes=(recipe, recipe),
+        ids=order.batch(given.epoch, 0),
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m pipeline.show", description="Show samples and their two views.")
-    parser.add_argument("data", type=Path, metavar="SHARDS", help="folder made by scripts/make_shards.sh")
+    parser.add_argument(
+        "data", nargs="?", metavar="SHARDS", help="folder made by scripts/make_shards.sh (with --replay: as it says)"
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="PNG", help="the sheet")
     parser.add_argument("--split", choices=SPLITS, default="train", help="default: train")
     parser.add_argument("--count", type=positive_int, default=8, metavar="N", help="samples (default: 8)")
@@ -85,15 +107,21 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the run (default: 0)")
     parser.add_argument("--size", type=positive_int, default=224, metavar="PX", help="of a view (default: 224)")
     parser.add_argument("--strength", type=float, default=1.0, metavar="S", help="of the colors (default: 1)")
+    parser.add_argument("--replay", type=Path, metavar="FILE", help="show the first --count samples of a kept batch")
     given = parser.parse_args()
     if given.epoch < 0 or given.seed < 0 or given.strength < 0:
         raise UserError(
             f"--epoch {given.epoch}, --seed {given.seed} and --strength {given.strength} must not be negative"
         )
-    shards = load_split(given.data, given.split)
-    order = Order(shards.shard_sizes(), given.count, 1, 8, given.seed)
-    picture, lines = sheet(shards, order, replace(Recipe(), strength=given.strength), given.epoch, given.size)
+    if not given.data and not given.replay:
+        raise UserError("neither SHARDS nor --replay is given; name the shards, or a batch that a run kept")
+    data = given.data or read(given.replay).data
+    shards = load_split(Path(data), given.split)
+    batch = read(given.replay, shards) if given.replay else planned(given, shards)
+    picture, lines = sheet(shards, replace(batch, ids=batch.ids[: given.count]))
     save(picture, given.out, "--out")
+    if batch.about:
+        print(", ".join(f"{key} {value}" for key, value in batch.about.items()))
     print("\n".join(lines))
     print(f"{len(lines) // 2} samples: {given.out}")
 

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -28,6 +29,7 @@ def run_main(main: Callable[[], None], *also: type[Exception]) -> None:
             raise
         rank = int(os.environ.get("RANK", "0"))
         if rank:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher's, once rank 0 has spoken
             time.sleep(SECONDS_FOR_RANK_0_TO_SPEAK)
         speaker = f"rank {rank}: " if rank else ""
         sys.stdout.flush()

@@ -33,7 +33,8 @@ def test_a_run_folder_holds_what_it_should(undisturbed: Path) -> None:
     assert [line["step"] for line in lines] == list(range(30))
     assert [line["epoch"] for line in lines] == [0] * 15 + [1] * 15
     assert set(lines[0]) == {
-        "step", "epoch", "lr", "loss", "positive", "hardest_negative", "top1", "alignment", "uniformity"
+        "step", "epoch", "lr", "loss", "positive", "hardest_negative", "top1", "alignment", "uniformity",
+        "gradient_norm",
     }  # fmt: skip
     for line in lines:
         assert line["alignment"] == 2 - 2 * line["positive"] and line["uniformity"] < 0

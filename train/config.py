@@ -150,6 +150,8 @@ class Simclr(_Block):
     """Steps between two checkpoints; there is always one at the end."""
     keep_checkpoints: Positive = 3
     """How many of the newest checkpoints stay."""
+    keep_every_epochs: int = Field(default=0, ge=0)
+    """Epochs between two checkpoints that stay for good; 0: none do."""
 
 
 class _OptimizerParams(_Block):

@@ -2,18 +2,21 @@
 
 import json
 import math
+import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from model.ntxent import Contrast
+from shards.durable import refusals_named, write_durably
 from shards.errors import UserError
 from train.engine import Process
+from train.step import StepResult
 
 
 class Reporter:
@@ -21,15 +24,24 @@ class Reporter:
 
     metrics.jsonl has one line per step: step, epoch, lr, loss, and of the embeddings (model.ntxent.Contrast) positive,
     hardest_negative, top1, alignment (mean squared distance of two views of an image) and uniformity (the last two as
-    in Wang and Isola 2020). speed.jsonl has one per drain: step, images_per_s (images, each of which gives two views)
-    and wait_share (share of the host's time spent waiting for input, which on a GPU leaves out what the device itself
-    waits).
+    in Wang and Isola 2020); gradient_norm is that of all parameters together, after averaging. speed.jsonl has one per
+    drain: step, images_per_s (images, each of which gives two views) and wait_share (share of the host's time spent
+    waiting for input, which on a GPU leaves out what the device itself waits).
     """
 
     def __init__(
-        self, run: Path, process: Process, *, batch: int, steps_per_epoch: int, total_steps: int, first_step: int
+        self,
+        run: Path,
+        process: Process,
+        *,
+        batch: int,
+        steps_per_epoch: int,
+        total_steps: int,
+        first_step: int,
+        keep_batch: Callable[[int, str], list[int]],
     ) -> None:
-        self._run, self._process = run, process
+        """keep_batch: writes this rank's samples of a step and why into the run folder, and gives their ids."""
+        self._run, self._process, self._keep_batch = run, process, keep_batch
         self._batch, self._steps_per_epoch, self._total_steps = batch, steps_per_epoch, total_steps
         self._pending: list[tuple[int, float, Tensor]] = []
         self._waited = 0.0
@@ -38,50 +50,70 @@ class Reporter:
         if process.rank == 0:
             for name in ("metrics.jsonl", "speed.jsonl"):
                 _drop_lines_from(run / name, first_step)
+            _tell_missing_lines(run / "metrics.jsonl", first_step)
 
     def waited(self, seconds: float) -> None:
         """Count time that the training thread spent waiting for its input."""
         self._waited += seconds
 
-    def add(self, step: int, lr: float, contrast: Contrast) -> None:
-        numbers = torch.stack([value.detach() for value in vars(contrast).values()]).double()
-        self._pending.append((step, lr, numbers))
+    def add(self, step: int, lr: float, result: StepResult) -> None:
+        numbers = [*vars(result.contrast).values(), result.gradient_norm]
+        self._pending.append((step, lr, torch.stack([number.detach() for number in numbers]).double()))
 
-    def drain(self, last_checkpoint: str) -> None:
+    def drain(self, last_checkpoint: str, *, durably: bool = False) -> None:
         """Average over ranks, write and show what has come since the last call. All ranks call it at the same steps.
 
-        Raises UserError for a loss that is not finite, before any later checkpoint is written.
+        durably: on disk when it returns. Raises UserError for a loss or gradient that is not finite, before any later
+        checkpoint is written.
         """
         if not self._pending:
             return
-        steps = len(self._pending)
-        values = torch.stack([numbers for _, _, numbers in self._pending])
+        own = torch.stack([numbers for _, _, numbers in self._pending])
+        values = own.clone()
         dist.all_reduce(values)
         rows = (values / self._process.world).tolist()
         seconds = time.perf_counter() - self._since
-        for (step, _, _), (loss, *_) in zip(self._pending, rows, strict=True):
-            if not math.isfinite(loss):
-                raise UserError(
-                    f"the loss is {loss} at step {step} (epoch {step // self._steps_per_epoch}); the last checkpoint "
-                    f"is {last_checkpoint}: "
-                    "look at the data, or lower the learning rate and give another --run"
-                )
-        if self._process.rank == 0:
-            self._write(rows, steps * self._batch / seconds, self._waited / seconds)
+        sound = next((n for n, row in enumerate(rows) if not math.isfinite(row[0] + row[-1])), len(rows))
+        if self._process.rank == 0 and sound:
+            with refusals_named(self._run / "metrics.jsonl"):
+                self._write(rows[:sound], len(rows) * self._batch / seconds, self._waited / seconds, durably)
+        if sound < len(rows):
+            self._refuse(self._pending[sound][0], own[sound].tolist(), last_checkpoint)
         self._pending.clear()
         self._waited = 0.0
         self._since = time.perf_counter()
+
+    def _refuse(self, step: int, own: list[float], last_checkpoint: str) -> None:
+        """Keep the batches of the ranks whose loss is not finite, or of all if only the gradient is, and raise."""
+        world = self._process.world
+        losses: list[Any] = [None] * world
+        dist.all_gather_object(losses, own[0])
+        blamed = [rank for rank, loss in enumerate(losses) if not math.isfinite(loss)] or list(range(world))
+        what = f"loss is {losses[blamed[0]]}" if not math.isfinite(losses[blamed[0]]) else f"gradient is {own[-1]}"
+        ids = self._keep_batch(step, what) if self._process.rank in blamed else []
+        kept: list[Any] = [None] * world
+        dist.all_gather_object(kept, ids)
+        file = batch_file(self._run, step, blamed[0])
+        raise UserError(
+            f"the {what} at step {step} (epoch {step // self._steps_per_epoch}) on rank "
+            f"{', '.join(map(str, blamed))} of {world}, samples {_some(kept[blamed[0]])}; look at them with: python -m "
+            f"pipeline.show --replay {file} --out batch.png; the last good checkpoint is {last_checkpoint}: lower the "
+            f"learning rate and give another --run, or mend the data"
+        )
 
     def images_per_s(self) -> float:
         """Median over the drains of this process, without the first, which pays for warming up."""
         rates = sorted(self._rates[1:] or self._rates)
         return rates[len(rates) // 2] if rates else 0.0
 
-    def _write(self, rows: Sequence[Sequence[float]], images_per_s: float, wait_share: float) -> None:
+    def _write(self, rows: Sequence[Sequence[float]], images_per_s: float, wait_share: float, durably: bool) -> None:
         self._rates.append(images_per_s)
         with (self._run / "metrics.jsonl").open("a") as metrics:
-            for (step, lr, _), row in zip(self._pending, rows, strict=True):
+            for (step, lr, _), row in zip(self._pending, rows, strict=False):
                 metrics.write(json.dumps(self._line(step, lr, *row)) + "\n")
+            metrics.flush()
+            if durably:
+                os.fsync(metrics.fileno())
         if self._pending[0][0] == 0:
             # What no information gives; embeddings that point anywhere begin a little above it.
             others = 2 * self._batch - 1
@@ -100,7 +132,15 @@ class Reporter:
         print(f"\r\033[K{text}" if sys.stdout.isatty() else text, end="" if sys.stdout.isatty() else "\n", flush=True)
 
     def _line(
-        self, step: int, lr: float, loss: float, positive: float, hardest_negative: float, top1: float, potential: float
+        self,
+        step: int,
+        lr: float,
+        loss: float,
+        positive: float,
+        hardest_negative: float,
+        top1: float,
+        potential: float,
+        gradient_norm: float,
     ) -> dict[str, float]:
         return {
             "step": step,
@@ -112,6 +152,7 @@ class Reporter:
             "top1": top1,
             "alignment": 2 - 2 * positive,
             "uniformity": math.log(max(potential, sys.float_info.min)),
+            "gradient_norm": gradient_norm,
         }
 
 
@@ -120,9 +161,30 @@ def _drop_lines_from(path: Path, first_step: int) -> None:
     if path.exists():
         lines = path.read_text().splitlines(keepends=True)
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < first_step]
-        temporary = path.with_name(f"{path.name}.tmp")
-        temporary.write_text("".join(kept))
-        temporary.replace(path)
+        write_durably(path, "".join(kept).encode())
+
+
+def _tell_missing_lines(path: Path, first_step: int) -> None:
+    """Say so where someone removed lines of the steps before; the run itself needs none of them."""
+    steps = [json.loads(line)["step"] for line in path.read_text().splitlines()] if path.exists() else []
+    missing = sorted(set(range(first_step)) - set(steps))
+    if missing:
+        print(f"warning: {path} lacks {len(missing)} steps before {first_step}: {_some(missing)}", file=sys.stderr)
+
+
+def _some(numbers: Sequence[int], most: int = 8) -> str:
+    shown = ", ".join(map(str, numbers[:most]))
+    return f"{shown} and {len(numbers) - most} more" if len(numbers) > most else shown
+
+
+def batch_file(run: Path, step: int, rank: int) -> Path:
+    """Where a rank keeps a batch that was bad."""
+    return run / f"bad-step-{step:08d}-rank-{rank}.json"
+
+
+def say(process: Process, text: str) -> None:
+    if process.rank == 0:
+        print(text, flush=True)
 
 
 def _duration(seconds: float) -> str:

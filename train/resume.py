@@ -8,9 +8,12 @@ import torch
 
 from model import checkpoint
 from pipeline.remote import is_remote
+from shards.durable import refusals_named
 from shards.errors import UserError
 from shards.manifest import ShardSet
 from train.config import Config
+from train.engine import Process
+from train.together import by_rank_0
 
 # Fields of the config that may differ between the stopped run and the one that goes on. They change no number of it,
 # but for the micro-batch, which BatchNorm sees where there are several: another machine may have less memory.
@@ -25,6 +28,7 @@ _FREE = {
             "log_every",
             "checkpoint_every",
             "keep_checkpoints",
+            "keep_every_epochs",
             "max_bad_fraction",
             "cache",
             "cache_gb",
@@ -34,15 +38,32 @@ _FREE = {
 
 
 def resume(
-    run: Path, config: Config, shards: ShardSet, model: torch.nn.Module, optimizer: torch.optim.Optimizer
+    run: Path,
+    config: Config,
+    shards: ShardSet,
+    process: Process,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
 ) -> int:
-    """Load the newest checkpoint of ``run``, if there is one; return the step to go on with.
+    """Load the newest sound checkpoint of ``run``, if there is one; return the step to go on with.
 
-    Raises UserError where the run was made with another data set or other settings.
+    Rank 0 reads it and gives it to the others. Damaged ones that are newer are named and set aside.
+    Raises UserError where the run was made with another data set or other settings, CheckpointError where all are
+    damaged.
     """
+    state = by_rank_0(process, lambda: _state_to_go_on_with(run, config, shards))
+    if state is None:
+        return 0
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    step: int = state["step"]
+    return step
+
+
+def _state_to_go_on_with(run: Path, config: Config, shards: ShardSet) -> dict[str, Any] | None:
     found = checkpoint.newest(run)
     if found is None:
-        return 0
+        return None
     state = found.state
     if state["manifest"] != shards.fingerprint:
         raise UserError(
@@ -58,10 +79,12 @@ def resume(
                 f"{run} was made with {key} = {before.get(key)!r}, this command gives {now.get(key)!r}; give another "
                 f"--run"
             )
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    step: int = state["step"]
-    return step
+    for folder, sentence in found.passed_over:
+        aside = folder.with_name(f"damaged-{folder.name}")
+        print(f"warning: {sentence}; it is now {aside.name}, and the run goes on from {found.path.parent.name}")
+        with refusals_named(aside):
+            folder.rename(aside)
+    return state
 
 
 def flatten(block: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -83,8 +106,14 @@ def state_of(
         "architecture": checkpoint.describe(config.architecture()),
         "image_size": config.simclr.image_size,
         "seed": config.simclr.seed,
-        "data": config.simclr.data if is_remote(config.simclr.data) else str(Path(config.simclr.data).resolve()),
+        "data": data_address(config),
         "config": config.model_dump(mode="json"),
         "manifest": shards.fingerprint,
         "versions": {"torch": str(torch.__version__), "deepspeed": sys.modules["deepspeed"].__version__},
     }
+
+
+def data_address(config: Config) -> str:
+    """Where the data is, from any working folder."""
+    data = config.simclr.data
+    return data if is_remote(data) else str(Path(data).resolve())

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -18,7 +19,15 @@ class MicroBatches(Protocol):
     def __iter__(self) -> Iterator[Tensor]: ...
 
 
-def train_step(engine: Any, micro_batches: MicroBatches, temperature: float, *, ring: bool = False) -> Contrast:
+@dataclass(frozen=True)
+class StepResult:
+    """contrast: of this rank's rows (model.ntxent). gradient_norm: scalar, of all parameters, after averaging."""
+
+    contrast: Contrast
+    gradient_norm: Tensor
+
+
+def train_step(engine: Any, micro_batches: MicroBatches, temperature: float, *, ring: bool = False) -> StepResult:
     """Update the engine's model on one global batch; ``micro_batches`` [2b, 3, h, w] are this rank's share of it.
 
     With several micro-batches the loss still sees the whole global batch (gradient caching, Gao et al. 2021): all are
@@ -30,8 +39,9 @@ def train_step(engine: Any, micro_batches: MicroBatches, temperature: float, *, 
         (views,) = micro_batches
         contrast = nt_xent(engine(views), temperature, ring=ring)
         engine.backward(contrast.loss)
+        norm = _gradient_norm(engine.module)
         engine.step()
-        return contrast
+        return StepResult(contrast, norm)
     with torch.no_grad(), _statistics_kept(engine.module):
         embedded = [_at_least_float32(engine(views)) for views in micro_batches]
     z = _by_view(embedded).requires_grad_()
@@ -41,8 +51,13 @@ def train_step(engine: Any, micro_batches: MicroBatches, temperature: float, *, 
         # The gradient of <z, dz> for constant dz is what the loss would send back through this micro-batch. The loss
         # has its scale already; the engine must not divide it by the number of micro-batches.
         engine.backward((engine(views) * dz_slice).sum(), scale_wrt_gas=False)
+        norm = _gradient_norm(engine.module)  # of the last micro-batch's call: until then gradients add up
         engine.step()
-    return contrast
+    return StepResult(contrast, norm)
+
+
+def _gradient_norm(model: nn.Module) -> Tensor:
+    return torch.stack(torch._foreach_norm([p.grad for p in model.parameters() if p.grad is not None])).norm()
 
 
 def _at_least_float32(z: Tensor) -> Tensor:

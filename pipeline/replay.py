@@ -1,0 +1,89 @@
+"""A batch kept to be looked at later: which samples it was made of, and what their views drew."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.draws import Draws, Recipe, draw
+from shards.durable import write_durably
+from shards.errors import UserError
+from shards.manifest import ShardSet
+
+Ids = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Replay:
+    """data: where the shards are. manifest: fingerprint of their set. size: of the views, in pixels. ids: planned.
+
+    about: step, rank and reason, for the reader.
+    """
+
+    data: str
+    manifest: str
+    about: dict[str, Any]
+    seed: int
+    epoch: int
+    size: int
+    interpolation: str
+    recipes: tuple[Recipe, ...]
+    ids: Ids
+
+    def draws(self, shards: ShardSet) -> list[Draws]:
+        """What each view of the samples drew."""
+        rows = shards.samples[self.ids]
+        width, height = rows["width"].astype(np.int64), rows["height"].astype(np.int64)
+        return [
+            draw(recipe, self.seed, self.epoch, self.ids, view, width, height)
+            for view, recipe in enumerate(self.recipes)
+        ]
+
+
+def write(path: Path, replay: Replay, shards: ShardSet) -> None:
+    """Keep the batch and its draws, readable, in a JSON file. Raises UserError where the disk refuses."""
+    draws = replay.draws(shards)
+    samples = [
+        {"id": int(sample), "where": shards.where(int(sample)), "views": [_row(view, row) for view in draws]}
+        for row, sample in enumerate(replay.ids)
+    ]
+    head = {field.name: getattr(replay, field.name) for field in fields(replay) if field.name not in ("recipes", "ids")}
+    content = {**head, "recipes": [asdict(recipe) for recipe in replay.recipes], "samples": samples}
+    write_durably(path, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def read(path: Path, shards: ShardSet | None = None) -> Replay:
+    """What :func:`write` kept. With ``shards``, also checks that they are the set it was made of and draw the same.
+
+    Raises UserError where the file is missing, is none of ours, or is of another set or version.
+    """
+    try:
+        content = json.loads(path.read_text())
+        recipes = tuple(Recipe(**_with_tuples(recipe)) for recipe in content.pop("recipes"))
+        samples = content.pop("samples")
+        replay = Replay(**content, recipes=recipes, ids=np.array([sample["id"] for sample in samples], np.int64))
+    except OSError as error:
+        raise UserError(
+            f"cannot read {path} ({error.strerror}); give a file bad-step-*.json of a run folder"
+        ) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is no kept batch ({error}); give a file bad-step-*.json of a run folder") from error
+    if shards is not None:
+        if shards.fingerprint != replay.manifest:
+            raise UserError(f"{path} was made of another data set than {shards.folder} (the manifests differ)")
+        draws = replay.draws(shards)
+        if any(sample["views"] != [_row(view, row) for view in draws] for row, sample in enumerate(samples)):
+            raise UserError(f"{path} holds other draws than this version makes; use the version that wrote it")
+    return replay
+
+
+def _row(draws: Draws, row: int) -> dict[str, Any]:
+    return {field.name: getattr(draws, field.name)[row].tolist() for field in fields(draws)}
+
+
+def _with_tuples(recipe: dict[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, Sequence) else value for key, value in recipe.items()}

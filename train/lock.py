@@ -1,0 +1,32 @@
+"""One run at a time in a run folder."""
+
+import fcntl
+import os
+import socket
+from pathlib import Path
+from typing import TextIO
+
+from shards.durable import refusals_named
+from shards.errors import UserError
+
+
+def take(run: Path) -> TextIO:
+    """Hold ``run`` until the file that is returned is closed or this process ends, however it ends.
+
+    Raises UserError where another process holds it, naming host and process, or where the folder cannot be written.
+    """
+    path = run / "lock"
+    with refusals_named(path):
+        run.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        holder = path.read_text().strip() or "another process"
+        raise UserError(f"{run} is in use by {holder}; wait for it to end, stop it, or give another --run") from error
+    with refusals_named(path):
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+    return file

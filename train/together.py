@@ -1,0 +1,149 @@
+"""What all ranks of a run do as one: hear what rank 0 found, stop at the same step, hold the same weights."""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from model.checkpoint import CheckpointError
+from shards.errors import UserError
+from train.engine import Process
+
+T = TypeVar("T")
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+def by_rank_0(process: Process, action: Callable[[], T]) -> T:
+    """The result of ``action`` on rank 0, given to all ranks; a mistake that it names is raised by all of them."""
+    found: list[Any] = [None, None]
+    if process.rank == 0:
+        try:
+            found[0] = action()
+        except (UserError, CheckpointError) as error:
+            found[1] = error
+    dist.broadcast_object_list(found, 0, device=process.device)
+    if found[1] is not None:
+        raise found[1]
+    result: T = found[0]
+    return result
+
+
+class StopRequest:
+    """Whether this process was asked to stop: by SIGTERM, SIGINT or SIGUSR1, or because its launcher is gone.
+
+    DeepSpeed's launcher is two processes, the command itself and one that starts the ranks. Neither a SIGTERM to the
+    first nor the death of either reaches the ranks, so both are watched. A second SIGINT ends the process at once.
+    """
+
+    def __init__(self) -> None:
+        self.reason = ""
+        for number in _SIGNALS:
+            signal.signal(number, self._on_signal)
+        launchers = _launchers()
+        if launchers:
+            threading.Thread(target=self._watch, args=(launchers,), name="launcher watch", daemon=True).start()
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.reason == "SIGINT":
+            os._exit(128 + number)
+        self.reason = self.reason or signal.Signals(number).name
+
+    def _watch(self, launchers: list[tuple[int, int]]) -> None:
+        while not self.reason:
+            time.sleep(0.5)
+            if any(_parent(child) != parent for child, parent in launchers):
+                self.reason = "the end of its launcher"
+
+
+def _launchers() -> list[tuple[int, int]]:
+    """(child, parent) for each process of DeepSpeed's launcher above this one."""
+    own = os.getpid()
+    starter = os.getppid()
+    if "deepspeed.launcher.launch" not in _command(starter):
+        return []
+    found = [(own, starter)]
+    command = _parent(starter)
+    if command is not None and "deepspeed" in _command(command):
+        found.append((starter, command))
+    return found
+
+
+def _command(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    except OSError:
+        return ""
+
+
+def _parent(pid: int) -> int | None:
+    """The parent of a process, or None where it is gone."""
+    try:
+        # "pid (name) state parent ...", and the name may hold spaces and brackets.
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return None
+
+
+class Agreement:
+    """At every step, whether any rank wants to stop, the same answer on all ranks.
+
+    An answer is one step old: the message travels while the step is computed, and no step waits for it.
+    """
+
+    def __init__(self, process: Process) -> None:
+        self._process = process
+        self._flag: Tensor | None = None
+        self._arrived: Any = None
+
+    def any_wanted(self, wanted: bool) -> bool:
+        """Say what this rank wants now, and hear whether any wanted to stop at the call before. All ranks call it."""
+        if self._process.world == 1:
+            return wanted
+        answer = self._answer()
+        self._ask(wanted)
+        return answer
+
+    def finish(self) -> None:
+        """Take the last message off the line."""
+        self._answer()
+        self._flag = None
+
+    def _ask(self, wanted: bool) -> None:
+        if self._process.device.type == "cuda":
+            on_device = torch.full((1,), int(wanted), device=self._process.device, dtype=torch.int32)
+            dist.all_reduce(on_device, dist.ReduceOp.MAX)
+            self._flag = torch.empty(1, dtype=torch.int32, pin_memory=True)
+            self._flag.copy_(on_device, non_blocking=True)
+            self._arrived = torch.cuda.current_stream(self._process.device).record_event()
+        else:
+            self._flag = torch.full((1,), int(wanted), dtype=torch.int32)
+            self._arrived = dist.all_reduce(self._flag, dist.ReduceOp.MAX, async_op=True)
+
+    def _answer(self) -> bool:
+        if self._flag is None:
+            return False
+        self._arrived.synchronize() if self._process.device.type == "cuda" else self._arrived.wait()
+        return bool(self._flag)
+
+
+def refuse_drift(model: nn.Module, process: Process, step: int) -> None:
+    """Raise UserError unless all ranks hold the same weights to the bit. All ranks call it; it waits for the device."""
+    norms = torch.stack(torch._foreach_norm([parameter.detach() for parameter in model.parameters()])).double()
+    low, high = norms.clone(), norms.clone()
+    dist.all_reduce(low, dist.ReduceOp.MIN)
+    dist.all_reduce(high, dist.ReduceOp.MAX)
+    if not torch.equal(low, high):
+        names = [name for name, _ in model.named_parameters()]
+        first = names[int((low != high).nonzero()[0])]
+        raise UserError(
+            f"the ranks do not hold the same weights at step {step} (first: {first}); one of them computes wrongly: "
+            "look at its memory errors; nothing was saved, so the run goes on from the last checkpoint"
+        )

@@ -1,0 +1,83 @@
+"""Ends a run that no longer moves, and says which rank holds it up."""
+
+import faulthandler
+import os
+import sys
+import threading
+import time
+
+import torch.distributed as dist
+
+from train.engine import Process
+
+EXIT_CODE = 3
+_REPORT_EVERY = 1.0  # seconds
+_PATIENCE_WITH_STORE = 10.0  # seconds; rank 0, which holds it, may be the one that hangs
+
+
+class Watchdog:
+    """Every rank says where it is; one that stays in a place longer than ``timeout`` seconds ends the run.
+
+    A rank that waits for another stays as long as the one it waits for, so the message lists where all of them are:
+    one that reports something else than waiting for the others, or does not report any more, is to blame.
+    """
+
+    def __init__(self, process: Process, timeout: float) -> None:
+        self._process, self._timeout = process, timeout
+        self._since, self._place = time.monotonic(), "the start"
+        self._ended = threading.Event()
+        # The key-value store through which the ranks found each other.
+        self._store = dist.distributed_c10d._get_default_store()
+        for work in (self._report, self._look):
+            threading.Thread(target=work, name=f"watchdog {work.__name__}", daemon=True).start()
+
+    def at(self, place: str) -> None:
+        """Say where this rank is now, which shows that it moves."""
+        self._since, self._place = time.monotonic(), place
+
+    def stop(self) -> None:
+        self._ended.set()
+
+    def _report(self) -> None:
+        count = 0
+        while not self._ended.wait(_REPORT_EVERY):
+            count += 1
+            seconds = time.monotonic() - self._since
+            try:
+                self._store.set(f"place/{self._process.rank}", f"{count} {seconds:.0f} {self._place}")
+            except RuntimeError:  # rank 0, which holds the store, has left
+                return
+
+    def _look(self) -> None:
+        while not self._ended.wait(min(1.0, self._timeout / 4)):
+            stuck = time.monotonic() - self._since
+            if stuck < self._timeout:
+                continue
+            say(f"error: rank {self._process.rank} has not moved for {stuck:.0f} s, it is at {self._place}")
+            asking = threading.Thread(target=self._list_others, daemon=True)
+            asking.start()
+            asking.join(_PATIENCE_WITH_STORE)
+            if asking.is_alive():
+                say("rank 0, which keeps what the ranks report, does not answer")
+            faulthandler.dump_traceback(all_threads=True)
+            os._exit(EXIT_CODE)
+
+    def _list_others(self) -> None:
+        before = self._reports()
+        time.sleep(3 * _REPORT_EVERY)
+        for rank, (first, now) in enumerate(zip(before, self._reports(), strict=True)):
+            if now is None:
+                say(f"rank {rank} never reported")
+            else:
+                _, seconds, place = now.split(" ", 2)
+                # Compared by count, not by time: clocks of machines differ and jump.
+                silence = " and does not report any more" if now == first else ""
+                say(f"rank {rank} is at {place}, for {seconds} s{silence}")
+
+    def _reports(self) -> list[str | None]:
+        keys = [f"place/{rank}" for rank in range(self._process.world)]
+        return [self._store.get(key).decode() if self._store.check([key]) else None for key in keys]
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
