@@ -35,13 +35,14 @@ def own_first(x_WR: Tensor) -> Iterator[Tensor]:
 def ring(x_R: Tensor) -> Iterator[Tensor]:
     """``x_R`` of this rank, then of the ranks before it, each on its way while the caller works on the last.
 
-    All ranks must go through it together; no rank holds more than two blocks.
+    All ranks must go through it together. A rank holds its own block, the one it gives, and the one on its way.
     """
     rank, world = dist.get_rank() if dist.is_initialized() else 0, world_size()
     block = x_R.contiguous()
     for hop in range(world):
-        arriving, requests = torch.empty_like(block), []
+        arriving, requests = block, []
         if hop + 1 < world:
+            arriving = torch.empty_like(block)
             to_next = dist.P2POp(dist.isend, block, (rank + 1) % world)
             requests = dist.batch_isend_irecv([to_next, dist.P2POp(dist.irecv, arriving, (rank - 1) % world)])
         yield block

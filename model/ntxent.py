@@ -36,7 +36,7 @@ class Contrast:
     """loss: mean over this rank's rows, differentiable. The others are detached scalars over this rank's rows.
 
     positive: mean cosine of the two views of an image. hardest_negative: mean over rows of the largest cosine with a
-    view of another image. top1: share of rows whose other view is the nearest row of all. potential: mean of
+    view of another image. top1: share of rows whose other view is nearer than all other rows. potential: mean of
     exp(-|z_i - z_j|^2 / (2 tau)) over views of different images; its logarithm is the uniformity of Wang and Isola
     (2020), whose t = 2 is tau = 0.25 here.
     """
@@ -53,7 +53,7 @@ def nt_xent(z: Tensor, temperature: float, tile: int | None = None, *, ring: boo
 
     Computed in float32, or float64 where z is, with autocast off. All ranks must hold equally many rows. tile: rows
     compared at a time (DEFAULT_TILE). ring: blocks of z go from rank to rank, once more in backward, instead of being
-    gathered, so that memory holds two blocks besides a tile instead of all N rows.
+    gathered, so that memory holds a few blocks instead of all N rows. Besides, it is a tile, in backward two.
     Raises ValueError for an odd number of rows, fewer than two images over all ranks, or a temperature under
     SMALLEST_TEMPERATURE.
     """
@@ -86,13 +86,14 @@ class _NTXent(torch.autograd.Function):
                 if mirrored:
                     sum_R[columns] += e_TT.sum(0)
         positive_R = (scaled_RD * _other_view(z_RD)).sum(1)
-        # lse_i - s_ip(i) without the cancellation that would blur small losses.
-        loss_R = (sum_R * (-positive_R).exp()).log1p()
+        # lse_i - s_ip(i) without the cancellation that would blur small losses. Softplus is exact up to its threshold
+        # and the identity above, where nothing but x is left of log(1 + exp(x)).
+        loss_R = F.softplus(sum_R.log() - positive_R, threshold=50)
         u_R = (-loss_R - positive_R).exp()
         ctx.save_for_backward(z_RD, u_R, sum_R, *(() if z_WRD is None else (z_WRD, all_gather(u_R))))
         ctx.tau, ctx.tile = tau, tile
-        # Two computations of the same cosine differ in rounding; a tie counts as found.
-        top1 = (positive_R >= hardest_R - 1e-5 / tau).to(z_RD.dtype).mean()
+        # Two computations of the same cosine differ in rounding; a tie, as of collapsed embeddings, is not found.
+        top1 = (positive_R > hardest_R + 1e-5 / tau).to(z_RD.dtype).mean()
         potential = (sum_R / (world_size() * len(z_RD) - 2)).mean() * math.exp(-1 / tau)
         metrics = (positive_R.mean() * tau, hardest_R.mean() * tau, top1, potential)
         ctx.mark_non_differentiable(*metrics)

@@ -26,7 +26,7 @@ from shards.manifest import ShardSet
 
 Ids = npt.NDArray[np.int64]
 MAX_BAD_FRACTION = 1e-4
-# Steps by which the host may be ahead of a GPU; each keeps a batch of views in its memory.
+# Batches (or micro-batches) by which the host may be ahead of a GPU; the views of each are in its memory.
 _AHEAD_OF_THE_GPU = 2
 
 
@@ -339,5 +339,7 @@ def _run(
             labels = torch.from_numpy(shards.samples["label"][shown].astype(np.int64))
             yield plan, Batch(pixels.flatten(0, 1).permute(0, 3, 1, 2), labels, torch.from_numpy(shown))
     finally:
+        if copies is not None:
+            copies.synchronize()  # before DALI's outputs are let go
         prepared.close()
         reader.close()

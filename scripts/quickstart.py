@@ -55,6 +55,8 @@ def main() -> None:
     launch = [TOOLS / "deepspeed", "--quiet", "--num_gpus", 1, *launcher_port()]
     command = [ROOT / "train/pretrain.py", "--config", ROOT / "train/configs/quickstart.json", "--data", packed]
     stage("Pre-training without labels", [*launch, *command, "--run", run, *length])
+    if not (run / "finished.json").is_file():
+        raise UserError(f"pre-training was stopped; {run} goes on with the command above, a new quickstart begins anew")
     probe = [sys.executable, ROOT / "eval/linear.py", "--ckpt", run]
     stage("Probing the encoder as it was before training", [*probe, "--untrained"])
     stage("Probing the trained encoder", probe)

@@ -22,6 +22,7 @@ import numpy.typing as npt
 
 from shards.durable import write_durably
 from shards.errors import UserError
+from shards.picture import MAX_PIXELS
 
 FORMAT = "simclr-dali shards"
 VERSION = 1
@@ -164,6 +165,9 @@ def read_split(folder: Path) -> ShardSet:
         if manifest["format"] != FORMAT or manifest["version"] != VERSION:
             raise ValueError(f"format {manifest['format']!r}, version {manifest['version']!r}")
         shards = tuple(Shard(**shard) for shard in manifest["shards"])
+        for shard in shards:
+            if Path(shard.name).name != shard.name or "\\" in shard.name:
+                raise ValueError(f"shard {shard.name!r} would lie outside of the folder")
         classes = tuple(manifest["classes"])
         table_hash = manifest["samples_sha256"]
     except (ValueError, KeyError, TypeError) as error:
@@ -175,6 +179,12 @@ def read_split(folder: Path) -> ShardSet:
         raise UserError(
             f"{manifest_path} lists {sum(s.samples for s in shards)} samples, samples.npy holds {len(samples)}; pack "
             f"again"
+        )
+    pixels = samples["width"].astype(np.int64) * samples["height"]
+    if pixels.max() > MAX_PIXELS:
+        raise UserError(
+            f"{folder / TABLE}: sample {pixels.argmax()} has {pixels.max():,} pixels, more than the {MAX_PIXELS:,} "
+            f"that this packer stores; pack the data set again"
         )
     return ShardSet(folder, manifest["split"], classes, shards, samples, hashlib.sha256(raw).hexdigest())
 

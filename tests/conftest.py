@@ -91,6 +91,17 @@ def assert_sentence(done: subprocess.CompletedProcess[str], *words: str) -> None
         assert word in line
 
 
+def on_small_disk(kilobytes: int, script: str) -> subprocess.CompletedProcess[str]:
+    """Run ``script`` in a mount namespace where /mnt is a tmpfs of that size; skip where that is not allowed."""
+    mount = f"mount -t tmpfs -o size={kilobytes}k tmpfs /mnt"
+    if subprocess.run(["unshare", "-rm", "sh", "-c", mount], capture_output=True, check=False).returncode:
+        pytest.skip("no permission for a mount namespace")
+    return subprocess.run(
+        ["unshare", "-rm", "sh", "-c", f"{mount} && {script}"],
+        capture_output=True, text=True, timeout=120, cwd=ROOT, check=False,
+    )  # fmt: skip
+
+
 def run_ranks(function: Callable[..., Any], world: int, folder: Path, *arguments: Any) -> list[Any]:
     """Call ``function(rank, *arguments)`` in ``world`` processes joined by gloo; return their results by rank."""
     spawn(_rank_main, (function, world, str(folder), arguments), nprocs=world)

@@ -2,13 +2,21 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from tests.conftest import ROOT, TIMEOUT, run_python
+
+TOOLS = Path(sys.executable).parent
 
 # 15 steps an epoch on the drawn pictures of the tests.
 TINY: dict[str, Any] = {
@@ -45,22 +53,80 @@ def launch(processes: int, config: Path, data: Path, run: Path, *words: Any) -> 
     return launch_script(processes, ROOT / "train/pretrain.py", *arguments)
 
 
-def launch_script(processes: int, script: Path, *words: Any) -> subprocess.CompletedProcess[str]:
-    """Run any script of ours by the deepspeed launcher on the CPU."""
+def launcher(processes: int, *words: Any) -> list[Any]:
+    """The deepspeed command on a free port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    tools = Path(sys.executable).parent
-    command = [tools / "deepspeed", "--quiet", "--num_gpus", processes, "--master_port", port, script, *words]
-    environment = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}", "DS_ACCELERATOR": "cpu"}
+    return [TOOLS / "deepspeed", "--quiet", "--num_gpus", processes, "--master_port", port, *words]
+
+
+def launch_script(processes: int, script: Path, *words: Any) -> subprocess.CompletedProcess[str]:
+    """Run any script of ours by the deepspeed launcher on the CPU."""
+    environment = {**os.environ, "PATH": f"{TOOLS}:{os.environ['PATH']}", "DS_ACCELERATOR": "cpu"}
     return subprocess.run(
-        [str(word) for word in command],
+        [str(word) for word in launcher(processes, script, *words)],
         capture_output=True,
         text=True,
         timeout=TIMEOUT,
         env=environment,
         check=False,
     )
+
+
+@contextmanager
+def running(command: list[Any]) -> Iterator[subprocess.Popen[str]]:
+    """A process in a session of its own; whatever is left of it and its children is killed at the end."""
+    environment = {**os.environ, "PATH": f"{TOOLS}:{os.environ['PATH']}", "DS_ACCELERATOR": "cpu"}
+    process = subprocess.Popen(
+        [str(word) for word in command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        start_new_session=True,
+    )
+    try:
+        yield process
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        for child in family(process.pid):
+            with suppress(psutil.NoSuchProcess):
+                child.kill()
+        process.communicate()
+
+
+def trainer(processes: int, config: Path, data: Path, run: Path, *words: Any) -> list[Any]:
+    """The command of a run, by the launcher; 0 processes: without it."""
+    script = [ROOT / "train/pretrain.py", "--config", config, "--data", data, "--run", run, *words]
+    return launcher(processes, *script) if processes else [sys.executable, *script]
+
+
+def family(pid: int) -> list[psutil.Process]:
+    """The living processes below ``pid``, the launcher's ranks among them."""
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def wait_until(
+    condition: Callable[[], bool], process: subprocess.Popen[str] | None = None, seconds: float = 90
+) -> None:
+    """Wait for ``condition``; fail where it does not come true, or ``process`` ends before."""
+    limit = time.monotonic() + seconds
+    while not condition():
+        if process is not None and process.poll() is not None:
+            raise AssertionError(f"the process ended with {process.returncode}: {process.communicate()}")
+        assert time.monotonic() < limit, "it took too long"
+        time.sleep(0.02)
+
+
+def reached(run: Path, step: int) -> Callable[[], bool]:
+    """Whether the metrics of ``step`` are written."""
+    path = run / "metrics.jsonl"
+    return lambda: path.is_file() and f'"step": {step},' in path.read_text()
 
 
 def metrics(run: Path) -> list[dict[str, float]]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from scripts.bench.step import PHASES, Clock
+from scripts.bench.step import BEGIN, PHASES, Clock
 from tests.conftest import ROOT, assert_sentence, run_python
 from tests.runs import launch_script, tiny_config
 
@@ -39,8 +39,10 @@ def test_the_loss_benchmark_without_a_gpu_says_so() -> None:
 def test_the_clock_splits_steps_into_phases() -> None:
     clock = Clock(torch.device("cpu"))
     for _ in range(2):
-        for phase in (*PHASES, "forward"):
-            clock.mark(phase)
+        clock.mark(BEGIN)
+        for _ in clock.timed(iter([torch.zeros(1)])):
+            for phase in PHASES[2:]:
+                clock.mark(phase)
     clock.mark("end")
     first, second = clock.read()
     assert set(first) == set(second) == set(PHASES) and min(first.values()) > 0
@@ -58,4 +60,10 @@ def test_the_step_benchmark_splits_a_step_with_both_inputs(packed: Path, tmp_pat
     result = json.loads(out.read_text())
     for kind in ("synthetic", "real"):
         parts = [result[kind][phase]["median"] for phase in PHASES]
-        assert min(parts) > 0 and 0.5 < sum(parts) / result[kind]["step"]["median"] < 1.5
+        assert min(parts) > 0 and sum(parts) == pytest.approx(result[kind]["step"]["median"])
+
+
+def test_the_step_benchmark_refuses_more_steps_than_a_run_has(packed: Path, tmp_path: Path) -> None:
+    words = ["--config", tiny_config(tmp_path), "--data", packed, "--steps", 30]
+    done = run_python(ROOT / "scripts/bench/step.py", *words, env={"DS_ACCELERATOR": "cpu"})
+    assert_sentence(done, "99 steps", "the run has 30")

@@ -132,6 +132,12 @@ def test_stem_follows_the_size_of_the_views(tmp_path: Path) -> None:
         ("train_batch_size=1", ["train_batch_size is 1"]),
         ("simclr.epochs", ["no '='"]),
         ("train_batch_size.x=1", ["train_batch_size.x=1"]),
+        ("simclr=3", ["simclr is 3"]),
+        ("simclr.run={}", ["simclr.run"]),
+        ("simclr.temperature=1e999", ["simclr.temperature"]),
+        ("simclr.cache_gb=Infinity", ["simclr.cache_gb"]),
+        ("train_batch_size=" + "9" * 400, ["train_batch_size"]),
+        ("simclr.epochs=" + "9" * 5000, ["simclr.epochs"]),
     ],
 )
 def test_mistakes_are_named(override: str, words: list[str], tmp_path: Path) -> None:
@@ -148,6 +154,30 @@ def test_an_automatic_rate_follows_the_batch(rule: str, lr: float, tmp_path: Pat
     assert config.optimizer.params.lr == lr
     with pytest.raises(UserError, match=r"'auto'.*'none'"):
         load_config(written(tmp_path, MINIMAL), ["optimizer.params.lr=auto", "simclr.lr_rule=none"])
+
+
+@pytest.mark.parametrize("rule", ["[]", "{}", "3", "null"])
+@pytest.mark.parametrize("batch", ["-4", "0", "true", "9" * 400])
+def test_an_automatic_rate_with_nonsense_around_it_is_one_sentence(rule: str, batch: str, tmp_path: Path) -> None:
+    overrides = ["optimizer.params.lr=auto", f"train_batch_size={batch}", f"simclr.lr_rule={rule}"]
+    with pytest.raises(UserError):
+        load_config(written(tmp_path, MINIMAL), overrides)
+
+
+def test_data_and_run_of_the_command_line_win_over_a_whole_block(tmp_path: Path) -> None:
+    config = load_config(written(tmp_path, MINIMAL), ['simclr={"lanes": 4}'], data="x", run="y")
+    assert (config.simclr.lanes, config.simclr.data, config.simclr.run) == (4, "x", "y")
+
+
+def test_what_no_optimizer_or_encoder_can_do_is_refused(tmp_path: Path) -> None:
+    sgd = ["optimizer.type=SGD", "optimizer.params.nesterov=true", "optimizer.params.momentum=0.0"]
+    with pytest.raises(UserError, match="nesterov"):
+        load_config(written(tmp_path, MINIMAL), sgd)
+    thin = ["simclr.encoder.selective_kernels=true", "simclr.encoder.width=0.015625"]
+    with pytest.raises(UserError, match="1/32"):
+        load_config(written(tmp_path, MINIMAL), thin)
+    with pytest.raises(UserError, match="nosuchuser"):
+        load_config(written(tmp_path, MINIMAL), ["simclr.cache=~nosuchuser/x"]).shard_cache()
 
 
 def test_selective_kernels_need_bottlenecks(tmp_path: Path) -> None:
@@ -173,7 +203,9 @@ def test_a_forced_rate_is_allowed(tmp_path: Path) -> None:
     [
         ("{", "not JSON"),
         ("[]", "JSON object"),
-        ({**MINIMAL, "simclr": 3}, "'simclr'"),
+        ({**MINIMAL, "simclr": 3}, "simclr is 3"),
+        ('{"simclr": {}, "simclr": {}}', "'simclr' stands twice"),
+        ("[" * 100_000, "not JSON"),
         ({"simclr": {}}, "train_batch_size"),
         ({**MINIMAL, "simclr": {"lanes": 8}}, "--data"),
     ],
@@ -181,6 +213,14 @@ def test_a_forced_rate_is_allowed(tmp_path: Path) -> None:
 def test_unusable_files_are_named(config: Any, word: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=word):
         load_config(written(tmp_path, config), [])
+
+
+def test_unreadable_files_are_named(tmp_path: Path) -> None:
+    (tmp_path / "latin.json").write_bytes(b'{"\xe9": 1}')
+    with pytest.raises(UserError, match=r"latin\.json cannot be read"):
+        load_config(str(tmp_path / "latin.json"), [])
+    with pytest.raises(UserError, match="cannot be read"):
+        load_config("x" * 5000, [])
 
 
 def test_a_missing_config_lists_the_presets() -> None:

@@ -82,39 +82,57 @@ def test_a_step_on_the_gpu_never_waits(passes: int) -> None:
     parked = Parked(device, passes)
     parts = [torch.randn(16, 3, 64, 64, device=device) for _ in range(passes)]
     for _ in range(2):  # what is made once: memory, the optimizer's state
-        parked.fill(iter(parts))
+        parked.begin(iter(parts))
         train_step(engine, parked, 0.1)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        parked.fill(iter(parts))
+        parked.begin(iter(parts))
         train_step(engine, parked, 0.1)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_views_parked_by_the_gpu_come_back_twice_and_take_no_more_memory_when_there_are_more() -> None:
+def test_views_parked_by_the_gpu_come_back_in_order_and_take_no_more_memory_when_there_are_more() -> None:
+    """The stream is kept busy, so that the host runs ahead and every missing wait would show."""
     device = torch.device("cuda", 0)
     held = []
-    for count in (2, 12):
+    for count in (3, 24):
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
         parked = Parked(device, count)
-        for step in range(2):
-            parked.fill(torch.full((1 << 20,), float(step * count + n), device=device) for n in range(count))
-            for _ in range(2):
-                assert [float(views.mean()) for views in parked] == [float(step * count + n) for n in range(count)]
-        held.append(torch.cuda.max_memory_allocated() - before)
+        seen, expected = [], []
+        for step in range(3):
+            torch.cuda._sleep(20_000_000)
+            parked.begin(torch.full((1 << 20,), float(step * count + n), device=device) for n in range(count))
+            for _ in range(3):
+                for number, views in enumerate(parked):
+                    torch.cuda._sleep(2_000_000)
+                    seen.append(views.mean())
+                    expected.append(float(step * count + number))
+        held.append(torch.cuda.memory_stats()["active_bytes.all.peak"])
+        assert torch.stack(seen).tolist() == expected
         del parked
     assert held[1] <= 1.5 * held[0]
 
 
+def test_a_slow_consumer_that_drops_its_batches_gets_the_right_ones(train_split: ShardSet) -> None:
+    expected = [batch.views.mean().item() for batch in views_of(train_split, GPU)]
+    order = Order(train_split.shard_sizes(), 24, 4, 2, 9)
+    means = []
+    for batch in two_views(train_split, order, Recipe(), GPU, epochs=2):
+        torch.cuda._sleep(20_000_000)
+        means.append(batch.views.mean())
+        del batch
+    assert torch.stack(means).tolist() == expected
+
+
 @pytest.mark.launch
-def test_the_trainer_runs_and_goes_on_on_the_gpu(packed: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("micro_batch", [16, 4])
+def test_the_trainer_runs_and_goes_on_on_the_gpu(micro_batch: int, packed: Path, tmp_path: Path) -> None:
     words = ["--config", tiny_config(tmp_path), "--data", packed, "--run", tmp_path / "run"]
-    for more in (["--set", "torch_autocast.enabled=true", "--stop-after-steps", 7], []):
-        overrides = more or ["--set", "torch_autocast.enabled=true"]
-        done = run_python(ROOT / "train/pretrain.py", *words, *overrides)
+    settings = ["--set", "torch_autocast.enabled=true", "--set", f"train_micro_batch_size_per_gpu={micro_batch}"]
+    for more in (["--stop-after-steps", 7], []):
+        done = run_python(ROOT / "train/pretrain.py", *words, *settings, *more)
         assert done.returncode == 0, done.stderr
     assert "1 x cuda" in done.stdout
     losses = [line["loss"] for line in metrics(tmp_path / "run")]

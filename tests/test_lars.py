@@ -39,25 +39,28 @@ def test_fifty_steps_equal_the_reference() -> None:
     def randn(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    # A zero weight, and from step 10 to 20 zero gradients, meet the cases where a norm is 0.
+    # A zero weight, and from step 10 to 20 zero gradients, also without decay, meet the cases where a norm is 0.
     weights = [nn.Parameter(randn(5, 3)), nn.Parameter(randn(7)), nn.Parameter(torch.zeros(4, 4, dtype=torch.float64))]
-    plain = [nn.Parameter(randn(6))]
+    undecayed, plain = [nn.Parameter(randn(2, 3))], [nn.Parameter(randn(6))]
     groups = [
         {"params": weights, "weight_decay": 0.01, "adapt": True},
+        {"params": undecayed, "weight_decay": 0.0, "adapt": True},
         {"params": plain, "weight_decay": 0.0, "adapt": False},
     ]
     optimizer = LARS(groups, lr=0.0, momentum=0.9, trust_coefficient=0.02)
-    references = [Reference(0.9, 0.01, 0.02, True) for _ in weights] + [Reference(0.9, 0.0, 0.02, False)]
-    expected = [p.detach().clone() for p in (*weights, *plain)]
+    references = [Reference(0.9, 0.01, 0.02, True) for _ in weights]
+    references += [Reference(0.9, 0.0, 0.02, True), Reference(0.9, 0.0, 0.02, False)]
+    everything = (*weights, *undecayed, *plain)
+    expected = [p.detach().clone() for p in everything]
     for step in range(50):
         for group in optimizer.param_groups:
             group["lr"] = 0.5 * math.cos(step / 30)
-        for number, parameter in enumerate((*weights, *plain)):
-            zero = 10 <= step < 20 and number == 2
+        for number, parameter in enumerate(everything):
+            zero = 10 <= step < 20 and number in (2, 3)
             parameter.grad = torch.zeros_like(parameter) if zero else randn(*parameter.shape)
             expected[number] = references[number].step(expected[number], parameter.grad, 0.5 * math.cos(step / 30))
         optimizer.step()
-        for parameter, wanted in zip((*weights, *plain), expected, strict=True):
+        for parameter, wanted in zip(everything, expected, strict=True):
             assert (parameter - wanted).abs().max() <= 1e-13 * (1 + wanted.abs().max())
 
 

@@ -4,7 +4,6 @@ import errno
 import fcntl
 import os
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -20,7 +19,7 @@ from shards.piece import Piece, write_piece
 from shards.plan import Options, cut
 from shards.source import Item
 from shards.verify import verify
-from tests.conftest import ROOT, assert_sentence, run_python, tree
+from tests.conftest import assert_sentence, on_small_disk, run_python, tree
 
 
 def broken_sources(folder: Path) -> dict[str, tuple[Path, str]]:
@@ -130,17 +129,6 @@ def test_foreign_target_is_left_alone(odd_pictures: Path, tmp_path: Path) -> Non
     with pytest.raises(UserError, match="not a half-done pack"):
         pack(odd_pictures, tmp_path / "other")
     assert [path.name for path in (tmp_path / "other.partial").iterdir()] == ["thesis.txt"]
-
-
-def on_small_disk(kilobytes: int, script: str) -> subprocess.CompletedProcess[str]:
-    """Run ``script`` in a mount namespace where /mnt is a tmpfs of that size; skip where that is not allowed."""
-    mount = f"mount -t tmpfs -o size={kilobytes}k tmpfs /mnt"
-    if subprocess.run(["unshare", "-rm", "sh", "-c", mount], capture_output=True, check=False).returncode:
-        pytest.skip("no permission for a mount namespace")
-    return subprocess.run(
-        ["unshare", "-rm", "sh", "-c", f"{mount} && {script}"],
-        capture_output=True, text=True, timeout=120, cwd=ROOT, check=False,
-    )  # fmt: skip
 
 
 def test_full_disk_is_one_sentence_and_the_same_command_goes_on(pictures: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Gradient caching: micro-batches with the whole global batch as negatives."""
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -108,12 +109,22 @@ def test_running_statistics_count_each_micro_batch_once() -> None:
     assert momenta == {0.1}
 
 
-def test_parked_views_are_gone_through_as_often_as_asked_for_and_replaced_by_the_next_step() -> None:
-    stream = iter(torch.arange(6.0).split(1))
-    parked = Parked(torch.device("cpu"), 3)
-    for expected in ([0, 1, 2], [3, 4, 5]):
-        parked.fill(stream)
+def test_parked_views_come_from_the_loader_first_and_again_as_often_as_asked_for() -> None:
+    taken = []
+
+    def loader() -> Iterator[Tensor]:
+        for number in range(6):
+            taken.append(number)
+            yield torch.tensor(float(number))
+
+    stream, parked = loader(), Parked(torch.device("cpu"), 3)
+    for step, expected in enumerate(([0, 1, 2], [3, 4, 5])):
+        parked.begin(stream)
         assert len(parked) == 3
+        for place, views in enumerate(parked):
+            assert float(views) == expected[place]
+            assert len(taken) == 3 * step + place + 1  # none is asked for before it is needed
+        assert parked.waited() > 0 and parked.waited() == 0
         for _ in range(2):
             assert [float(views) for views in parked] == expected
 

@@ -20,13 +20,15 @@ from train.schedule import LR_RULES
 
 _LR_TOLERANCE = 1e-3  # relative; a rate written with three digits still fits its rule
 
-Positive = Annotated[int, Field(ge=1)]
+Positive = Annotated[int, Field(ge=1, lt=2**31)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 
 
 class _Block(pydantic.BaseModel):
     # protected_namespaces: pydantic would reserve names that start with "model".
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
+    model_config = pydantic.ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=()
+    )
 
 
 class Encoder(_Block):
@@ -242,6 +244,14 @@ class Config(_Block):
             raise ValueError(
                 f"simclr.encoder.selective_kernels is for resnet50 and deeper, not for {self.simclr.encoder.name}"
             )
+        if self.simclr.encoder.selective_kernels and 64 * self.simclr.encoder.width < 2:
+            raise ValueError(
+                f"simclr.encoder.width is {self.simclr.encoder.width}; selective kernels need at least 1/32"
+            )
+        if isinstance(self.optimizer, SGDBlock):
+            sgd = self.optimizer.params
+            if sgd.nesterov and not sgd.momentum:
+                raise ValueError("optimizer.params.nesterov is true, but momentum is 0; give a momentum")
         if self.train_batch_size < 2:
             raise ValueError("train_batch_size is 1; NT-Xent compares an image with others: use at least 2")
         if self.train_batch_size % self.simclr.lanes:
@@ -284,7 +294,11 @@ class Config(_Block):
         return Architecture(encoder.name, encoder.width, stem, tuple(encoder.projector), encoder.selective_kernels)
 
     def shard_cache(self) -> Cache:
-        return Cache(Path(self.simclr.cache).expanduser(), int(self.simclr.cache_gb * 1e9))
+        try:
+            folder = Path(self.simclr.cache).expanduser()
+        except RuntimeError as error:
+            raise UserError(f"simclr.cache is {self.simclr.cache!r}, whose home folder nobody knows") from error
+        return Cache(folder, int(self.simclr.cache_gb * 1e9))
 
     def local_batch(self, world: int) -> int:
         """Images per step of each of ``world`` processes. Raises UserError where they cannot share the batch."""

@@ -18,26 +18,23 @@ def load_config(name: str, overrides: list[str], data: str | None = None, run: s
 
     Raises UserError with one sentence for the first thing that is wrong.
     """
-    path = Path(name)
-    if not path.is_file():
-        path = PRESETS / name
-    if not path.is_file():
-        presets = ", ".join(sorted(preset.name for preset in PRESETS.glob("*.json")))
-        raise UserError(f"config {name} is neither a file nor a preset; the presets are {presets}")
+    path, text = _read(name)
     try:
-        raw = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        raw = json.loads(text, object_pairs_hook=_without_doubles)
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON: {error}") from error
-    if not isinstance(raw, dict) or not isinstance(raw.get("simclr", {}), dict):
-        raise UserError(f"{path} must be a JSON object whose key 'simclr' is an object too")
-    simclr = raw.setdefault("simclr", {})
+    if not isinstance(raw, dict):
+        raise UserError(f"{path} must be a JSON object")
     for override in overrides:
         _set(raw, override)
+    simclr = raw.setdefault("simclr", {})
+    if not isinstance(simclr, dict):
+        raise UserError(f"{path}: simclr is {simclr!r}, but must be a block of keys")
     if data is not None:
         simclr["data"] = data
     if run is not None:
         simclr["run"] = run
-    if not simclr.get("run"):
+    if simclr.get("run") in (None, ""):
         simclr["run"] = f"runs/{path.stem}"
     _resolve_optimizer(raw)
     try:
@@ -49,13 +46,33 @@ def load_config(name: str, overrides: list[str], data: str | None = None, run: s
     return config
 
 
+def _read(name: str) -> tuple[Path, str]:
+    """The config's path and text: a file of that name, else a preset."""
+    try:
+        path = Path(name) if Path(name).is_file() else PRESETS / name
+        if not path.is_file():
+            presets = ", ".join(sorted(preset.name for preset in PRESETS.glob("*.json")))
+            raise UserError(f"config {name} is neither a file nor a preset; the presets are {presets}")
+        return path, path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"config {name[:200]} cannot be read ({error}); give a JSON file in UTF-8") from error
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} stands twice in a block")
+    return found
+
+
 def _set(raw: dict[str, Any], override: str) -> None:
     keys, equals, text = override.partition("=")
     if not equals:
         raise UserError(f"--set {override!r} has no '='; write it as --set simclr.epochs=100")
     try:
         value = json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         value = text
     *parents, last = keys.split(".")
     block = raw
@@ -74,9 +91,11 @@ def _resolve_optimizer(raw: dict[str, Any]) -> None:
     names = {name.lower(): name for name in ("LARS", "SGD", "AdamW")}
     block["type"] = names.get(str(block.get("type")).lower(), block.get("type"))
     params, batch = block.get("params"), raw.get("train_batch_size")
-    if isinstance(params, dict) and params.get("lr") == "auto" and isinstance(batch, int):
+    if not isinstance(params, dict) or params.get("lr") != "auto":
+        return
+    if isinstance(batch, int) and 0 < batch < 2**31:
         rule = raw["simclr"].get("lr_rule", "linear")
-        if rule not in LR_RULES:
+        if not isinstance(rule, str) or rule not in LR_RULES:
             raise UserError(
                 f"optimizer.params.lr is 'auto', but simclr.lr_rule is {rule!r}; give a number, or one of the rules "
                 f"{', '.join(LR_RULES)}"

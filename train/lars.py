@@ -56,10 +56,9 @@ class LARS(torch.optim.Optimizer):
             [p.grad for p in weights if p.grad is not None], weights, alpha=group["weight_decay"]
         )
         if group["adapt"]:
-            rates = []
-            for w_norm, g_norm in zip(torch._foreach_norm(weights), torch._foreach_norm(updates), strict=True):
-                trust = group["trust_coefficient"] * w_norm / g_norm
-                rates.append(torch.where((w_norm > 0) & (g_norm > 0), trust, torch.ones_like(trust)))
+            w_norm, g_norm = torch.stack(torch._foreach_norm(weights)), torch.stack(torch._foreach_norm(updates))
+            trust = group["trust_coefficient"] * w_norm / g_norm
+            rates = torch.where((w_norm > 0) & (g_norm > 0), trust, torch.ones_like(trust)).unbind()
             torch._foreach_mul_(updates, rates)
         torch._foreach_mul_(momenta, group["momentum"])
         torch._foreach_add_(momenta, updates, alpha=group["lr"])

@@ -94,15 +94,13 @@ def train(
     done, leave = first_step, False
     while done < last_step and not leave:
         step = done
-        watchdog.at(f"step {step}, waiting for its input")
-        asked = time.perf_counter()
-        views.fill(batch.views for batch in batches)
-        reporter.waited(time.perf_counter() - asked)
         watchdog.at(f"step {step}")
+        views.begin(batch.views for batch in batches)
         lr = learning_rate(step, config.optimizer.params.lr, warmup_steps, job.total_steps)
         for group in optimizer.param_groups:
             group["lr"] = lr
         reporter.add(step, lr, train_step(engine, views, simclr.temperature, ring=simclr.ring))
+        reporter.waited(views.waited())
 
         done = step + 1
         leave = agreement.any_wanted(bool(stop.reason))

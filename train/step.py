@@ -47,11 +47,12 @@ def train_step(engine: Any, micro_batches: MicroBatches, temperature: float, *, 
     z = _by_view(embedded).requires_grad_()
     contrast = nt_xent(z, temperature, ring=ring)
     (dz,) = torch.autograd.grad(contrast.loss, z)
-    for views, dz_slice in zip(micro_batches, _by_micro_batch(dz, embedded), strict=True):
+    for number, (views, dz_slice) in enumerate(zip(micro_batches, _by_micro_batch(dz, embedded), strict=True)):
         # The gradient of <z, dz> for constant dz is what the loss would send back through this micro-batch. The loss
         # has its scale already; the engine must not divide it by the number of micro-batches.
         engine.backward((engine(views) * dz_slice).sum(), scale_wrt_gas=False)
-        norm = _gradient_norm(engine.module)  # of the last micro-batch's call: until then gradients add up
+        if number + 1 == len(micro_batches):  # until then gradients add up
+            norm = _gradient_norm(engine.module)
         engine.step()
     return StepResult(contrast, norm)
 

@@ -92,7 +92,10 @@ def main() -> None:
         try:
             print(json.dumps(run_alone(given)))
         except (MemoryError, RuntimeError) as error:
-            if not isinstance(error, MemoryError) and "memory" not in str(error):
+            # On the CPU torch has no error of its own for it.
+            if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(
+                error
+            ):
                 raise
             sys.exit(NO_MEMORY)
         return
@@ -104,29 +107,29 @@ def main() -> None:
     print(f"{on['machine']}, {on['cores']} cores, width {WIDTH}, {given.rounds} rounds")
     print(f"{'pairs':>7}  {'':12} {'ms':>26} {'MB':>24} {'rival / ours':>22}")
     for pairs in given.pairs:
-        runs: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+        runs: dict[str, list[dict[str, float]] | None] = {name: [] for name in names}  # None: out of memory
         for _ in range(given.rounds):
             for name, row in runs.items():
-                if len(row) == len(runs["ours"]) - (name != "ours"):  # those that ran out of memory are not asked again
-                    row.extend(measure(given, name, pairs))
+                found = measure(given, name, pairs) if row is not None else None
+                runs[name] = None if row is None or found is None else [*row, found]
         results[str(pairs)] = report(pairs, runs)
         if given.json:
             given.json.write_text(json.dumps({"pairs": results, "rounds": given.rounds, **on}, indent=1) + "\n")
 
 
-def measure(given: argparse.Namespace, name: str, pairs: int) -> list[dict[str, float]]:
-    """One measurement in a process of its own; none where memory did not suffice."""
+def measure(given: argparse.Namespace, name: str, pairs: int) -> dict[str, float] | None:
+    """One measurement in a process of its own; None where memory did not suffice."""
     words: list[Any] = [
         sys.executable, __file__, "--contender", name, "--pairs", pairs, "--device", given.device,
         "--seconds", given.seconds, "--limit-gb", given.limit_gb,
     ]  # fmt: skip
     done = subprocess.run(list(map(str, words)), capture_output=True, text=True, check=False)
     if done.returncode in (NO_MEMORY, -9):
-        return []
+        return None
     if done.returncode:
         raise UserError(f"{name} failed at {pairs} pairs: {done.stderr[-1500:]}")
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return [found]
+    return found
 
 
 def run_alone(given: argparse.Namespace) -> dict[str, float]:
@@ -176,21 +179,24 @@ def _status(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
-def report(pairs: int, runs: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
+def report(pairs: int, runs: dict[str, list[dict[str, float]] | None]) -> dict[str, Any]:
     figures: dict[str, Any] = {}
-    base = [run["ms"] for run in runs["ours"]]
+    base = runs["ours"]
     for name, row in runs.items():
-        if not row:
+        if row is None:
             print(f"{pairs:7}  {name:12} {'out of memory':>26}")
             figures[name] = "out of memory"
             continue
-        if abs(row[0]["loss"] - runs["ours"][0]["loss"]) > 1e-4 * row[0]["loss"]:
-            raise UserError(f"{name} has another loss: {row[0]['loss']}, ours is {runs['ours'][0]['loss']}")
         times, megabytes = [run["ms"] for run in row], [run["megabytes"] for run in row]
-        ratios = [time / our for time, our in zip(times, base, strict=True)]
-        against = "" if name == "ours" else spread(ratios, 2)
+        figures[name] = {"ms": extremes(times), "megabytes": extremes(megabytes)}
+        against = ""
+        if base is not None and name != "ours":
+            if abs(row[0]["loss"] - base[0]["loss"]) > 1e-4 * row[0]["loss"]:
+                raise UserError(f"{name} has another loss: {row[0]['loss']}, ours is {base[0]['loss']}")
+            ratios = [theirs["ms"] / ours["ms"] for theirs, ours in zip(row, base, strict=True)]
+            figures[name]["x ours"] = extremes(ratios)
+            against = spread(ratios, 2)
         print(f"{pairs:7}  {name:12} {spread(times, 1):>26} {spread(megabytes, 0):>24} {against:>22}")
-        figures[name] = {"ms": extremes(times), "megabytes": extremes(megabytes), "x ours": extremes(ratios)}
     return figures
 
 

@@ -9,15 +9,15 @@ runs --steps steps on random views that lie on the device, then --steps steps on
 --warm-up steps each. The phases of a step are the time from one mark to the next: on a GPU by events in its stream, so
 that nothing waits while measuring and "data wait" is time in which the GPU had nothing to do; on a CPU by the clock.
 
-    data wait   until the views of the step are there
-    forward     encoder and projector; with several micro-batches both passes
+    data wait   until the views are there
+    forward     encoder and projector; with several micro-batches both passes, and bringing parked views back
     loss        NT-Xent, its share of the gathering, and the metrics
-    backward    from the loss to the gradients of this process
+    backward    from the loss to the gradients of this process, and their norm
     reduction   mean of the gradients over processes
     optimizer   update and zeroing
 
-Figures are medians over all steps of all rounds, with the extremes of the rounds' medians. "lost to input" is
-1 - synthetic / real of the whole step, taken within a round.
+Of a round, a step's time is the whole time over the number of steps, a phase's the mean over the steps. Figures are
+medians over the rounds with the extremes. "lost to input" is 1 - synthetic / real of the step's time within a round.
 """
 
 import argparse
@@ -27,6 +27,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ from model.batchnorm import synchronised  # noqa: E402
 from model.encoder import build_model  # noqa: E402
 from pipeline.remote import open_split  # noqa: E402
 from scripts.bench.figures import extremes, machine, spread  # noqa: E402
-from shards.errors import positive_int, run_main  # noqa: E402
+from shards.errors import UserError, positive_int, run_main  # noqa: E402
 from train.config import Config  # noqa: E402
 from train.config_file import load_config  # noqa: E402
 from train.engine import Process, build_engine, start  # noqa: E402
@@ -50,6 +51,7 @@ from train.step import train_step  # noqa: E402
 from train.views import build_order, build_views, view_dtype  # noqa: E402
 
 PHASES = ("data wait", "forward", "loss", "backward", "reduction", "optimizer")
+BEGIN = "begin"  # of a step
 PACKAGES = ("torch", "deepspeed", "nvidia-dali-cuda120")
 
 
@@ -61,6 +63,7 @@ class Clock:
         self._marks: list[tuple[str, Any]] = []
 
     def mark(self, phase: str) -> None:
+        """A phase begins; BEGIN begins a step."""
         if self._on_gpu:
             now: Any = torch.cuda.Event(enable_timing=True)
             now.record()
@@ -68,14 +71,25 @@ class Clock:
             now = time.perf_counter()
         self._marks.append((phase, now))
 
+    def timed(self, source: Iterator[Tensor]) -> Iterator[Tensor]:
+        """``source``, with the time until each of its tensors is there marked as data wait."""
+        while True:
+            self.mark("data wait")
+            views = next(source, None)
+            self.mark("forward")
+            if views is None:
+                return
+            yield views
+
     def read(self) -> list[dict[str, float]]:
-        """Milliseconds of each phase of each step marked since the last call; a step begins with its data wait."""
+        """Milliseconds of each phase of each step marked since the last call."""
         if self._on_gpu:
             torch.cuda.synchronize()
         steps: list[dict[str, float]] = []
-        for (phase, begun), (_, ended) in zip(self._marks, self._marks[1:], strict=False):
-            if phase == PHASES[0]:
+        for (phase, begun), (_, ended) in pairwise(self._marks):
+            if phase == BEGIN:
                 steps.append(dict.fromkeys(PHASES, 0.0))
+                phase = PHASES[0]
             steps[-1][phase] += begun.elapsed_time(ended) if self._on_gpu else 1e3 * (ended - begun)
         self._marks.clear()
         return steps
@@ -98,7 +112,8 @@ class TimedEngine:
     def __call__(self, views: Tensor) -> Any:
         self._clock.mark("forward")
         z = self._engine(views)
-        self._clock.mark("loss")
+        if torch.is_grad_enabled():
+            self._clock.mark("loss")
         return z
 
     def backward(self, loss: Tensor, **named: Any) -> None:
@@ -108,6 +123,7 @@ class TimedEngine:
     def step(self) -> None:
         self._clock.mark("optimizer")
         self._engine.step()
+        self._clock.mark("forward")  # of the next micro-batch, if there is one
 
 
 def main() -> None:
@@ -128,6 +144,13 @@ def main() -> None:
         shards, files = open_split(config.simclr.data, "train", config.shard_cache())
         loader = build_views(config, shards, files, build_order(config, shards), process)
         inputs["real"] = (batch.views for batch in loader)
+        passes = config.local_batch(process.world) // config.micro_batch(process.world)
+        steps = given.rounds * (given.warm_up + given.steps)
+        if steps * passes > len(loader):
+            raise UserError(
+                f"{steps} steps are asked for, but the run has {len(loader) // passes}; lower --steps or --rounds, or "
+                "set simclr.epochs higher"
+            )
     engine.train()
     rounds: dict[str, list[list[dict[str, float]]]] = {name: [] for name in inputs}
     for _ in range(given.rounds):
@@ -159,8 +182,8 @@ def run(
     """Milliseconds of the phases of each measured step."""
     parked = Parked(process.device, config.local_batch(process.world) // config.micro_batch(process.world))
     for _ in range(given.warm_up + given.steps):
-        clock.mark(PHASES[0])
-        parked.fill(views)
+        clock.mark(BEGIN)
+        parked.begin(clock.timed(views))
         train_step(engine, parked, config.simclr.temperature, ring=config.simclr.ring)
     clock.mark("end")
     return clock.read()[given.warm_up :]
@@ -181,11 +204,11 @@ def report(
     result: dict[str, Any] = {"config": given.config, "set": given.set, "processes": process.world, **on}
     whole: dict[str, list[float]] = {}
     for name, found in rounds.items():
-        whole[name] = [statistics.median(sum(step.values()) for step in steps) for steps in found]
+        whole[name] = [statistics.mean(sum(step.values()) for step in steps) for steps in found]
         print(f"{name} input: {spread(whole[name], 1)} ms a step, {rate(config, whole[name])} images/s")
         result[name] = {"step": extremes(whole[name])}
         for phase in PHASES:
-            times = [statistics.median(step[phase] for step in steps) for steps in found]
+            times = [statistics.mean(step[phase] for step in steps) for steps in found]
             result[name][phase] = extremes(times)
             share = statistics.median(times) / statistics.median(whole[name])
             print(f"    {phase:10} {spread(times, 2):>32} ms {share:7.1%}")
