@@ -166,7 +166,7 @@ def read_split(folder: Path) -> ShardSet:
             raise ValueError(f"format {manifest['format']!r}, version {manifest['version']!r}")
         shards = tuple(Shard(**shard) for shard in manifest["shards"])
         for shard in shards:
-            if Path(shard.name).name != shard.name or "\\" in shard.name:
+            if Path(shard.name).name != shard.name or shard.name in ("", "..") or "\\" in shard.name:
                 raise ValueError(f"shard {shard.name!r} would lie outside of the folder")
         classes = tuple(manifest["classes"])
         table_hash = manifest["samples_sha256"]
@@ -194,7 +194,12 @@ def _load_table(path: Path, sha256: str) -> npt.NDArray[Any]:
         raise UserError(f"{path} is missing; copy it back or pack the data set again")
     if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
         raise UserError(f"{path} is not the table its manifest describes (its sha256 differs); copy it again")
-    samples: npt.NDArray[Any] = np.load(path, allow_pickle=False)
+    try:
+        samples: npt.NDArray[Any] = np.load(path, allow_pickle=False)
+    except ValueError as error:
+        raise UserError(f"{path} is no table of samples ({error}); pack the data set again") from error
+    if samples.dtype != SAMPLE or samples.ndim != 1:
+        raise UserError(f"{path} has other columns than this version reads; pack the data set again")
     return samples
 
 

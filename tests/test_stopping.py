@@ -115,7 +115,7 @@ def test_a_rank_that_hangs_is_named_and_ends_the_run(packed: Path, tmp_path: Pat
     config, run = tiny_config(tmp_path), tmp_path / "run"
     words = [*LONG, "--set", "simclr.checkpoint_every=2", "--hang-timeout", 5]
     with running(trainer(2, config, packed, run, *words)) as process:
-        wait_until(reached(run, 5), process)
+        wait_until(reached(run, 100), process)  # some seconds, so that all ranks have reported
         ranks = ranks_of(process)
         ranks[1].suspend()
         _, err = process.communicate(timeout=60)

@@ -159,17 +159,25 @@ class Reporter:
 def _drop_lines_from(path: Path, first_step: int) -> None:
     """Remove the lines of steps that will be run again."""
     if path.exists():
-        lines = path.read_text().splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < first_step]
+        lines = path.read_text(errors="replace").splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and 0 <= _step_of(line) < first_step]
         write_durably(path, "".join(kept).encode())
 
 
 def _tell_missing_lines(path: Path, first_step: int) -> None:
     """Say so where someone removed lines of the steps before; the run itself needs none of them."""
-    steps = [json.loads(line)["step"] for line in path.read_text().splitlines()] if path.exists() else []
+    steps = map(_step_of, path.read_text().splitlines() if path.exists() else [])
     missing = sorted(set(range(first_step)) - set(steps))
     if missing:
         print(f"warning: {path} lacks {len(missing)} steps before {first_step}: {_some(missing)}", file=sys.stderr)
+
+
+def _step_of(line: str) -> int:
+    """The step that a line is about; -1 where it is damaged."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return -1
 
 
 def _some(numbers: Sequence[int], most: int = 8) -> str:

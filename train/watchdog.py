@@ -1,10 +1,12 @@
 """Ends a run that no longer moves, and says which rank holds it up."""
 
 import faulthandler
+import itertools
 import os
 import sys
 import threading
 import time
+from contextlib import suppress
 
 import torch.distributed as dist
 
@@ -39,13 +41,12 @@ class Watchdog:
         self._ended.set()
 
     def _report(self) -> None:
-        count = 0
-        while not self._ended.wait(_REPORT_EVERY):
-            count += 1
+        for count in itertools.count():
             seconds = time.monotonic() - self._since
-            try:
+            # The store fails where rank 0, which holds it, has left; there is nobody to report to then.
+            with suppress(RuntimeError):
                 self._store.set(f"place/{self._process.rank}", f"{count} {seconds:.0f} {self._place}")
-            except RuntimeError:  # rank 0, which holds the store, has left
+            if self._ended.wait(_REPORT_EVERY):
                 return
 
     def _look(self) -> None:
