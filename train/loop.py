@@ -87,37 +87,37 @@ def train(
         first_step=first_step,
         keep_batch=job.keep_batch,
     )
-    saver, agreement = Saver(run, simclr.keep_checkpoints), Agreement(process)
+    agreement = Agreement(process)
     last_checkpoint = f"that of step {first_step}" if first_step else "none yet"
     engine.train()
     started = time.monotonic()
     done, leave = first_step, False
-    while done < last_step and not leave:
-        step = done
-        watchdog.at(f"step {step}")
-        views.begin(batch.views for batch in batches)
-        lr = learning_rate(step, config.optimizer.params.lr, warmup_steps, job.total_steps)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        reporter.add(step, lr, train_step(engine, views, simclr.temperature, ring=simclr.ring))
-        reporter.waited(views.waited())
+    with Saver(run, simclr.keep_checkpoints) as saver:
+        while done < last_step and not leave:
+            step = done
+            watchdog.at(f"step {step}")
+            views.begin(batch.views for batch in batches)
+            lr = learning_rate(step, config.optimizer.params.lr, warmup_steps, job.total_steps)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            reporter.add(step, lr, train_step(engine, views, simclr.temperature, ring=simclr.ring))
+            reporter.waited(views.waited())
 
-        done = step + 1
-        leave = agreement.any_wanted(bool(stop.reason))
-        for_good = bool(simclr.keep_every_epochs) and done % (simclr.keep_every_epochs * steps_per_epoch) == 0
-        save_now = done == last_step or leave or for_good or done % simclr.checkpoint_every == 0
-        if save_now or done % simclr.log_every == 0:
-            reporter.drain(last_checkpoint, durably=save_now)
-            saver.refuse_failure()
-        if save_now:
-            watchdog.at(f"step {step}, its checkpoint")
-            refuse_drift(engine.module, process, done)
-            if process.rank == 0:
-                saver.save(state_of(engine.module, optimizer, config, job.shards, done), for_good=for_good)
-            last_checkpoint = f"that of step {done}"
-    agreement.finish()
-    watchdog.at(f"the end after step {done}, writing the last checkpoint")
-    saver.wait()
+            done = step + 1
+            leave = agreement.any_wanted(bool(stop.reason))
+            for_good = bool(simclr.keep_every_epochs) and done % (simclr.keep_every_epochs * steps_per_epoch) == 0
+            save_now = done == last_step or leave or for_good or done % simclr.checkpoint_every == 0
+            if save_now or done % simclr.log_every == 0:
+                reporter.drain(last_checkpoint, durably=save_now)
+                saver.refuse_failure()
+            if save_now:
+                watchdog.at(f"step {step}, its checkpoint")
+                refuse_drift(engine.module, process, done)
+                if process.rank == 0:
+                    saver.save(state_of(engine.module, optimizer, config, job.shards, done), for_good=for_good)
+                last_checkpoint = f"that of step {done}"
+        agreement.finish()
+        watchdog.at(f"the end after step {done}, writing the last checkpoint")
     if damaged := batches.damaged():
         print(f"rank {process.rank} replaced {len(damaged)} damaged samples, named above", file=sys.stderr, flush=True)
     batches.close()

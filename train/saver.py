@@ -1,6 +1,7 @@
 """Checkpoints that are written while training goes on."""
 
 import threading
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +10,27 @@ from torch import Tensor
 
 from model import checkpoint
 from shards.durable import refusals_named
+from shards.errors import UserError
 
 
 class Saver:
-    """Copies the state to host memory and leaves writing it to a thread; one checkpoint is on its way at a time."""
+    """Copies the state to host memory and leaves writing it to a thread; one checkpoint is on its way at a time.
+
+    As a context it ends only when the last checkpoint is on disk, also where an error ends the training: the process
+    would leave without it.
+    """
 
     def __init__(self, run: Path, keep: int) -> None:
         self._run, self._keep = run, keep
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
+
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
+        with suppress(UserError) if error_type else nullcontext():
+            self.wait()
 
     def save(self, state: dict[str, Any], *, for_good: bool = False) -> None:
         """Begin to write ``state`` as it is now (model.checkpoint.save); later changes of its tensors are not in it.

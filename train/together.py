@@ -136,8 +136,9 @@ class Agreement:
 
 def refuse_drift(model: nn.Module, process: Process, step: int) -> None:
     """Raise UserError unless all ranks hold the same weights to the bit. All ranks call it; it waits for the device."""
-    norms = torch.stack(torch._foreach_norm([parameter.detach() for parameter in model.parameters()])).double()
-    low, high = norms.clone(), norms.clone()
+    # A sum over the bits, as integers, changes with every single one of them.
+    sums = torch.stack([parameter.detach().view(torch.int32).sum() for parameter in model.parameters()])
+    low, high = sums.clone(), sums.clone()
     dist.all_reduce(low, dist.ReduceOp.MIN)
     dist.all_reduce(high, dist.ReduceOp.MAX)
     if not torch.equal(low, high):
