@@ -28,6 +28,10 @@ class CheckpointError(ValueError):
     """A checkpoint cannot be used. The message names it, says why and what to do."""
 
 
+class _UnreadableError(CheckpointError):
+    """A checkpoint may be sound, but its disk does not give it."""
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """path: the file read. sha256: of that file. state: what ``save`` was given.
@@ -85,7 +89,7 @@ def save(run: Path, state: dict[str, Any], keep: int, *, for_good: bool = False)
     _sync(folder)
     for old in _steps(folder)[:-keep]:
         if not _is_for_good(old):
-            shutil.rmtree(old)
+            shutil.rmtree(old, ignore_errors=True)  # somebody may be reading it; the next time will do
     return final
 
 
@@ -98,6 +102,8 @@ def newest(run: Path) -> Checkpoint | None:
     for folder in reversed(_steps(run / _FOLDER)):
         try:
             return replace(_load_verified(folder), passed_over=tuple(damaged))
+        except _UnreadableError:
+            raise
         except CheckpointError as error:
             damaged.append((folder, str(error)))
     if damaged:
@@ -133,7 +139,9 @@ def _steps(folder: Path) -> list[Path]:
 def _is_for_good(folder: Path) -> bool:
     try:
         return bool(json.loads((folder / _DESCRIPTION).read_text()).get("for_good"))
-    except (OSError, ValueError):
+    except OSError:
+        return True  # not to be told now
+    except ValueError:
         return False
 
 
@@ -142,8 +150,10 @@ def _load_verified(folder: Path) -> Checkpoint:
     try:
         expected = json.loads((folder / _DESCRIPTION).read_text())["sha256"]
         data = path.read_bytes()
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"checkpoint {folder} is damaged ({error})") from error
+    except OSError as error:  # which says nothing about the checkpoint
+        raise _UnreadableError(f"checkpoint {folder} cannot be read ({error.strerror}); see to the disk") from error
     if hashlib.sha256(data).hexdigest() != expected:
         raise CheckpointError(f"checkpoint {path} is damaged (its sha256 differs from {_DESCRIPTION})")
     return _load_file(path, data)

@@ -39,7 +39,10 @@ class LocalFiles:
     def __init__(self, shards: ShardSet) -> None:
         _allow_open_files(len(shards.shards) + _SPARE_FILES)
         self._sizes = [shard.bytes for shard in shards.shards]
-        self._descriptors = [os.open(shards.folder / shard.name, os.O_RDONLY) for shard in shards.shards]
+        try:
+            self._descriptors = [os.open(shards.folder / shard.name, os.O_RDONLY) for shard in shards.shards]
+        except OSError as error:
+            raise UserError(f"cannot open {error.filename} ({error.strerror}); copy it back or repair it") from error
         self._expected: set[int] = set()
         self._queue: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         self._stop = threading.Event()

@@ -241,6 +241,7 @@ def chosen(
     seed: int,
     epoch: int,
     max_bad_fraction: float = 0.0,
+    files: Callable[[], Files] | None = None,
 ) -> Batch:
     """The views of samples ``ids`` as ``epoch`` of a run with ``seed`` draws them."""
     now = [int(shard) for shard in np.unique(shards.samples["shard"][ids])]
@@ -249,7 +250,7 @@ def chosen(
     def draws(plan: _Plan, width: Ids, height: Ids) -> list[Draws]:
         return [draw(recipe, seed, epoch, ids, view, width, height) for view, recipe in enumerate(recipes)]
 
-    reader = SampleReader(shards, LocalFiles(shards), max_bad_fraction)
+    reader = SampleReader(shards, files() if files else LocalFiles(shards), max_bad_fraction)
     made = _run(shards, reader, [plan], draws, setting, batch=len(ids), views=len(recipes), augment=True)
     _, batch = next(made)
     made.close()

@@ -61,6 +61,7 @@ def read(path: Path, shards: ShardSet | None = None) -> Replay:
 
     Raises UserError where the file is missing, is none of ours, or is of another set or version.
     """
+    recorded: list[Any]
     try:
         content = json.loads(path.read_text())
         recipes = tuple(Recipe(**_with_tuples(recipe)) for recipe in content.pop("recipes"))
@@ -70,13 +71,16 @@ def read(path: Path, shards: ShardSet | None = None) -> Replay:
         raise UserError(
             f"cannot read {path} ({error.strerror}); give a file bad-step-*.json of a run folder"
         ) from error
-    except (ValueError, KeyError, TypeError) as error:
+        recorded = [sample["views"] for sample in samples]
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise UserError(f"{path} is no kept batch ({error}); give a file bad-step-*.json of a run folder") from error
     if shards is not None:
         if shards.fingerprint != replay.manifest:
             raise UserError(f"{path} was made of another data set than {shards.folder} (the manifests differ)")
+        if not all(0 <= sample < len(shards) for sample in replay.ids):
+            raise UserError(f"{path} names samples that {shards.folder} does not have; give an untouched file")
         draws = replay.draws(shards)
-        if any(sample["views"] != [_row(view, row) for view in draws] for row, sample in enumerate(samples)):
+        if any(views != [_row(view, row) for view in draws] for row, views in enumerate(recorded)):
             raise UserError(f"{path} holds other draws than this version makes; use the version that wrote it")
     return replay
 

@@ -8,6 +8,7 @@ The draws of each view are also printed, one line each.
 """
 
 import argparse
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,14 +18,15 @@ import PIL.ImageDraw
 import torch
 
 from pipeline.draws import BRIGHTNESS, CONTRAST, HUE, SATURATION, Draws, Recipe
-from pipeline.files import LocalFiles
+from pipeline.files import Files
 from pipeline.graph import MEAN, STD
 from pipeline.loader import Setting, chosen
 from pipeline.order import Order
 from pipeline.reading import SampleReader
+from pipeline.remote import Cache, open_split
 from pipeline.replay import Replay, read
 from shards.errors import UserError, positive_int, run_main
-from shards.manifest import ShardSet, load_split
+from shards.manifest import ShardSet
 from shards.picture import rgb
 from shards.show import save
 from shards.source import SPLITS
@@ -44,12 +46,12 @@ def described(draws: Draws, row: int) -> list[str]:
     return [geometry, colors, f"{'gray, ' if draws.gray[row] else ''}{blur}"]
 
 
-def sheet(shards: ShardSet, batch: Replay) -> tuple[PIL.Image.Image, list[str]]:
+def sheet(shards: ShardSet, files: Callable[[], Files], batch: Replay) -> tuple[PIL.Image.Image, list[str]]:
     """The picture of a batch, and its draws as lines of text."""
     setting = Setting(size=batch.size, device=torch.device("cpu"), interpolation=batch.interpolation)
     # Damaged samples are shown by what stands in for them, as in training.
     views, labels, ids_shown = chosen(
-        shards, batch.ids, batch.recipes, setting, seed=batch.seed, epoch=batch.epoch, max_bad_fraction=1.0
+        shards, batch.ids, batch.recipes, setting, seed=batch.seed, epoch=batch.epoch, max_bad_fraction=1.0, files=files
     )
     ids = ids_shown.numpy()
     pixels = views.permute(0, 2, 3, 1).numpy() * np.array(STD) + np.array(MEAN)
@@ -57,9 +59,10 @@ def sheet(shards: ShardSet, batch: Replay) -> tuple[PIL.Image.Image, list[str]]:
     rows = shards.samples[ids]
     width, height = rows["width"].astype(np.int64), rows["height"].astype(np.int64)
     draws = batch.draws(shards)
-    files = LocalFiles(shards)
-    originals = [rgb(data.tobytes()) for data in SampleReader(shards, files).read(ids)[0]]
-    files.close()
+    opened = files()
+    opened.expect([int(shard) for shard in np.unique(rows["shard"])], [])
+    originals = [rgb(data.tobytes()) for data in SampleReader(shards, opened).read(ids)[0]]
+    opened.close()
 
     result = PIL.Image.new("RGB", (3 * _SIDE, len(ids) * (_SIDE + _CAPTION)), "white")
     pen = PIL.ImageDraw.Draw(result)
@@ -98,7 +101,10 @@ def planned(given: argparse.Namespace, shards: ShardSet) -> Replay:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m pipeline.show", description="Show samples and their two views.")
     parser.add_argument(
-        "data", nargs="?", metavar="SHARDS", help="folder made by scripts/make_shards.sh (with --replay: as it says)"
+        "data",
+        nargs="?",
+        metavar="SHARDS",
+        help="folder made by scripts/make_shards.sh, or its address (with --replay: as it says)",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="PNG", help="the sheet")
     parser.add_argument("--split", choices=SPLITS, default="train", help="default: train")
@@ -116,9 +122,9 @@ def main() -> None:
     if not given.data and not given.replay:
         raise UserError("neither SHARDS nor --replay is given; name the shards, or a batch that a run kept")
     data = given.data or read(given.replay).data
-    shards = load_split(Path(data), given.split)
+    shards, files = open_split(data, given.split, Cache(Path("~/.cache/simclr-dali").expanduser(), 200 * 10**9))
     batch = read(given.replay, shards) if given.replay else planned(given, shards)
-    picture, lines = sheet(shards, replace(batch, ids=batch.ids[: given.count]))
+    picture, lines = sheet(shards, files, replace(batch, ids=batch.ids[: given.count]))
     save(picture, given.out, "--out")
     if batch.about:
         print(", ".join(f"{key} {value}" for key, value in batch.about.items()))

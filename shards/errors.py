@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 EXIT_CODE = 2
 SECONDS_FOR_RANK_0_TO_SPEAK = 4.0
+SECONDS_FOR_THE_LAUNCHER = 8.0
 
 
 class UserError(ValueError):
@@ -25,11 +26,15 @@ def run_main(main: Callable[[], None], *also: type[Exception]) -> None:
     try:
         main()
     except Exception as error:
+        rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+        if world > 1:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher's, once another rank has left
         if not isinstance(error, (UserError, *also)):
+            if world > 1 and isinstance(error, RuntimeError):
+                # Most likely what torch says of a rank that has left: the launcher then ends this one too.
+                time.sleep(SECONDS_FOR_THE_LAUNCHER)
             raise
-        rank = int(os.environ.get("RANK", "0"))
         if rank:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher's, once rank 0 has spoken
             time.sleep(SECONDS_FOR_RANK_0_TO_SPEAK)
         speaker = f"rank {rank}: " if rank else ""
         sys.stdout.flush()

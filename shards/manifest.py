@@ -169,7 +169,7 @@ def read_split(folder: Path) -> ShardSet:
             if Path(shard.name).name != shard.name or shard.name in ("", "..") or "\\" in shard.name:
                 raise ValueError(f"shard {shard.name!r} would lie outside of the folder")
         classes = tuple(manifest["classes"])
-        table_hash = manifest["samples_sha256"]
+        table_hash, split = manifest["samples_sha256"], manifest["split"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{manifest_path} is not a manifest this version reads ({error}); pack the data set again"
@@ -180,13 +180,15 @@ def read_split(folder: Path) -> ShardSet:
             f"{manifest_path} lists {sum(s.samples for s in shards)} samples, samples.npy holds {len(samples)}; pack "
             f"again"
         )
+    if samples["shard"].max() >= len(shards) or not min(samples["width"].min(), samples["height"].min()):
+        raise UserError(f"{folder / TABLE} names shards or sizes that cannot be; pack the data set again")
     pixels = samples["width"].astype(np.int64) * samples["height"]
     if pixels.max() > MAX_PIXELS:
         raise UserError(
             f"{folder / TABLE}: sample {pixels.argmax()} has {pixels.max():,} pixels, more than the {MAX_PIXELS:,} "
             f"that this packer stores; pack the data set again"
         )
-    return ShardSet(folder, manifest["split"], classes, shards, samples, hashlib.sha256(raw).hexdigest())
+    return ShardSet(folder, split, classes, shards, samples, hashlib.sha256(raw).hexdigest())
 
 
 def _load_table(path: Path, sha256: str) -> npt.NDArray[Any]:
@@ -196,9 +198,9 @@ def _load_table(path: Path, sha256: str) -> npt.NDArray[Any]:
         raise UserError(f"{path} is not the table its manifest describes (its sha256 differs); copy it again")
     try:
         samples: npt.NDArray[Any] = np.load(path, allow_pickle=False)
-    except ValueError as error:
+    except (ValueError, EOFError, MemoryError) as error:
         raise UserError(f"{path} is no table of samples ({error}); pack the data set again") from error
-    if samples.dtype != SAMPLE or samples.ndim != 1:
+    if not isinstance(samples, np.ndarray) or samples.dtype != SAMPLE or samples.ndim != 1:
         raise UserError(f"{path} has other columns than this version reads; pack the data set again")
     return samples
 

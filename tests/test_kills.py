@@ -75,7 +75,7 @@ def save_every_step(run: str, ready: Any) -> None:
         numbers = [torch.tensor(float(step))] * 5
         reporter.add(step, 0.1, StepResult(Contrast(*numbers), torch.tensor(1.0)))
         step += 1
-        reporter.drain("some step", durably=True)
+        reporter.drain(lambda: "some step", durably=True)
         saver.save({"step": step, "model": {"w": weights(step)}, "architecture": {}, "image_size": 1})
 
 
@@ -126,6 +126,18 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_wins(packed: Pa
     assert "step-00000020" in done.stdout and "damaged" in done.stdout
     assert (run / "checkpoints/damaged-step-00000020/state.pt").read_bytes() == data
     assert [line["step"] for line in metrics(run)] == list(range(30))
+
+    # The same again, in a finished run: it is not finished any more, until it is.
+    (run / "checkpoints/damaged-step-00000030").mkdir()
+    (run / "checkpoints/damaged-step-00000030/old").touch()
+    (run / "checkpoints/step-00000030/state.pt").write_bytes(b"cut")
+    done = pretrain(config, packed, run, *every, "--stop-after-steps", 1)
+    assert done.returncode == 0 and "going on from step 28" in done.stdout
+    assert not (run / "finished.json").exists() and (run / "checkpoints/damaged-step-00000030+/state.pt").exists()
+    assert pretrain(config, packed, run, *every).returncode == 0
+    (run / "finished.json").unlink()  # as a kill at the very end leaves it
+    assert pretrain(config, packed, run, *every).returncode == 0
+    assert json.loads((run / "finished.json").read_text())["steps"] == 30
 
 
 @pytest.mark.launch

@@ -10,8 +10,19 @@ import psutil
 import pytest
 
 from model import checkpoint
-from tests.conftest import assert_sentence
-from tests.runs import family, metrics, pretrain, reached, running, tiny_config, trainer, wait_until
+from tests.conftest import ROOT, assert_sentence
+from tests.runs import (
+    family,
+    launch,
+    launch_script,
+    metrics,
+    pretrain,
+    reached,
+    running,
+    tiny_config,
+    trainer,
+    wait_until,
+)
 
 pytestmark = pytest.mark.launch
 
@@ -109,6 +120,37 @@ def test_a_rank_that_dies_takes_the_others_down(packed: Path, tmp_path: Path) ->
         assert process.returncode != 0 and left(ranks, 1)
     found = checkpoint.newest(run)
     assert found is not None and found.state["step"] >= 4
+
+
+def test_a_mistake_that_one_rank_meets_alone_is_one_sentence(packed: Path, tmp_path: Path) -> None:
+    """Rank 0 alone writes. What torch says on the others, of a peer that left, is not what went wrong."""
+    config, run = tiny_config(tmp_path), tmp_path / "run"
+    run.mkdir()
+    (run / "checkpoints").write_text("a file where a folder must be")
+    done = launch(2, config, packed, run, *LONG, "--set", "simclr.checkpoint_every=2")
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert len(errors) == 1 and "cannot write" in errors[0]
+
+
+def test_ranks_with_other_settings_do_not_train_together(packed: Path, tmp_path: Path) -> None:
+    """As two machines of which one was forgotten: each rank reads a file of its own."""
+    (tmp_path / "0").mkdir()
+    (tmp_path / "1").mkdir()
+    tiny_config(tmp_path / "0")
+    text = tiny_config(tmp_path / "1").read_text()
+    (tmp_path / "1/tiny.json").write_text(text.replace('"log_every": 4', '"log_every": 5'))
+    shim = tmp_path / "shim.py"
+    shim.write_text(
+        "import os, runpy, sys\n"
+        f"sys.argv = ['pretrain.py', '--config', f'{tmp_path}/' + os.environ['RANK'] + '/tiny.json', *sys.argv[1:]]\n"
+        f"runpy.run_path('{ROOT / 'train/pretrain.py'}', run_name='__main__')\n"
+    )
+    done = launch_script(2, shim, "--data", packed, "--run", tmp_path / "run")
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 2 and len(errors) == 1
+    assert "rank 1 has simclr.log_every = 5, rank 0 has 4" in errors[0]
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_rank_that_hangs_is_named_and_ends_the_run(packed: Path, tmp_path: Path) -> None:

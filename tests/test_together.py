@@ -16,7 +16,7 @@ from train.engine import Process
 from train.metrics import Reporter
 from train.saver import Saver
 from train.step import StepResult
-from train.together import Agreement, by_rank_0, refuse_drift
+from train.together import Agreement, all_finite, by_rank_0, refuse_drift
 
 
 def process_of(rank: int) -> Process:
@@ -41,20 +41,27 @@ def hear(rank: int) -> dict[str, Any]:
 
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    (*_, bias) = model.parameters()
     same = what_was_raised(refuse_drift, model, process, 7)
     if rank == 1:
-        model[1].bias.data.view(torch.int32)[1] ^= 1  # the smallest change there is
+        bias.data.view(torch.int32)[1] ^= 1  # the smallest change there is
+    drifted = what_was_raised(refuse_drift, model, process, 7)
+    finite = all_finite(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    if rank == 1:
+        bias.data[0] = torch.inf
     return {
+        "finite": (finite, all_finite(model, torch.optim.SGD(model.parameters(), lr=0.1))),
         "heard": heard,
         "given": by_rank_0(process, lambda: f"from {rank}"),
         "refused": what_was_raised(by_rank_0, process, refuse),
         "same": same,
-        "drifted": what_was_raised(refuse_drift, model, process, 7),
+        "drifted": drifted,
     }
 
 
 def test_ranks_stop_at_the_same_step_hear_rank_0_and_notice_a_single_bit(tmp_path: Path) -> None:
     for rank in run_ranks(hear, 2, tmp_path):
+        assert rank["finite"] == (True, False)
         assert rank["heard"] == [False, False, False, False, True, False]
         assert rank["given"] == "from 0" and rank["refused"] == "the folder is taken"
         assert rank["same"] == "" and "step 7 (first: 1.bias)" in rank["drifted"]
@@ -75,7 +82,7 @@ def report(rank: int, folder: str, losses: list[list[float]], gradient: float) -
         last = step == 19 + len(losses[rank])
         numbers = [torch.tensor(value) for value in (loss, 0.1, 0.2, 0.3, 0.4)]
         reporter.add(step, 0.1, StepResult(Contrast(*numbers), torch.tensor(gradient if last else 1.0)))
-    return {"sentence": what_was_raised(reporter.drain, "that of step 18"), "kept": kept}
+    return {"sentence": what_was_raised(reporter.drain, lambda: "that of step 18"), "kept": kept}
 
 
 @pytest.mark.parametrize(

@@ -56,11 +56,12 @@ def test_members_that_point_outside_are_packed_under_tame_names(name: str, tmp_p
 
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE])
 def test_members_that_are_no_files_are_not_followed(kind: bytes, tmp_path: Path) -> None:
+    (tmp_path / "secret.jpg").write_bytes(jpeg())
     source = tmp_path / "source"
     source.mkdir()
     with tarfile.open(source / "train-000000.tar", "w") as tar:
         link = tarfile.TarInfo("a.jpg")
-        link.type, link.linkname = kind, "/etc/passwd"
+        link.type, link.linkname = kind, str(tmp_path / "secret.jpg")
         tar.addfile(link)
         label = tarfile.TarInfo("a.cls")
         label.size = 1
@@ -125,14 +126,31 @@ def test_a_table_with_a_huge_picture_is_refused(tmp_path: Path) -> None:
         load_split(out, "train")
 
 
-@pytest.mark.parametrize("content", ["pickle", "numbers", "text"])
+def test_a_table_that_names_shards_that_are_not_there_is_refused(tmp_path: Path) -> None:
+    out = packed_by_a_stranger(tmp_path)
+    samples = load_split(out, "train").samples.copy()
+    samples["shard"][1] = 7
+    with_table(out, as_file(samples))
+    with pytest.raises(UserError, match="names shards or sizes that cannot be"):
+        load_split(out, "train")
+
+
+@pytest.mark.parametrize("content", ["pickle", "numbers", "text", "empty", "archive"])
 def test_a_table_that_is_none_is_refused_and_not_unpickled(content: str, tmp_path: Path) -> None:
     class Bomb:
         def __reduce__(self) -> tuple[Any, ...]:
             return open, (str(tmp_path / "executed"), "w")
 
     out = packed_by_a_stranger(tmp_path)
-    tables = {"pickle": as_file(np.array([Bomb()], object)), "numbers": as_file(np.zeros(2)), "text": b"hello"}
+    archive = io.BytesIO()
+    np.savez(archive, np.zeros(2))
+    tables = {
+        "pickle": as_file(np.array([Bomb()], object)),
+        "numbers": as_file(np.zeros(2)),
+        "text": b"hello",
+        "empty": b"",
+        "archive": archive.getvalue(),
+    }
     with_table(out, tables[content])
     with pytest.raises(UserError, match=r"no table of samples|other columns"):
         load_split(out, "train")

@@ -3,6 +3,7 @@
 import logging
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -16,19 +17,24 @@ from train.optimizer import build_optimizer
 
 @dataclass(frozen=True)
 class Process:
-    """This process among those of the run. local_world: processes on this machine. cores: its share of them."""
+    """This process among those of the run.
+
+    local_world: processes on this machine. cores: its share of them. patience: how long it waits for the others.
+    """
 
     rank: int
     world: int
     local_world: int
     device: torch.device
     cores: int
+    patience: timedelta = timedelta(minutes=30)
 
 
-def start() -> Process:
+def start(patience: timedelta) -> Process:
     """Join the process group: NCCL with a GPU per process, else gloo on the CPU.
 
     Without a launcher this process is the whole group. ``DS_ACCELERATOR=cpu`` keeps a machine with GPUs on its CPU.
+    patience: how long a rank waits for the others.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
@@ -51,9 +57,9 @@ def start() -> Process:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
         # A store inside the process needs no port, which another job on the machine might hold.
         store = dist.HashStore()  # type: ignore[attr-defined]
-        dist.init_process_group(backend, store=store, rank=0, world_size=1)
-    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
-    return Process(dist.get_rank(), dist.get_world_size(), local_world, device, cores)
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=patience)
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=patience)
+    return Process(dist.get_rank(), dist.get_world_size(), local_world, device, cores, patience)
 
 
 def import_deepspeed(device: torch.device) -> Any:
@@ -108,6 +114,9 @@ def build_engine(model: nn.Module, config: Config, process: Process) -> tuple[An
     # LARS needs the model's own tensors, layer by layer and in float32, and unclipped gradients.
     assert wrapped is optimizer and engine.zero_optimization_stage() == 0 and engine.gradient_clipping() == 0
     assert all(p.dtype == torch.float32 for p in model.parameters())
+    # DeepSpeed makes groups of its own, which have torch's default; they too are to wait as long as the watchdog does.
+    for group in list(dist.distributed_c10d._world.pg_map):
+        dist.distributed_c10d._set_pg_timeout(process.patience, group)
     # Only now: DeepSpeed's broadcast of the parameters needs dense strides.
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return engine, optimizer

@@ -25,6 +25,10 @@ def take(run: Path) -> TextIO:
         file.close()
         holder = path.read_text().strip() or "another process"
         raise UserError(f"{run} is in use by {holder}; wait for it to end, stop it, or give another --run") from error
+    except OSError as error:  # some network file systems have no locks
+        print(
+            f"warning: {path} cannot be locked ({error.strerror}); see to it that no other run uses {run}", flush=True
+        )
     with refusals_named(path):
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")

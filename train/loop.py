@@ -13,7 +13,7 @@ import torch
 from pipeline.files import Files
 from pipeline.order import Order
 from pipeline.replay import Replay, write
-from shards.durable import write_durably
+from shards.durable import refusals_named, write_durably
 from shards.manifest import ShardSet
 from train.config import Config
 from train.engine import Process
@@ -23,7 +23,7 @@ from train.resume import data_address, state_of
 from train.saver import Saver
 from train.schedule import learning_rate
 from train.step import train_step
-from train.together import Agreement, StopRequest, refuse_drift
+from train.together import Agreement, StopRequest, all_finite, refuse_drift
 from train.views import build_views
 from train.watchdog import Watchdog
 
@@ -58,7 +58,8 @@ class Job:
             recipes=simclr.views.recipes(),
             ids=self.order.batch(epoch, step_of_epoch, process.rank, process.world),
         )
-        self.run.mkdir(parents=True, exist_ok=True)  # another machine's, where the folder is not shared
+        with refusals_named(self.run):
+            self.run.mkdir(parents=True, exist_ok=True)  # another machine's, where the folder is not shared
         write(batch_file(self.run, step, process.rank), replay, self.shards)
         return [int(sample) for sample in replay.ids]
 
@@ -88,11 +89,10 @@ def train(
         keep_batch=job.keep_batch,
     )
     agreement = Agreement(process)
-    last_checkpoint = f"that of step {first_step}" if first_step else "none yet"
     engine.train()
     started = time.monotonic()
     done, leave = first_step, False
-    with Saver(run, simclr.keep_checkpoints) as saver:
+    with Saver(run, simclr.keep_checkpoints, first_step) as saver:
         while done < last_step and not leave:
             step = done
             watchdog.at(f"step {step}")
@@ -108,14 +108,15 @@ def train(
             for_good = bool(simclr.keep_every_epochs) and done % (simclr.keep_every_epochs * steps_per_epoch) == 0
             save_now = done == last_step or leave or for_good or done % simclr.checkpoint_every == 0
             if save_now or done % simclr.log_every == 0:
-                reporter.drain(last_checkpoint, durably=save_now)
+                reporter.drain(saver.last_kept, durably=save_now)
                 saver.refuse_failure()
             if save_now:
                 watchdog.at(f"step {step}, its checkpoint")
+                if not all_finite(engine.module, optimizer):  # the last step's update came after its loss
+                    reporter.refuse(step, "weights are not finite", saver.last_kept)
                 refuse_drift(engine.module, process, done)
                 if process.rank == 0:
                     saver.save(state_of(engine.module, optimizer, config, job.shards, done), for_good=for_good)
-                last_checkpoint = f"that of step {done}"
         agreement.finish()
         watchdog.at(f"the end after step {done}, writing the last checkpoint")
     if damaged := batches.damaged():

@@ -60,11 +60,11 @@ class Reporter:
         numbers = [*vars(result.contrast).values(), result.gradient_norm]
         self._pending.append((step, lr, torch.stack([number.detach() for number in numbers]).double()))
 
-    def drain(self, last_checkpoint: str, *, durably: bool = False) -> None:
+    def drain(self, last_checkpoint: Callable[[], str], *, durably: bool = False) -> None:
         """Average over ranks, write and show what has come since the last call. All ranks call it at the same steps.
 
-        durably: on disk when it returns. Raises UserError for a loss or gradient that is not finite, before any later
-        checkpoint is written.
+        durably: on disk when it returns. last_checkpoint: tells on rank 0 what the run would go on from. Raises
+        UserError for a loss or gradient that is not finite, before any later checkpoint is written.
         """
         if not self._pending:
             return
@@ -78,27 +78,40 @@ class Reporter:
             with refusals_named(self._run / "metrics.jsonl"):
                 self._write(rows[:sound], len(rows) * self._batch / seconds, self._waited / seconds, durably)
         if sound < len(rows):
-            self._refuse(self._pending[sound][0], own[sound].tolist(), last_checkpoint)
+            self._refuse_numbers(self._pending[sound][0], own[sound].tolist(), last_checkpoint)
         self._pending.clear()
         self._waited = 0.0
         self._since = time.perf_counter()
 
-    def _refuse(self, step: int, own: list[float], last_checkpoint: str) -> None:
-        """Keep the batches of the ranks whose loss is not finite, or of all if only the gradient is, and raise."""
-        world = self._process.world
-        losses: list[Any] = [None] * world
+    def _refuse_numbers(self, step: int, own: list[float], last_checkpoint: Callable[[], str]) -> None:
+        """Blame the ranks whose loss is not finite, or all if only the gradient is."""
+        losses: list[Any] = [None] * self._process.world
         dist.all_gather_object(losses, own[0])
-        blamed = [rank for rank, loss in enumerate(losses) if not math.isfinite(loss)] or list(range(world))
-        what = f"loss is {losses[blamed[0]]}" if not math.isfinite(losses[blamed[0]]) else f"gradient is {own[-1]}"
-        ids = self._keep_batch(step, what) if self._process.rank in blamed else []
-        kept: list[Any] = [None] * world
-        dist.all_gather_object(kept, ids)
+        blamed = [rank for rank, loss in enumerate(losses) if not math.isfinite(loss)]
+        what = f"loss is {losses[blamed[0]]}" if blamed else f"gradient is {own[-1]}"
+        self.refuse(step, what, last_checkpoint, blamed)
+
+    def refuse(
+        self, step: int, what: str, last_checkpoint: Callable[[], str], blamed: Sequence[int] | None = None
+    ) -> None:
+        """Keep the batch of each blamed rank (default: all) and raise UserError. All ranks call it."""
+        process = self._process
+        blamed = blamed or range(process.world)
+        kept: tuple[list[int], str] = ([], "")
+        if process.rank in blamed:
+            try:
+                kept = (self._keep_batch(step, what), "")
+            except UserError as error:
+                kept = ([], f"; its batch could not be kept: {error}")
+        told: list[Any] = [None] * process.world
+        dist.all_gather_object(told, (*kept, last_checkpoint() if process.rank == 0 else ""))
+        ids, failure, _ = told[blamed[0]]
         file = batch_file(self._run, step, blamed[0])
         raise UserError(
             f"the {what} at step {step} (epoch {step // self._steps_per_epoch}) on rank "
-            f"{', '.join(map(str, blamed))} of {world}, samples {_some(kept[blamed[0]])}; look at them with: python -m "
-            f"pipeline.show --replay {file} --out batch.png; the last good checkpoint is {last_checkpoint}: lower the "
-            f"learning rate and give another --run, or mend the data"
+            f"{', '.join(map(str, blamed))} of {process.world}, samples {_some(ids)}{failure}; look at them with: "
+            f"python -m pipeline.show --replay {file} --out batch.png; the last good checkpoint is {told[0][2]}: lower "
+            f"the learning rate and give another --run, or mend the data"
         )
 
     def images_per_s(self) -> float:

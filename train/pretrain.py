@@ -17,7 +17,9 @@ import math
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 # This script's own folder must not shadow installed modules, and its checkout must win over an installed copy.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -32,12 +34,13 @@ from shards.durable import write_durably  # noqa: E402
 from shards.errors import UserError, positive_int, run_main  # noqa: E402
 from shards.manifest import ShardSet  # noqa: E402
 from shards.verify import verify_split  # noqa: E402
+from train.config import Config  # noqa: E402
 from train.config_file import load_config  # noqa: E402
 from train.engine import Process, build_engine, start  # noqa: E402
 from train.lock import take  # noqa: E402
 from train.loop import Job, train  # noqa: E402
 from train.metrics import say  # noqa: E402
-from train.resume import resume  # noqa: E402
+from train.resume import PER_MACHINE, flatten, resume  # noqa: E402
 from train.schedule import LR_FORMULAS  # noqa: E402
 from train.together import StopRequest, by_rank_0  # noqa: E402
 from train.views import build_order  # noqa: E402
@@ -49,8 +52,11 @@ def main() -> None:
     config = load_config(arguments.config, arguments.set, arguments.data, arguments.run)
     shards, files = open_split(config.simclr.data, "train", config.shard_cache())
     order = build_order(config, shards)
-    process = start()
-    stop, watchdog = StopRequest(), Watchdog(process, arguments.hang_timeout)
+    stop = StopRequest()
+    # Longer than the watchdog's patience: it names who holds the run up, the end of a collective does not.
+    process = start(timedelta(seconds=arguments.hang_timeout) + timedelta(minutes=10))
+    watchdog = Watchdog(process, arguments.hang_timeout)
+    refuse_differences(config, shards, process)
     job = Job(config, shards, files, order, process, Path(config.simclr.run))
     refuse_damage(shards, process)
     config.micro_batch(process.world)  # refuses a number of processes that cannot share the batch
@@ -59,13 +65,17 @@ def main() -> None:
         model = synchronised(build_model(config.architecture(), config.simclr.seed), process.device)
         engine, optimizer = build_engine(model, config, process)
         step = resume(job.run, config, shards, process, engine.module, optimizer)
+        finished = job.run / "finished.json"
         if step < job.total_steps:
             if process.rank == 0:
+                finished.unlink(missing_ok=True)  # of a run whose last checkpoint was damaged
                 write_durably(job.run / "config.json", (json.dumps(config.model_dump(mode="json"), indent=2)).encode())
                 announce(job, step)
             last_step = min(job.total_steps, step + (arguments.stop_after_steps or job.total_steps))
             train(job, engine, optimizer, stop, watchdog, step, last_step)
         else:
+            if process.rank == 0 and not finished.exists():  # killed between the last checkpoint and this
+                write_durably(finished, (json.dumps({"steps": step}) + "\n").encode())
             say(process, f"{job.run} is finished ({step} steps); nothing to do")
         watchdog.at("the end, waiting for the other ranks")
         dist.barrier()
@@ -110,6 +120,20 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # given by the deepspeed launcher
     return parser.parse_args()
+
+
+def refuse_differences(config: Config, shards: ShardSet, process: Process) -> None:
+    """All ranks must have read the same settings and the same data set, each from its own machine's files."""
+    settings = {key: value for key, value in flatten(config.model_dump(mode="json")).items() if key not in PER_MACHINE}
+    everywhere: list[Any] = [None] * process.world
+    dist.all_gather_object(everywhere, {**settings, "the manifest of the data": shards.fingerprint})
+    for rank, there in enumerate(everywhere):
+        for key, value in everywhere[0].items():
+            if there.get(key) != value:
+                raise UserError(
+                    f"rank {rank} has {key} = {there.get(key)!r}, rank 0 has {value!r}; give all machines the same "
+                    f"config and the same data"
+                )
 
 
 def refuse_damage(shards: ShardSet, process: Process) -> None:

@@ -15,24 +15,16 @@ from train.config import Config
 from train.engine import Process
 from train.together import by_rank_0
 
+# Fields of the config that may differ between the machines of a run.
+PER_MACHINE = {f"simclr.{key}" for key in ("data", "run", "loader_threads", "cache", "cache_gb")}
 # Fields of the config that may differ between the stopped run and the one that goes on. They change no number of it,
 # but for the micro-batch, which BatchNorm sees where there are several: another machine may have less memory.
 _FREE = {
     "train_micro_batch_size_per_gpu",
+    *PER_MACHINE,
     *(
         f"simclr.{key}"
-        for key in (
-            "data",
-            "run",
-            "loader_threads",
-            "log_every",
-            "checkpoint_every",
-            "keep_checkpoints",
-            "keep_every_epochs",
-            "max_bad_fraction",
-            "cache",
-            "cache_gb",
-        )
+        for key in ("log_every", "checkpoint_every", "keep_checkpoints", "keep_every_epochs", "max_bad_fraction")
     ),
 }
 
@@ -81,6 +73,8 @@ def _state_to_go_on_with(run: Path, config: Config, shards: ShardSet) -> dict[st
             )
     for folder, sentence in found.passed_over:
         aside = folder.with_name(f"damaged-{folder.name}")
+        while aside.exists():  # the same step was damaged before
+            aside = aside.with_name(f"{aside.name}+")
         print(f"warning: {sentence}; it is now {aside.name}, and the run goes on from {found.path.parent.name}")
         with refusals_named(aside):
             folder.rename(aside)

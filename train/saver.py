@@ -20,8 +20,9 @@ class Saver:
     would leave without it.
     """
 
-    def __init__(self, run: Path, keep: int) -> None:
-        self._run, self._keep = run, keep
+    def __init__(self, run: Path, keep: int, first_step: int = 0) -> None:
+        """first_step: of the checkpoint that the run went on from, 0 for none."""
+        self._run, self._keep, self._written = run, keep, first_step
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
 
@@ -38,16 +39,16 @@ class Saver:
         Waits for the checkpoint before. Raises what :meth:`wait` raises.
         """
         self.wait()
-        copied = torch.cuda.Event() if torch.cuda.is_available() else None
+        on_gpu = any(tensor.is_cuda for tensor in state["model"].values())
         host = _on_host(state)
-        if copied is not None:
-            copied.record()
+        copied = torch.cuda.current_stream().record_event() if on_gpu else None
 
         def write() -> None:
             try:
                 if copied is not None:
                     copied.synchronize()
                 checkpoint.save(self._run, host, self._keep, for_good=for_good)
+                self._written = state["step"]
             except BaseException as failure:  # handed to the thread that trains
                 self._failure = failure
 
@@ -60,6 +61,12 @@ class Saver:
             self._thread.join()
             self._thread = None
         self.refuse_failure()
+
+    def last_kept(self) -> str:
+        """Which checkpoint a run would go on from now, once what is being written is written. For a message."""
+        with suppress(UserError):
+            self.wait()
+        return f"that of step {self._written}" if self._written else "none yet"
 
     def refuse_failure(self) -> None:
         """Raise UserError where the disk has refused a checkpoint by now."""

@@ -1,10 +1,12 @@
 """What all ranks of a run do as one: hear what rank 0 found, stop at the same step, hold the same weights."""
 
+import math
 import os
 import signal
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
@@ -45,22 +47,29 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.reason = ""
+        self._interrupted = -math.inf
         for number in _SIGNALS:
             signal.signal(number, self._on_signal)
         launchers = _launchers()
+        if not launchers and "CROSS_SIZE" in os.environ:  # which DeepSpeed's launcher sets
+            self.reason = "the end of its launcher"
         if launchers:
             threading.Thread(target=self._watch, args=(launchers,), name="launcher watch", daemon=True).start()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.reason == "SIGINT":
-            os._exit(128 + number)
+        # A terminal and a launcher may both send what was one Ctrl-C.
+        if number == signal.SIGINT and time.monotonic() - self._interrupted > 1:
+            if self._interrupted > -math.inf:
+                os._exit(128 + number)
+            self._interrupted = time.monotonic()
         self.reason = self.reason or signal.Signals(number).name
 
     def _watch(self, launchers: list[tuple[int, int]]) -> None:
         while not self.reason:
             time.sleep(0.5)
-            if any(_parent(child) != parent for child, parent in launchers):
-                self.reason = "the end of its launcher"
+            with suppress(OSError):  # no descriptor free, for one: asked again
+                if any(_parent(child) != parent for child, parent in launchers):
+                    self.reason = "the end of its launcher"
 
 
 def _launchers() -> list[tuple[int, int]]:
@@ -84,11 +93,11 @@ def _command(pid: int) -> str:
 
 
 def _parent(pid: int) -> int | None:
-    """The parent of a process, or None where it is gone."""
+    """The parent of a process, or None where it is gone. Raises OSError where that cannot be told."""
     try:
         # "pid (name) state parent ...", and the name may hold spaces and brackets.
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    except OSError:
+    except (FileNotFoundError, ProcessLookupError):
         return None
 
 
@@ -132,6 +141,16 @@ class Agreement:
             return False
         self._arrived.synchronize() if self._process.device.type == "cuda" else self._arrived.wait()
         return bool(self._flag)
+
+
+def all_finite(model: nn.Module, optimizer: torch.optim.Optimizer) -> bool:
+    """Whether weights, statistics and momenta are finite on all ranks. All ranks call it; it waits for the device."""
+    momenta = (value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor))
+    tensors = [value for value in (*model.state_dict().values(), *momenta) if value.is_floating_point()]
+    device = next(model.parameters()).device
+    finite = torch.stack([value.isfinite().all().to(device) for value in tensors]).all().int()
+    dist.all_reduce(finite, dist.ReduceOp.MIN)
+    return bool(finite)
 
 
 def refuse_drift(model: nn.Module, process: Process, step: int) -> None:

@@ -50,7 +50,13 @@ class Watchdog:
                 return
 
     def _look(self) -> None:
-        while not self._ended.wait(min(1.0, self._timeout / 4)):
+        period = min(1.0, self._timeout / 4)
+        while True:
+            asked = time.monotonic()
+            if self._ended.wait(period):
+                return
+            if time.monotonic() - asked > period + 5:  # this whole process was stopped for a while
+                self._since = time.monotonic()
             stuck = time.monotonic() - self._since
             if stuck < self._timeout:
                 continue
@@ -64,9 +70,14 @@ class Watchdog:
             os._exit(EXIT_CODE)
 
     def _list_others(self) -> None:
-        before = self._reports()
-        time.sleep(3 * _REPORT_EVERY)
-        for rank, (first, now) in enumerate(zip(before, self._reports(), strict=True)):
+        try:
+            before = self._reports()
+            time.sleep(3 * _REPORT_EVERY)
+            after = self._reports()
+        except RuntimeError:
+            say("rank 0, which keeps what the ranks report, has left")
+            return
+        for rank, (first, now) in enumerate(zip(before, after, strict=True)):
             if now is None:
                 say(f"rank {rank} never reported")
             else:

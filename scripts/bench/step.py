@@ -27,6 +27,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -130,7 +131,7 @@ def main() -> None:
     given = parse_arguments()
     data = "unused" if given.synthetic_only else given.data
     config = load_config(given.config, given.set, data, "unused")
-    process = start()
+    process = start(timedelta(minutes=30))
     config.micro_batch(process.world)  # refuses a number of processes that cannot share the batch
     model = synchronised(build_model(config.architecture(), config.simclr.seed), process.device)
     engine, optimizer = build_engine(model, config, process)
