@@ -61,17 +61,16 @@ def read(path: Path, shards: ShardSet | None = None) -> Replay:
 
     Raises UserError where the file is missing, is none of ours, or is of another set or version.
     """
-    recorded: list[Any]
     try:
         content = json.loads(path.read_text())
         recipes = tuple(Recipe(**_with_tuples(recipe)) for recipe in content.pop("recipes"))
         samples = content.pop("samples")
         replay = Replay(**content, recipes=recipes, ids=np.array([sample["id"] for sample in samples], np.int64))
+        recorded = [sample["views"] for sample in samples]
     except OSError as error:
         raise UserError(
             f"cannot read {path} ({error.strerror}); give a file bad-step-*.json of a run folder"
         ) from error
-        recorded = [sample["views"] for sample in samples]
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise UserError(f"{path} is no kept batch ({error}); give a file bad-step-*.json of a run folder") from error
     if shards is not None:

@@ -178,6 +178,7 @@ def watch_memory(soak: Soak, seconds: float) -> list[float]:
     launcher = soak.begin(1)
     if not soak.works(launcher, soak.reported()[1] + 10):
         soak.lose("the last run did not begin")
+        return [0.0]
     family = psutil.Process(launcher.pid).children(recursive=True)
     (rank,) = [child for child in family if "deepspeed.launcher.launch" not in child.cmdline()]
     megabytes: list[float] = []
