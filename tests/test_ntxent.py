@@ -27,17 +27,19 @@ def embeddings(rows: int, width: int = 16, seed: int = 0) -> Tensor:
 
 @pytest.mark.parametrize("temperature", [0.05, 0.1, 0.5, 1.0])
 @pytest.mark.parametrize("tile", [1, 7, 24, 4096])
-def test_value_and_gradient_are_the_definitions(temperature: float, tile: int) -> None:
+@pytest.mark.parametrize("ring", [False, True])
+def test_value_and_gradient_are_the_definitions(temperature: float, tile: int, ring: bool) -> None:
     z = embeddings(24)
-    loss = nt_xent(z, temperature, tile).loss
+    loss = nt_xent(z, temperature, tile, ring=ring).loss
     expected = reference(z, temperature)
     assert abs(loss - expected) < 1e-12
     (gradient,), (expected_gradient,) = torch.autograd.grad(loss, z), torch.autograd.grad(expected, z)
     assert (gradient - expected_gradient).abs().max() < 1e-12
 
 
-def test_gradcheck() -> None:
-    assert torch.autograd.gradcheck(lambda z: nt_xent(z, 0.2, 3).loss, embeddings(8, 4))
+@pytest.mark.parametrize("ring", [False, True])
+def test_gradcheck(ring: bool) -> None:
+    assert torch.autograd.gradcheck(lambda z: nt_xent(z, 0.2, 3, ring=ring).loss, embeddings(8, 4))
 
 
 def test_scaled_loss_has_a_scaled_gradient() -> None:

@@ -87,6 +87,23 @@ def engine_in_float64(model: nn.Module, config: Config, world: int) -> tuple[Any
     return engine, optimizer
 
 
+def start_apart(rank: int) -> tuple[Tensor, Tensor]:
+    """Parameters and statistics of an engine whose ranks began with their own."""
+    world = torch.distributed.get_world_size()
+    config = configured(world, 1, {})
+    model = build_model(config.architecture(), seed=rank)
+    for buffer in model.buffers():
+        buffer.fill_(rank + 1)
+    build_engine(model, config, Process(rank, world, world, torch.device("cpu"), 1))
+    return flat(model), torch.cat([buffer.float().flatten() for buffer in model.buffers()])
+
+
+def test_all_ranks_start_from_the_weights_and_statistics_of_rank_0(tmp_path: Path) -> None:
+    for parameters, statistics in run_ranks(start_apart, 2, tmp_path):
+        assert torch.equal(parameters, start())
+        assert torch.equal(statistics, torch.ones_like(statistics))
+
+
 def test_any_split_into_processes_and_micro_batches_gives_the_same_step(tmp_path: Path) -> None:
     splits: list[tuple[int, int, dict[str, Any]]]
     splits = [(1, 1, {}), (1, 4, {}), (2, 1, {}), (2, 2, {}), (2, 2, {"ring": True}), (1, 1, {"compile": "aot_eager"})]

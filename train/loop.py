@@ -107,6 +107,8 @@ def train(
             leave = agreement.any_wanted(bool(stop.reason))
             for_good = bool(simclr.keep_every_epochs) and done % (simclr.keep_every_epochs * steps_per_epoch) == 0
             save_now = done == last_step or leave or for_good or done % simclr.checkpoint_every == 0
+            if save_now:
+                saver.wait()  # so that nothing is ever reported that is two checkpoints ahead of the disk
             if save_now or done % simclr.log_every == 0:
                 reporter.drain(saver.last_kept, durably=save_now)
                 saver.refuse_failure()
