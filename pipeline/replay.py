@@ -34,9 +34,9 @@ class Replay:
     recipes: tuple[Recipe, ...]
     ids: Ids
 
-    def draws(self, shards: ShardSet) -> list[Draws]:
-        """What each view of the samples drew."""
-        rows = shards.samples[self.ids]
+    def draws(self, shards: ShardSet, shown: Ids | None = None) -> list[Draws]:
+        """What each view drew. shown: the samples that stood in for damaged ones, and those that did not."""
+        rows = shards.samples[self.ids if shown is None else shown]
         width, height = rows["width"].astype(np.int64), rows["height"].astype(np.int64)
         return [
             draw(recipe, self.seed, self.epoch, self.ids, view, width, height)

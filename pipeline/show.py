@@ -58,7 +58,7 @@ def sheet(shards: ShardSet, files: Callable[[], Files], batch: Replay) -> tuple[
     pictures = [PIL.Image.fromarray(view.clip(0, 255).round().astype(np.uint8)) for view in pixels]
     rows = shards.samples[ids]
     width, height = rows["width"].astype(np.int64), rows["height"].astype(np.int64)
-    draws = batch.draws(shards)
+    draws = batch.draws(shards, ids)
     opened = files()
     opened.expect([int(shard) for shard in np.unique(rows["shard"])], [])
     originals = [rgb(data.tobytes()) for data in SampleReader(shards, opened).read(ids)[0]]
