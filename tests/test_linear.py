@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from eval.features import extract
-from eval.linear import CENTER_FRACTION
+from eval.frozen import CENTER_FRACTION
 from eval.probe import accuracy, fit_linear, interval_95
 from model.load import fingerprint, load_encoder
 from pipeline.files import LocalFiles

@@ -1,0 +1,70 @@
+"""k nearest neighbours: how good are the frozen features, without training anything on them?
+
+    python eval/knn.py --ckpt runs/ds_lars                        # a run folder: its newest checkpoint
+    python eval/knn.py --ckpt runs/ds_lars --k 20 200 --temperature 0.1
+    python eval/knn.py --ckpt runs/ds_lars --untrained            # the same encoder before training
+
+Features of each image's central view; each image of val is given the class for which its k nearest images of train, by
+cosine, vote most, each with exp(cosine / temperature) (Wu et al. 2018). The figures go to knn.json in the run folder.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+# This script's own folder must not shadow installed modules, and its checkout must win over an installed copy.
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from eval.frozen import add_arguments, freeze  # noqa: E402
+from eval.neighbours import accuracies  # noqa: E402
+from eval.probe import interval_95  # noqa: E402
+from model.checkpoint import CheckpointError  # noqa: E402
+from shards.errors import UserError, positive_int, run_main  # noqa: E402
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    if not arguments.temperature > 0:
+        raise UserError(f"--temperature is {arguments.temperature}; it must be above 0")
+    started = time.monotonic()
+    frozen = freeze(arguments)
+    train, val = frozen.train, frozen.val
+    if max(arguments.k) > len(train.labels):
+        raise UserError(f"--k {max(arguments.k)} is more than the {len(train.labels)} images of train; lower it")
+    found = accuracies(
+        train.features, train.labels, val.features, val.labels, len(frozen.classes), arguments.k, arguments.temperature
+    )
+    frozen.refuse_change()
+    figures = {
+        f"k{k}": {
+            "top1": round(top1, 3),
+            "top5": round(top5, 3),
+            "top1_interval_95": [round(bound, 3) for bound in interval_95(top1, len(val.labels))],
+        }
+        for k, (top1, top5) in found.items()
+    }
+    seconds = round(time.monotonic() - started, 1)
+    result = {"protocol": "knn", "temperature": arguments.temperature, **figures, **frozen.report(), "seconds": seconds}
+    out = frozen.out(arguments.out, "knn").with_suffix(".json")
+    out.write_text(json.dumps(result, indent=2) + "\n")
+    for k, (top1, top5) in found.items():
+        print(
+            f"kNN, k {k}{' (untrained encoder)' if arguments.untrained else ''}: top-1 {top1:.2f} %, top-5 {top5:.2f} %"
+        )
+    print(f"{len(val.labels):,} images against {len(train.labels):,}, {seconds:.0f} s; {out}")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="kNN evaluation", epilog=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_arguments(parser)
+    parser.add_argument("--k", type=positive_int, nargs="+", default=[20, 200], help="default: 20 200")
+    parser.add_argument("--temperature", type=float, default=0.1, help="of the votes (default: 0.1)")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    run_main(main, CheckpointError)

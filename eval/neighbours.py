@@ -1,0 +1,62 @@
+"""Classification by the nearest neighbours, weighted by similarity."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_QUERIES, _BANK = 1024, 65_536  # compared at a time; bounds memory to their product of numbers
+
+
+@torch.inference_mode()
+def nearest(bank: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Cosines [q, k], largest first, and places [q, k] in ``bank`` of the k rows nearest to each query.
+
+    bank: [n, d], queries: [q, d], any scale, on one device. Raises ValueError for more neighbours than rows.
+    """
+    if not 1 <= k <= len(bank):
+        raise ValueError(f"k is {k}; choose 1 to {len(bank)}, the number of images to compare with")
+    unit_bank = F.normalize(bank, dim=1)
+    cosines, places = [], []
+    for rows in F.normalize(queries, dim=1).split(_QUERIES):
+        best = rows.new_full((len(rows), 0), 0.0)
+        where = torch.empty(len(rows), 0, dtype=torch.int64, device=bank.device)
+        for start in range(0, len(unit_bank), _BANK):
+            similarity = rows @ unit_bank[start : start + _BANK].T
+            found, at = similarity.topk(min(k, similarity.shape[1]), dim=1)
+            best, order = torch.cat([best, found], 1).topk(min(k, best.shape[1] + found.shape[1]), dim=1)
+            where = torch.cat([where, at + start], 1).gather(1, order)
+        cosines.append(best)
+        places.append(where)
+    return torch.cat(cosines), torch.cat(places)
+
+
+@torch.inference_mode()
+def accuracies(
+    bank: Tensor,
+    labels: Tensor,
+    queries: Tensor,
+    truth: Tensor,
+    classes: int,
+    ks: Sequence[int],
+    temperature: float,
+) -> dict[int, tuple[float, float]]:
+    """Top-1 and top-5 in percent for each of ``ks``: each neighbour votes with exp(cosine / temperature).
+
+    Wu et al. 2018 (Unsupervised feature learning via non-parametric instance discrimination), section 3.4. With fewer
+    than five classes top-5 is over all of them.
+    """
+    cosines, places = nearest(bank, queries, max(ks))
+    found = {}
+    for k in ks:
+        first = five = 0
+        for cosine, place, true in zip(
+            cosines[:, :k].split(_QUERIES), places[:, :k].split(_QUERIES), truth.split(_QUERIES), strict=True
+        ):
+            votes = cosine.new_zeros(len(true), classes).scatter_add_(1, labels[place], (cosine / temperature).exp())
+            right = votes.topk(min(5, classes), dim=1).indices == true[:, None]
+            first += int(right[:, 0].sum())
+            five += int(right.any(1).sum())
+        found[k] = (100 * first / len(truth), 100 * five / len(truth))
+    return found
