@@ -310,6 +310,10 @@ class Config(_Block):
             )
         return self.train_batch_size // world
 
+    def passes(self, world: int) -> int:
+        """Micro-batches of a process in a step. Raises what :meth:`micro_batch` raises."""
+        return self.local_batch(world) // self.micro_batch(world)
+
     def micro_batch(self, world: int) -> int:
         """Images a process embeds at a time: the largest divisor of its share that is at most the configured number.
 

@@ -80,11 +80,10 @@ def import_deepspeed(device: torch.device) -> Any:
 
 def deepspeed_config(config: Config, process: Process) -> dict[str, Any]:
     """The part of the configuration that DeepSpeed sees, resolved for this number of processes and this device."""
-    micro_batch = config.micro_batch(process.world)
     return {
         "train_batch_size": config.train_batch_size,
-        "train_micro_batch_size_per_gpu": micro_batch,
-        "gradient_accumulation_steps": config.local_batch(process.world) // micro_batch,
+        "train_micro_batch_size_per_gpu": config.micro_batch(process.world),
+        "gradient_accumulation_steps": config.passes(process.world),
         "gradient_clipping": config.gradient_clipping,
         "communication_data_type": config.communication_data_type,
         "zero_optimization": {"stage": 0},

@@ -78,7 +78,7 @@ def train(
     simclr, steps_per_epoch = config.simclr, order.steps_per_epoch
     warmup_steps = round(simclr.warmup_epochs * steps_per_epoch)
     batches = build_views(config, job.shards, job.files, order, process, first_step)
-    views = Parked(process.device, config.local_batch(process.world) // config.micro_batch(process.world))
+    views = Parked(process.device, config.passes(process.world))
     reporter = Reporter(
         run,
         process,

@@ -151,8 +151,11 @@ def refuse_damage(shards: ShardSet, process: Process) -> None:
 def announce(job: Job, step: int) -> None:
     """What this run is, in a few lines."""
     config, shards, process = job.config, job.shards, job.process
-    batch, micro_batch = config.train_batch_size, config.micro_batch(process.world)
-    passes = config.local_batch(process.world) // micro_batch
+    batch, micro_batch, passes = (
+        config.train_batch_size,
+        config.micro_batch(process.world),
+        config.passes(process.world),
+    )
     encoder = config.architecture()
     say(
         process,

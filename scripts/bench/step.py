@@ -145,7 +145,7 @@ def main() -> None:
         shards, files = open_split(config.simclr.data, "train", config.shard_cache())
         loader = build_views(config, shards, files, build_order(config, shards), process)
         inputs["real"] = (batch.views for batch in loader)
-        passes = config.local_batch(process.world) // config.micro_batch(process.world)
+        passes = config.passes(process.world)
         steps = given.rounds * (given.warm_up + given.steps)
         if steps * passes > len(loader):
             raise UserError(
@@ -181,7 +181,7 @@ def run(
     given: argparse.Namespace,
 ) -> list[dict[str, float]]:
     """Milliseconds of the phases of each measured step."""
-    parked = Parked(process.device, config.local_batch(process.world) // config.micro_batch(process.world))
+    parked = Parked(process.device, config.passes(process.world))
     for _ in range(given.warm_up + given.steps):
         clock.mark(BEGIN)
         parked.begin(clock.timed(views))
@@ -196,7 +196,7 @@ def report(
     device = "gpu" if process.device.type == "cuda" else "cpu"
     on = machine(device, PACKAGES)
     micro_batch = config.micro_batch(process.world)
-    passes = config.local_batch(process.world) // micro_batch
+    passes = config.passes(process.world)
     print(
         f"{on['machine']}, {on['cores']} cores, {config.architecture().name} at {config.simclr.image_size} px, global "
         f"batch {config.train_batch_size} = {process.world} x {passes} x {micro_batch}, {given.rounds} rounds of "
