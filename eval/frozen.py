@@ -1,48 +1,107 @@
-"""What every evaluation of a frozen encoder begins with: features of train and val, and proof that it was frozen."""
+"""What every evaluation of a frozen encoder begins with: encoder, data, features, and proof that it stayed frozen."""
 
 import argparse
-import os
-import time
+import hashlib
+import json
+from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from eval.features import Features, extract
-from model.checkpoint import Checkpoint
-from model.load import fingerprint, load_encoder
+from model.encoder import SMALLEST_SIZE_FOR_7X7, Encoder
+from model.pretrained import Pretrained, fingerprint, open_pretrained
+from model.process import Process, by_rank_0, join
+from pipeline.features import Features, extract, share
+from pipeline.files import Files
 from pipeline.loader import Setting
 from pipeline.remote import Cache, open_split
+from shards.durable import refusals_named, write_durably
 from shards.errors import UserError, positive_int
 from shards.manifest import ShardSet
 
 # "Resize the short side to 256, take the central 224" of ImageNet evaluations.
 CENTER_FRACTION = 0.875
+_PATIENCE = timedelta(hours=2)  # ranks wait for the one with the slowest disk
+
+
+@dataclass(frozen=True)
+class Split:
+    """A packed split, and what opens its files."""
+
+    shards: ShardSet
+    files: Callable[[], Files]
 
 
 @dataclass(frozen=True)
 class Frozen:
-    """The encoder of a checkpoint, and its features of both splits of a data set. seconds: they took."""
+    """An encoder that is not to change, on its device, and the data it is asked about.
 
-    encoder: nn.Module
-    found: Checkpoint
+    encoder_sha256: of its weights and statistics at the beginning. batch: images embedded at a time.
+    features: folder that keeps extracted features, or None.
+    """
+
+    process: Process
+    source: Pretrained
+    encoder: Encoder
     encoder_sha256: str
-    train: Features
-    val: Features
-    train_shards: ShardSet
-    val_shards: ShardSet
-    untrained: bool
+    train: Split
+    val: Split
     image_size: int
-    seconds: float
+    batch: int
+    untrained: bool
+    features: Path | None
+    given_out: Path | None
 
     @property
     def classes(self) -> tuple[str, ...]:
-        return tuple(self.train_shards.classes)
+        return self.train.shards.classes
+
+    def setting(self, interpolation: str = "bilinear") -> Setting:
+        return Setting(
+            size=self.image_size,
+            device=self.process.device,
+            threads=self.process.cores,
+            interpolation=interpolation,
+        )
+
+    def extract(self, split: Split, interpolation: str = "bilinear") -> Features:
+        """Features of this rank's share of a split, in storage order; kept, or taken, where a folder for them is."""
+        rank, world = self.process.rank, self.process.world
+        kept = self._kept(split, interpolation)
+        if kept is not None and kept.is_file():
+            features, labels = torch.load(kept, map_location=self.process.device, weights_only=True)
+            return Features(features, labels)
+        found = extract(
+            self.encoder,
+            split.shards,
+            split.files,
+            self.setting(interpolation),
+            batch=self.batch,
+            center_fraction=CENTER_FRACTION,
+            ids=share(len(split.shards), rank, world),
+            silent=rank > 0,
+        )
+        if kept is not None:
+            with refusals_named(kept):
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                temporary = kept.with_suffix(".tmp")
+                torch.save((found.features.cpu(), found.labels.cpu()), temporary)
+                temporary.replace(kept)
+        return found
+
+    def _kept(self, split: Split, interpolation: str) -> Path | None:
+        if self.features is None:
+            return None
+        # All that the features depend on; a device or version that rounds otherwise is not told apart.
+        of = [self.encoder_sha256, self.encoder.unit_range, split.shards.fingerprint, self.image_size, interpolation]
+        name = hashlib.sha256(json.dumps(of).encode()).hexdigest()[:16]
+        return self.features / f"{split.shards.split}-{name}-{self.process.rank}of{self.process.world}.pt"
 
     def refuse_change(self) -> None:
-        """Raise RuntimeError where the encoder is not what it was when its features were taken."""
+        """Raise RuntimeError where the encoder is not what it was at the beginning."""
         if fingerprint(self.encoder) != self.encoder_sha256:
             raise RuntimeError("the encoder changed while it was probed; the number would be worth nothing")
 
@@ -50,79 +109,126 @@ class Frozen:
         """What a figure must be read with."""
         return {
             "untrained": self.untrained,
-            "train_images": len(self.train_shards),
-            "val_images": len(self.val_shards),
+            "train_images": len(self.train.shards),
+            "val_images": len(self.val.shards),
             "classes": len(self.classes),
             "image_size": self.image_size,
             "center_fraction": CENTER_FRACTION,
-            "checkpoint": str(self.found.path),
-            "checkpoint_sha256": self.found.sha256,
-            "checkpoint_step": self.found.state["step"],
+            "encoder": f"{self.source.architecture.name} x{self.source.architecture.width:g}",
+            "layout": self.source.layout,
+            "checkpoint": str(self.source.path),
+            "checkpoint_sha256": self.source.sha256,
+            "checkpoint_step": self.source.step,
             "encoder_sha256": self.encoder_sha256,
-            "train_manifest": self.train_shards.fingerprint,
-            "val_manifest": self.val_shards.fingerprint,
+            "train_manifest": self.train.shards.fingerprint,
+            "val_manifest": self.val.shards.fingerprint,
+            "processes": self.process.world,
         }
 
-    def out(self, given: Path | None, name: str) -> Path:
+    def out(self, name: str) -> Path:
         """Where results go, without their ending: RUN for RUN/checkpoints/step-*/state.pt, else beside the file."""
-        inside_run = self.found.path.parent.parent.name == "checkpoints"
-        folder = given or (self.found.path.parent.parent.parent if inside_run else self.found.path.parent)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = self.given_out or home(self.source.path)
+        with refusals_named(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         return folder / (f"{name}-untrained" if self.untrained else name)
+
+    def write(self, out: Path, result: dict[str, Any]) -> None:
+        """Write ``out``.json, on rank 0."""
+        if self.process.rank == 0:
+            write_durably(out.with_name(f"{out.name}.json"), (json.dumps(result, indent=2) + "\n").encode())
+
+
+def home(path: Path) -> Path:
+    """The run folder of one of its files; the folder of any other."""
+    inside_run = path.parent.parent.name == "checkpoints"
+    return path.parent.parent.parent if inside_run else path.parent
 
 
 def freeze(arguments: argparse.Namespace) -> Frozen:
-    """Extract features as the command line's ``arguments`` (add_arguments) say.
+    """Join the other ranks and open what the command line's ``arguments`` (add_arguments) name.
 
-    Raises CheckpointError or UserError where checkpoint or data cannot be used.
+    Raises CheckpointError, LaunchError or UserError where checkpoint, processes or data cannot be used.
     """
-    started = time.monotonic()
-    encoder, found = load_encoder(arguments.ckpt, untrained=arguments.untrained)
-    data = arguments.data or found.state["data"]
+    process = join(_PATIENCE)
+    source = opened(arguments)
+    data = arguments.data or source.data
+    if not data:
+        raise UserError(f"{source.path} does not say what it was trained on; give --data, a folder of packed shards")
     cache = Cache(arguments.cache.expanduser(), int(arguments.cache_gb * 1e9))
-    (train, train_files), (val, val_files) = (open_split(data, split, cache) for split in ("train", "val"))
-    if train.classes != val.classes:
+    train, val = (Split(*open_split(data, split, cache)) for split in ("train", "val"))
+    if train.shards.classes != val.shards.classes:
         raise UserError(f"train and val of {data} name different classes; pack them together")
-    device = torch.device("cuda" if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu" else "cpu")
-    encoder.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    before = fingerprint(encoder)
-    size = arguments.image_size or found.state["image_size"]
-    setting = Setting(size=size, device=device, threads=len(os.sched_getaffinity(0)))
-    train_set, val_set = (
-        extract(encoder, shards, files, setting, batch=arguments.batch, center_fraction=CENTER_FRACTION)
-        for shards, files in ((train, train_files), (val, val_files))
-    )
+    encoder = source.encoder.requires_grad_(False).to(process.device, memory_format=torch.channels_last)
+    sha256 = fingerprint(encoder)
+    of_rank_0 = by_rank_0(process, lambda: (sha256, train.shards.fingerprint, val.shards.fingerprint))
+    if of_rank_0 != (sha256, train.shards.fingerprint, val.shards.fingerprint):
+        raise UserError(
+            f"rank {process.rank} has another checkpoint or other data than rank 0; give all machines the same"
+        )
     return Frozen(
-        encoder,
-        found,
-        before,
-        train_set,
-        val_set,
-        train,
-        val,
-        arguments.untrained,
-        size,
-        time.monotonic() - started,
+        process=process,
+        source=source,
+        encoder=encoder,
+        encoder_sha256=sha256,
+        train=train,
+        val=val,
+        image_size=arguments.image_size or own_size(source),
+        batch=arguments.batch,
+        untrained=arguments.untrained,
+        features=arguments.features,
+        given_out=arguments.out,
     )
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What every evaluation takes."""
-    parser.add_argument(
-        "--ckpt", type=Path, required=True, metavar="RUN_OR_FILE", help="run folder, checkpoint folder or its state.pt"
+def own_size(source: Pretrained) -> int:
+    """Side of the view that the encoder is asked with: as pre-trained; else 224 pixels, or 32 with the small stem."""
+    return source.image_size or (224 if source.architecture.stem == "7x7" else SMALLEST_SIZE_FOR_7X7 // 2)
+
+
+def opened(arguments: argparse.Namespace) -> Pretrained:
+    """The encoder that --ckpt, --prefix, --unit-range and --untrained name."""
+    return open_pretrained(
+        arguments.ckpt,
+        untrained=arguments.untrained,
+        prefix=arguments.prefix,
+        unit_range=True if arguments.unit_range else None,
     )
+
+
+def add_encoder_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which encoder."""
     parser.add_argument(
-        "--data", help="folder or address of packed shards with train and val (default: what the run was trained on)"
-    )
+        "--ckpt", type=Path, required=True, metavar="RUN_OR_FILE",
+        help="run folder, checkpoint folder, its state.pt, a classifier of ours, or weights of torchvision, timm, "
+        "mmpretrain, VISSL, lightly, solo-learn, moco or converted from google-research/simclr",
+    )  # fmt: skip
+    parser.add_argument("--untrained", action="store_true", help="the encoder with the weights its run began with")
+    parser.add_argument("--prefix", help="beginning of the encoder's keys, where a file holds several")
     parser.add_argument(
-        "--untrained", action="store_true", help="probe the encoder with the weights its run began with"
-    )
+        "--unit-range", action="store_true",
+        help="the weights were trained on values in 0..1, not normalised (google-research/simclr)",
+    )  # fmt: skip
     parser.add_argument(
         "--image-size", type=positive_int, metavar="PX", help="side of the central view (default: as pre-trained)"
     )
     parser.add_argument("--batch", type=positive_int, default=256, help="images embedded at a time (default: 256)")
+
+
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which data, and where remote shards are kept."""
+    parser.add_argument("--data", help="folder or address of packed shards (default: what the run was trained on)")
     parser.add_argument(
         "--cache", type=Path, default=Path("~/.cache/simclr-dali"), metavar="FOLDER", help="keeps remote shards"
     )
     parser.add_argument("--cache-gb", type=float, default=200.0, metavar="GB", help="how much of them (default: 200)")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What every evaluation takes."""
+    add_encoder_arguments(parser)
+    add_data_arguments(parser)
+    parser.add_argument(
+        "--features", type=Path, metavar="FOLDER", help="keep extracted features here, and use those that are there"
+    )
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where results go (default: the run folder)")
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # given by the deepspeed launcher

@@ -3,13 +3,13 @@
     python eval/knn.py --ckpt runs/ds_lars                        # a run folder: its newest checkpoint
     python eval/knn.py --ckpt runs/ds_lars --k 20 200 --temperature 0.1
     python eval/knn.py --ckpt runs/ds_lars --untrained            # the same encoder before training
+    deepspeed eval/knn.py --ckpt runs/ds_lars                     # on every GPU; torchrun does as well
 
 Features of each image's central view; each image of val is given the class for which its k nearest images of train, by
 cosine, vote most, each with exp(cosine / temperature) (Wu et al. 2018). The figures go to knn.json in the run folder.
 """
 
 import argparse
-import json
 import sys
 import time
 from pathlib import Path
@@ -17,10 +17,14 @@ from pathlib import Path
 # This script's own folder must not shadow installed modules, and its checkout must win over an installed copy.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+import torch  # noqa: E402
+
 from eval.frozen import add_arguments, freeze  # noqa: E402
-from eval.neighbours import accuracies  # noqa: E402
 from eval.probe import interval_95  # noqa: E402
 from model.checkpoint import CheckpointError  # noqa: E402
+from model.collectives import all_rows  # noqa: E402
+from model.neighbours import accuracies  # noqa: E402
+from model.process import LaunchError, say  # noqa: E402
 from shards.errors import UserError, positive_int, run_main  # noqa: E402
 
 
@@ -30,30 +34,35 @@ def main() -> None:
         raise UserError(f"--temperature is {arguments.temperature}; it must be above 0")
     started = time.monotonic()
     frozen = freeze(arguments)
-    train, val = frozen.train, frozen.val
-    if max(arguments.k) > len(train.labels):
-        raise UserError(f"--k {max(arguments.k)} is more than the {len(train.labels)} images of train; lower it")
+    images = len(frozen.train.shards)
+    if max(arguments.k) > images:
+        raise UserError(f"--k {max(arguments.k)} is more than the {images} images of train; lower it")
+    train, val = frozen.extract(frozen.train), frozen.extract(frozen.val)
+    queries, truth = all_rows(val.features), all_rows(val.labels)
     found = accuracies(
-        train.features, train.labels, val.features, val.labels, len(frozen.classes), arguments.k, arguments.temperature
+        train.features, train.labels, queries, truth, len(frozen.classes), arguments.k, arguments.temperature
     )
     frozen.refuse_change()
     figures = {
         f"k{k}": {
             "top1": round(top1, 3),
             "top5": round(top5, 3),
-            "top1_interval_95": [round(bound, 3) for bound in interval_95(top1, len(val.labels))],
+            "top1_interval_95": [round(bound, 3) for bound in interval_95(top1, len(truth))],
         }
         for k, (top1, top5) in found.items()
     }
     seconds = round(time.monotonic() - started, 1)
     result = {"protocol": "knn", "temperature": arguments.temperature, **figures, **frozen.report(), "seconds": seconds}
-    out = frozen.out(arguments.out, "knn").with_suffix(".json")
-    out.write_text(json.dumps(result, indent=2) + "\n")
+    out = frozen.out("knn")
+    frozen.write(out, result)
     for k, (top1, top5) in found.items():
-        print(
-            f"kNN, k {k}{' (untrained encoder)' if arguments.untrained else ''}: top-1 {top1:.2f} %, top-5 {top5:.2f} %"
+        say(
+            frozen.process,
+            f"kNN, k {k}{' (untrained encoder)' if arguments.untrained else ''}: top-1 {top1:.2f} %, "
+            f"top-5 {top5:.2f} %",
         )
-    print(f"{len(val.labels):,} images against {len(train.labels):,}, {seconds:.0f} s; {out}")
+    say(frozen.process, f"{len(truth):,} images against {images:,}, {seconds:.0f} s; {out}.json")
+    torch.distributed.destroy_process_group()
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -67,4 +76,4 @@ def parse_arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    run_main(main, CheckpointError)
+    run_main(main, CheckpointError, LaunchError)

@@ -1,73 +1,179 @@
 """Linear probe: how good are the frozen features of a pre-trained encoder?
 
     python eval/linear.py --ckpt runs/ds_lars                                    # a run folder: its newest checkpoint
-    python eval/linear.py --ckpt runs/ds_lars --data /data/imagenet-shards
+    python eval/linear.py --ckpt runs/ds_lars --protocol sweep
+    deepspeed eval/linear.py --ckpt runs/ds_lars --protocol mmpretrain-lars-90e  # every GPU; torchrun does as well
+    python eval/linear.py --ckpt resnet50.pth --data /data/imagenet-shards       # weights of another library
     python eval/linear.py --ckpt runs/ds_lars --untrained                        # the same encoder before training
 
-Protocol "fast": features of each image's central view, extracted once; multinomial logistic regression on the whole of
-train, at a fixed weight decay; the result is read on val once, after the fit. That the encoder was not touched is
-checked by hashes. Numbers of other protocols (90 epochs of augmented SGD) are not comparable to the half point.
+Protocols, whose numbers are not comparable to the half point:
+
+    fast                 {fast}
+    sweep                {sweep}
+    mmpretrain-lars-90e  {mmpretrain-lars-90e}
+    google-sgd-90e       {google-sgd-90e}
+    moco-sgd-90e         {moco-sgd-90e}
+
+In all of them the encoder is proven unchanged by hashes, its BatchNorm is in eval mode, val is read once, after the
+last epoch, and each of its images counts once on any number of processes. The 90-epoch protocols go on where they were
+stopped when the same command is given again. Figures and what they must be read with go to linear.json in the run
+folder, encoder and classifier to linear.pt (eval/predict.py); other protocols than fast have their name in both.
 """
 
 import argparse
-import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 # This script's own folder must not shadow installed modules, and its checkout must win over an installed copy.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import torch  # noqa: E402
 
-from eval.frozen import add_arguments, freeze  # noqa: E402
-from eval.probe import accuracy, fit_linear, interval_95  # noqa: E402
+from eval.frozen import CENTER_FRACTION, Frozen, add_arguments, freeze  # noqa: E402
+from eval.head import train_head  # noqa: E402
+from eval.probe import fit_linear, reported, score  # noqa: E402
+from eval.protocols import ABOUT, FAST, NAMES, SCHEDULES, SWEEP  # noqa: E402
+from eval.sweep import GRID, HELD_OUT, sweep  # noqa: E402
 from model.checkpoint import CheckpointError  # noqa: E402
-from shards.errors import run_main  # noqa: E402
+from model.classifier import Classifier, save_classifier  # noqa: E402
+from model.process import LaunchError, say  # noqa: E402
+from pipeline.features import Features, share  # noqa: E402
+from shards.durable import refusals_named  # noqa: E402
+from shards.errors import UserError, positive_int, run_main  # noqa: E402
 
-PROTOCOL = "fast"
-WEIGHT_DECAY = 1e-3
+WEIGHT_DECAY = 1e-3  # of the fast protocol
 
 
 def main() -> None:
     arguments = parse_arguments()
+    refuse_contradictions(arguments)
     started = time.monotonic()
     frozen = freeze(arguments)
-    train, val = frozen.train, frozen.val
-    extracted = time.monotonic()
-    layer = fit_linear(train.features, train.labels, len(frozen.classes), WEIGHT_DECAY)
+    name: str = arguments.protocol
+    out = frozen.out("linear" if name == FAST else f"linear-{name}")
+    interpolation = SCHEDULES[name].interpolation if name in SCHEDULES else "bilinear"
+    if name in SCHEDULES:
+        head, details = by_schedule(frozen, arguments, out)
+    else:
+        head, details = on_features(frozen, name)
+    val = frozen.extract(frozen.val, interpolation)
     frozen.refuse_change()
-    top1, top5 = accuracy(layer, val.features, val.labels)
+    found = score(head, val.features, val.labels)
     result = {
-        "protocol": PROTOCOL,
-        "top1": round(top1, 3),
-        "top5": round(top5, 3),
-        "top1_interval_95": [round(bound, 3) for bound in interval_95(top1, len(val.labels))],
-        "top1_train": round(accuracy(layer, train.features, train.labels)[0], 3),
-        "weight_decay": WEIGHT_DECAY,
+        "protocol": name,
+        "about": ABOUT[name],
+        **reported(found, frozen.classes),
+        **details,
         **frozen.report(),
         "seconds": round(time.monotonic() - started, 1),
     }
-    out = frozen.out(arguments.out, "linear")
-    out.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
-    torch.save(
-        {"weight": layer.weight.detach().cpu(), "bias": layer.bias.detach().cpu(), "classes": list(frozen.classes)},
-        out.with_suffix(".pt"),
+    frozen.write(out, result)
+    model = Classifier(
+        frozen.encoder, frozen.source.architecture, head, frozen.classes, frozen.image_size, CENTER_FRACTION,
+        interpolation, {**result, "per_class": None, "data": frozen.source.data},
+    )  # fmt: skip
+    if frozen.process.rank == 0:
+        path = out.with_name(f"{out.name}.pt")
+        with refusals_named(path):
+            save_classifier(path, model)
+    changed = f", with {details['differs']} unlike it" if details.get("differs") else ""
+    say(
+        frozen.process,
+        f"protocol {name}{changed}{' (untrained encoder)' if frozen.untrained else ''}: top-1 {found.top1:.2f} %, "
+        f"top-5 {found.top5:.2f} % on {found.count:,} images ({result['seconds']:.0f} s); {out}.json",
     )
-    print(
-        f"protocol {PROTOCOL}{' (untrained encoder)' if arguments.untrained else ''}: top-1 {top1:.2f} %, top-5 "
-        f"{top5:.2f} % on {len(val.labels):,} images "
-        f"({frozen.seconds:.0f} s features, {time.monotonic() - extracted:.0f} s classifier); {out}.json"
-    )
+    torch.distributed.destroy_process_group()
+
+
+def on_features(frozen: Frozen, name: str) -> tuple[torch.nn.Linear, dict[str, Any]]:
+    """The classifier of the fast or the sweep protocol, and what is reported of it."""
+    train = frozen.extract(frozen.train)
+    began = time.monotonic()
+    classes = len(frozen.classes)
+    if name == SWEEP:
+        ids = share(len(frozen.train.shards), frozen.process.rank, frozen.process.world)
+        swept = sweep(train.features, train.labels, ids, classes)
+        head = swept.layer
+        details: dict[str, Any] = {
+            "lr": swept.chosen.lr,
+            "weight_decay": swept.chosen.weight_decay,
+            "held_out": HELD_OUT,
+            "held_out_top1": round(swept.accuracies[swept.chosen], 3),
+            "points": [[point.lr, point.weight_decay, round(top1, 3)] for point, top1 in swept.accuracies.items()],
+        }
+        if swept.at_the_border:
+            say(frozen.process, f"warning: the chosen learning rate {swept.chosen.lr:g} is at the border of the grid")
+        say(
+            frozen.process,
+            f"of {len(GRID)} points: learning rate {swept.chosen.lr:g}, weight decay {swept.chosen.weight_decay:g}, "
+            f"{swept.accuracies[swept.chosen]:.2f} % on the part of train kept aside",
+        )
+    else:
+        fit = fit_linear(train.features, train.labels, classes, WEIGHT_DECAY)
+        head = fit.layer
+        details = {"weight_decay": WEIGHT_DECAY, "iterations": fit.iterations, "gradient": fit.gradient}
+        if not fit.converged:
+            say(frozen.process, f"warning: the fit stopped after {fit.iterations} iterations, before its optimum")
+    details["top1_train"] = round(score(head, train.features, train.labels).top1, 3)
+    details |= spent(train, time.monotonic() - began)
+    return head, details
+
+
+def spent(train: Features, seconds: float) -> dict[str, Any]:
+    """Where the time went on this rank, in seconds; nothing of extraction where its result was there already."""
+    shares = {"waiting_for_input": round(train.waited / train.seconds, 4)} if train.seconds else {}
+    return {"seconds_extraction": round(train.seconds, 1), **shares, "seconds_classifier": round(seconds, 1)}
+
+
+def by_schedule(frozen: Frozen, arguments: argparse.Namespace, out: Path) -> tuple[torch.nn.Linear, dict[str, Any]]:
+    """The classifier of a 90-epoch protocol, and what is reported of it."""
+    schedule, differs = SCHEDULES[arguments.protocol].changed(arguments.train_batch, arguments.epochs)
+    if frozen.process.world > 1 and schedule.batch % frozen.process.world:
+        raise UserError(
+            f"{frozen.process.world} processes cannot share the batch of {schedule.batch}; give --train-batch a "
+            f"multiple of {frozen.process.world}, or start fewer"
+        )
+    state = out.with_name(f"{out.name}.state.pt")
+    head = train_head(frozen, schedule, state, seed=arguments.seed, save_every=arguments.save_every)
+    details = {
+        "differs": differs,
+        "optimizer": schedule.optimizer,
+        "batch": schedule.batch,
+        "lr": schedule.lr,
+        "weight_decay": schedule.weight_decay,
+        "epochs": schedule.epochs,
+        "seed": arguments.seed,
+    }
+    return head, details
+
+
+def refuse_contradictions(arguments: argparse.Namespace) -> None:
+    if arguments.protocol not in SCHEDULES and (arguments.epochs or arguments.train_batch):
+        raise UserError(
+            f"--epochs and --train-batch are for the 90-epoch protocols, not for {arguments.protocol}; leave them out"
+        )
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Linear probe", epilog=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description="Linear probe",
+        epilog=__doc__.format(**ABOUT),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_arguments(parser)
+    parser.add_argument("--protocol", choices=NAMES, default=FAST, help="default: fast")
+    parser.add_argument("--epochs", type=positive_int, help="other than the protocol's; reported beside its name")
+    parser.add_argument(
+        "--train-batch", type=positive_int, metavar="B", help="other than the protocol's; the learning rate follows"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of order, crops and first weights (default: 0)")
+    parser.add_argument(
+        "--save-every", type=positive_int, default=100, metavar="STEPS", help="between two saved states (default: 100)"
+    )
     return parser.parse_args()
 
 
 if __name__ == "__main__":
-    run_main(main, CheckpointError)
+    run_main(main, CheckpointError, LaunchError)

@@ -1,10 +1,16 @@
-"""A linear classifier on fixed features, and its accuracy."""
+"""A linear classifier on fixed features, and its accuracy; features may lie on several ranks.
+
+Legend: n = rows of this rank, N = of all ranks, d = width of the features, C = classes.
+"""
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from model.collectives import all_sum
 
 # Scores computed at a time; bounds memory to ROWS x classes numbers.
 _ROWS = 65_536
@@ -12,17 +18,57 @@ _ITERATIONS = 200
 _GRADIENT_TOLERANCE = 1e-5
 
 
-def fit_linear(features: Tensor, labels: Tensor, classes: int, weight_decay: float) -> nn.Linear:
-    """Multinomial logistic regression: features [n, d], labels [n] -> nn.Linear(d, classes), the same device.
+@dataclass(frozen=True)
+class Scale:
+    """mean and std, float32 [d], of features over all ranks."""
+
+    mean: Tensor
+    std: Tensor
+
+    @staticmethod
+    def of(features: Tensor) -> "Scale":
+        count = all_sum(torch.tensor([len(features)], dtype=torch.float64, device=features.device))
+        mean = all_sum(torch.stack([rows.double().sum(0) for rows in features.split(_ROWS)]).sum(0)) / count
+        squares = torch.stack([(rows.double() - mean).square().sum(0) for rows in features.split(_ROWS)])
+        std = (all_sum(squares.sum(0)) / count).sqrt()
+        # A feature that never changes says nothing; dividing by 1 keeps it at 0.
+        std = torch.where(std > 1e-6 * (1 + mean.abs()), std, torch.ones_like(std))
+        return Scale(mean.float(), std.float())
+
+    def apply(self, features: Tensor) -> Tensor:
+        return (features - self.mean) / self.std
+
+    def fold(self, weight: Tensor, bias: Tensor) -> nn.Linear:
+        """A layer for features as they are, of one for scaled features: weight [C, d], bias [C]."""
+        layer = nn.Linear(weight.shape[1], weight.shape[0], device=weight.device)
+        with torch.no_grad():
+            layer.weight.copy_(weight / self.std)
+            layer.bias.copy_(bias - layer.weight @ self.mean)
+        return layer
+
+
+@dataclass(frozen=True)
+class Fit:
+    """layer: nn.Linear(d, C). iterations of L-BFGS. gradient: largest entry of the objective's gradient at the end."""
+
+    layer: nn.Linear
+    iterations: int
+    gradient: float
+
+    @property
+    def converged(self) -> bool:
+        return self.iterations < _ITERATIONS
+
+
+def fit_linear(features: Tensor, labels: Tensor, classes: int, weight_decay: float) -> Fit:
+    """Multinomial logistic regression on features [n, d], labels [n] of all ranks.
 
     The optimum of mean cross-entropy + weight_decay/2 |W|^2 for features scaled to mean 0 and variance 1, found by
     L-BFGS from zero (deterministic, no learning rate). The scaling is folded into the returned layer, so it takes the
     features as they are. The bias is not decayed.
     """
-    mean = features.mean(0)
-    # A feature that never changes says nothing; dividing by 1 keeps it at 0.
-    std = features.std(0, correction=0)
-    std = torch.where(std > 1e-6 * (1 + mean.abs()), std, torch.ones_like(std))
+    scale = Scale.of(features)
+    total = int(all_sum(torch.tensor([len(features)], device=features.device)))
     weight = torch.zeros(classes, features.shape[1], device=features.device, requires_grad=True)
     bias = torch.zeros(classes, device=features.device, requires_grad=True)
     optimizer = torch.optim.LBFGS(
@@ -34,34 +80,52 @@ def fit_linear(features: Tensor, labels: Tensor, classes: int, weight_decay: flo
     )
 
     def closure() -> float:
-        optimizer.zero_grad()
-        total = 0.0
+        weight.grad, bias.grad = torch.zeros_like(weight), torch.zeros_like(bias)
+        own = torch.zeros(1, dtype=torch.float64, device=features.device)
         for rows in torch.arange(len(features), device=features.device).split(_ROWS):
-            scaled = (features[rows] - mean) / std
-            loss = F.cross_entropy(scaled @ weight.T + bias, labels[rows], reduction="sum") / len(features)
+            scores = scale.apply(features[rows]) @ weight.T + bias
+            loss = F.cross_entropy(scores, labels[rows], reduction="sum") / total
             loss.backward()
-            total += loss.item()
+            own += loss.detach()
+        all_sum(weight.grad)
+        all_sum(bias.grad)
         decay = weight_decay / 2 * weight.square().sum()
         decay.backward()
-        return total + decay.item()
+        return float(all_sum(own)) + decay.item()
 
     optimizer.step(closure)
-    layer = nn.Linear(features.shape[1], classes, device=features.device)
-    with torch.no_grad():
-        layer.weight.copy_(weight / std)
-        layer.bias.copy_(bias - layer.weight @ mean)
-    return layer
+    closure()  # the gradient where it ended
+    assert weight.grad is not None and bias.grad is not None
+    gradient = max(weight.grad.abs().max().item(), bias.grad.abs().max().item())
+    return Fit(scale.fold(weight.detach(), bias.detach()), int(optimizer.state[weight]["n_iter"]), gradient)
+
+
+@dataclass(frozen=True)
+class Score:
+    """Of images over all ranks, each counted once. top1, top5 in percent; with fewer than five classes top5 is 100.
+
+    per_class: top-1 in percent by label, NaN for a class without images. count: images.
+    """
+
+    top1: float
+    top5: float
+    per_class: tuple[float, ...]
+    count: int
 
 
 @torch.inference_mode()
-def accuracy(layer: nn.Linear, features: Tensor, labels: Tensor) -> tuple[float, float]:
-    """Top-1 and top-5 in percent; with fewer than five classes top-5 is over all of them."""
-    first = five = 0
+def score(layer: nn.Linear, features: Tensor, labels: Tensor) -> Score:
+    """How often ``layer`` finds the labels [n] of features [n, d], over all ranks."""
+    classes = layer.out_features
+    counts = torch.zeros(3, classes, dtype=torch.int64, device=features.device)  # images, first, among five
     for x, y in zip(features.split(_ROWS), labels.split(_ROWS), strict=True):
-        best = layer(x).topk(min(5, layer.out_features), dim=1).indices == y[:, None]
-        first += int(best[:, 0].sum())
-        five += int(best.any(1).sum())
-    return 100 * first / len(labels), 100 * five / len(labels)
+        right = layer(x).topk(min(5, classes), dim=1).indices == y[:, None]
+        for row, chosen in zip(counts, (y, y[right[:, 0]], y[right.any(1)]), strict=True):
+            row += torch.bincount(chosen, minlength=classes)
+    images, first, five = all_sum(counts).cpu()
+    total = int(images.sum())
+    per_class = (100 * first.double() / images).tolist()
+    return Score(100 * int(first.sum()) / total, 100 * int(five.sum()) / total, tuple(per_class), total)
 
 
 def interval_95(percent: float, count: int) -> tuple[float, float]:
@@ -70,3 +134,16 @@ def interval_95(percent: float, count: int) -> tuple[float, float]:
     middle = (p + z * z / (2 * count)) / (1 + z * z / count)
     half = z * math.sqrt(p * (1 - p) / count + z * z / (4 * count * count)) / (1 + z * z / count)
     return 100 * (middle - half), 100 * (middle + half)
+
+
+def reported(found: Score, classes: tuple[str, ...]) -> dict[str, object]:
+    """A score as the result files have it."""
+    return {
+        "top1": round(found.top1, 3),
+        "top5": round(found.top5, 3),
+        "top1_interval_95": [round(bound, 3) for bound in interval_95(found.top1, found.count)],
+        "per_class": {
+            name: None if math.isnan(top1) else round(top1, 2)
+            for name, top1 in zip(classes, found.per_class, strict=True)
+        },
+    }

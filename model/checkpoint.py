@@ -18,7 +18,7 @@ import torch
 from model.encoder import Architecture
 
 _FOLDER = "checkpoints"
-_STATE = "state.pt"
+STATE = "state.pt"
 _DESCRIPTION = "checkpoint.json"
 _LATEST = "latest"
 _REQUIRED = {"step", "architecture", "model", "image_size"}
@@ -45,13 +45,31 @@ class Checkpoint:
     passed_over: tuple[tuple[Path, str], ...] = ()
 
     def architecture(self) -> Architecture:
-        fields = dict(self.state["architecture"])
-        return Architecture(**{**fields, "projector": tuple(fields["projector"])})
+        return as_architecture(self.state["architecture"])
 
 
 def describe(architecture: Architecture) -> dict[str, Any]:
     """``architecture`` in plain values, as a checkpoint holds it."""
     return {**asdict(architecture), "projector": list(architecture.projector)}
+
+
+def as_architecture(described: dict[str, Any]) -> Architecture:
+    """The inverse of :func:`describe`."""
+    return Architecture(**{**described, "projector": tuple(described["projector"])})
+
+
+def plain_values(data: bytes) -> dict[Any, Any] | None:
+    """What torch.save wrote, where it is a dict of tensors and plain values; else None."""
+    try:
+        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception:  # the unpickler fails on foreign bytes in a dozen ways
+        return None
+    return state if isinstance(state, dict) else None
+
+
+def is_ours(state: dict[Any, Any]) -> bool:
+    """Whether ``state`` is that of a checkpoint of this trainer."""
+    return state.keys() >= _REQUIRED
 
 
 def save(run: Path, state: dict[str, Any], keep: int, *, for_good: bool = False) -> Path:
@@ -71,7 +89,7 @@ def save(run: Path, state: dict[str, Any], keep: int, *, for_good: bool = False)
     torch.save(state, buffer)
     data = buffer.getbuffer()
     temporary.mkdir()
-    _write(temporary / _STATE, data)
+    _write(temporary / STATE, data)
     description = {
         "step": state["step"],
         "sha256": hashlib.sha256(data).hexdigest(),
@@ -116,18 +134,18 @@ def load(path: Path) -> Checkpoint:
 
     Raises CheckpointError where it is missing, damaged or no checkpoint of ours.
     """
-    if path.is_dir() and (path / _STATE).is_file():
+    if path.is_dir() and (path / STATE).is_file():
         return _load_verified(path)
     if path.is_dir():
         found = newest(path)
         if found is None:
-            raise CheckpointError(f"{path} holds no checkpoint; give a run folder, a folder step-*, or its {_STATE}")
+            raise CheckpointError(f"{path} holds no checkpoint; give a run folder, a folder step-*, or its {STATE}")
         if found.passed_over:
             raise CheckpointError(f"{found.passed_over[0][1]}; to use the one before it, give {found.path.parent}")
         return found
     if not path.is_file():
-        raise CheckpointError(f"checkpoint {path} does not exist; give a run folder, a folder step-*, or its {_STATE}")
-    if path.name == _STATE and (path.parent / _DESCRIPTION).is_file():
+        raise CheckpointError(f"checkpoint {path} does not exist; give a run folder, a folder step-*, or its {STATE}")
+    if path.name == STATE and (path.parent / _DESCRIPTION).is_file():
         return _load_verified(path.parent)
     return _load_file(path, path.read_bytes())
 
@@ -146,7 +164,7 @@ def _is_for_good(folder: Path) -> bool:
 
 
 def _load_verified(folder: Path) -> Checkpoint:
-    path = folder / _STATE
+    path = folder / STATE
     try:
         expected = json.loads((folder / _DESCRIPTION).read_text())["sha256"]
         data = path.read_bytes()
@@ -167,10 +185,10 @@ def _load_file(path: Path, data: bytes) -> Checkpoint:
         raise CheckpointError(
             f"{path} is not a checkpoint that can be read without running code from it ({reason})"
         ) from error
-    if not isinstance(state, dict) or not state.keys() >= _REQUIRED:
+    if not isinstance(state, dict) or not is_ours(state):
         found = ", ".join(map(str, list(state)[:5])) if isinstance(state, dict) else type(state).__name__
         raise CheckpointError(
-            f"{path} is no checkpoint of this trainer (it holds {found}); give a run folder or its {_STATE}"
+            f"{path} is no checkpoint of this trainer (it holds {found}); give a run folder or its {STATE}"
         )
     return Checkpoint(path, hashlib.sha256(data).hexdigest(), state)
 

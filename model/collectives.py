@@ -1,4 +1,4 @@
-"""What the loss sends between ranks. Without a process group there is one rank. Nothing here is differentiable.
+"""What ranks send each other. Without a process group there is one rank. Nothing here is differentiable.
 
 Legend: W = ranks, R = rows that each rank holds.
 """
@@ -49,3 +49,20 @@ def ring(x_R: Tensor) -> Iterator[Tensor]:
         for request in requests:
             request.wait()
         block = arriving
+
+
+def all_sum(x: Tensor) -> Tensor:
+    """``x`` summed over all ranks, in place; the same bits on every rank."""
+    if world_size() > 1:
+        dist.all_reduce(x)
+    return x
+
+
+def all_rows(x_N: Tensor) -> Tensor:
+    """The rows of all ranks, rank by rank; ranks may hold different numbers of them."""
+    if world_size() == 1:
+        return x_N
+    counts = all_gather(torch.tensor([len(x_N)], device=x_N.device)).flatten().tolist()
+    padded = x_N.new_zeros(max(counts), *x_N.shape[1:])
+    padded[: len(x_N)] = x_N
+    return torch.cat([rows[:count] for rows, count in zip(all_gather(padded), counts, strict=True)])

@@ -1,4 +1,7 @@
-"""ResNet encoders with torchvision's keys, and SimCLR's projector."""
+"""ResNet encoders with torchvision's keys, and SimCLR's projector.
+
+Legend: n = images, c = width of the encoder, h, w = height and width of an image in pixels.
+"""
 
 from dataclasses import dataclass
 
@@ -20,6 +23,8 @@ ARCHITECTURES = tuple(_ARCHITECTURES)
 STEMS = ("7x7", "3x3")
 # Below this size the 7x7 stem with its two strides leaves a last feature map of one pixel.
 SMALLEST_SIZE_FOR_7X7 = 64  # pixels
+# Of ImageNet's RGB values in 0 to 1, as in torchvision's and nearly every other model.
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
@@ -38,8 +43,47 @@ class Architecture:
     selective_kernels: bool = False
 
 
-def build_encoder(architecture: Architecture) -> resnet.ResNet:
-    """A torchvision ResNet without its classifier: [n, 3, h, w] -> pooled features [n, encoder_width].
+class Encoder(resnet.ResNet):
+    """A torchvision ResNet without its classifier.
+
+    Images are RGB [n, 3, h, w]: uint8 in 0 to 255, or floats already normalised by ImageNet's mean and standard
+    deviation. unit_range: the weights were trained on values in 0 to 1 instead (google-research/simclr), and images are
+    brought to those inside.
+    """
+
+    unit_range = False
+
+    @property
+    def width(self) -> int:
+        """c, of the pooled features."""
+        return (
+            self.layer4[-1].bn2.num_features
+            if isinstance(self.layer4[-1], resnet.BasicBlock)
+            else self.layer4[-1].bn3.num_features
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Pooled features [n, c]: the mean of :meth:`features` over the picture."""
+        return self.avgpool(self.features(images)).flatten(1)
+
+    def features(self, images: Tensor) -> Tensor:
+        """The last feature map, not pooled: [n, c, h / 32, w / 32], with the 3x3 stem [n, c, h / 8, w / 8]."""
+        x = self.maxpool(self.relu(self.bn1(self.conv1(self._normalised(images)))))
+        return self.layer4(self.layer3(self.layer2(self.layer1(x))))
+
+    def _normalised(self, images: Tensor) -> Tensor:
+        if images.dtype != torch.uint8 and not self.unit_range:
+            return images
+        weights = next(self.parameters())
+        mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (_MEAN, _STD))
+        if images.dtype != torch.uint8:
+            return images * std + mean
+        unit = images.to(weights.dtype) / 255
+        return unit if self.unit_range else (unit - mean) / std
+
+
+def build_encoder(architecture: Architecture) -> Encoder:
+    """Images -> pooled features [n, encoder_width]; see :class:`Encoder`.
 
     The last BatchNorm of each residual block starts at zero, as in the reference code (google-research/simclr,
     resnet.py). Keys are torchvision's. Raises ValueError for an unknown name or stem, a width that gives fractions of
@@ -50,7 +94,7 @@ def build_encoder(architecture: Architecture) -> resnet.ResNet:
     if architecture.stem not in STEMS:
         raise ValueError(f"unknown stem {architecture.stem!r}; choose one of {', '.join(STEMS)}")
     block, depths = _ARCHITECTURES[architecture.name]
-    encoder = resnet.ResNet(block, depths, zero_init_residual=True)
+    encoder = Encoder(block, depths, zero_init_residual=True)
     if architecture.width != 1:
         _set_width(encoder, block, depths, architecture.width)
     if architecture.selective_kernels:
@@ -63,6 +107,14 @@ def build_encoder(architecture: Architecture) -> resnet.ResNet:
         encoder.maxpool = nn.Identity()
     encoder.fc = nn.Identity()
     return encoder
+
+
+def encoder_name(bottleneck: bool, depths: list[int]) -> str | None:
+    """Which of ARCHITECTURES has so many blocks per stage, or None."""
+    for name, (block, blocks) in _ARCHITECTURES.items():
+        if (block is resnet.Bottleneck, blocks) == (bottleneck, depths):
+            return name
+    return None
 
 
 def encoder_width(architecture: Architecture) -> int:

@@ -210,26 +210,36 @@ def labelled(
     *,
     batch: int,
     center_fraction: float,
+    ids: Ids | None = None,
     files: Callable[[], Files] | None = None,
 ) -> Generator[Batch, None, None]:
-    """Every image of the set once, in storage order, as its central view (draws.center); the last batch is short.
+    """Every image of ``ids`` (default: of the set) once, in their order, as its central view (draws.center).
 
-    A damaged sample raises UserError: a figure over other images than those of the set would be wrong.
+    The last batch is short. ids: in storage order, or shards are read more than once. A damaged sample raises
+    UserError: a figure over other images than those of the set would be wrong.
     """
 
     def plans() -> Iterator[_Plan]:
-        for at in range(0, len(shards), batch):
-            ids = np.arange(at, min(at + batch, len(shards)))
-            now = [int(shard) for shard in np.unique(shards.samples["shard"][ids])]
-            after = [shard for shard in range(now[-1] + 1, now[-1] + 3) if shard < len(shards.shards)]
-            yield _Plan(ids, 0, 0, True, now, after)
+        shard_of = shards.samples["shard"][wanted]
+        coming = np.unique(shard_of)
+        for at in range(0, len(wanted), batch):
+            now = np.unique(shard_of[at : at + batch])
+            after = coming[coming > now[-1]][:2]
+            yield _Plan(wanted[at : at + batch], 0, 0, True, now.tolist(), after.tolist())
 
     def draws(plan: _Plan, width: Ids, height: Ids) -> list[Draws]:
         return [center(width, height, center_fraction)]
 
+    wanted = np.arange(len(shards)) if ids is None else ids
+    if not len(wanted):
+        return _nothing()
     reader = SampleReader(shards, files() if files else LocalFiles(shards))
-    made = _run(shards, reader, plans(), draws, setting, batch=min(batch, len(shards)), views=1, augment=False)
+    made = _run(shards, reader, plans(), draws, setting, batch=min(batch, len(wanted)), views=1, augment=False)
     return (images for _, images in made)
+
+
+def _nothing() -> Generator[Batch, None, None]:
+    yield from ()
 
 
 def chosen(

@@ -16,7 +16,7 @@ import torch
 from model import checkpoint
 from model.checkpoint import CheckpointError
 from model.encoder import Architecture, build_model
-from model.load import fingerprint, load_encoder
+from model.pretrained import fingerprint, load, open_pretrained
 from tests.conftest import ROOT
 
 SMALL = Architecture("resnet18", 0.25, "7x7", (16, 8))
@@ -115,9 +115,10 @@ def test_encoder_is_loaded_frozen_and_untrained_is_the_start(tmp_path: Path) -> 
     trained = state(9, seed=4)
     trained["model"]["encoder.conv1.weight"] += 1
     checkpoint.save(tmp_path, trained, keep=1)
-    encoder, found = load_encoder(tmp_path)
-    start, _ = load_encoder(tmp_path, untrained=True)
-    assert not encoder.training and not start.training and found.state["step"] == 9
+    found = open_pretrained(tmp_path)
+    encoder = found.encoder
+    start = open_pretrained(tmp_path, untrained=True).encoder
+    assert not encoder.training and not start.training and found.step == 9
     assert torch.equal(encoder.state_dict()["conv1.weight"], trained["model"]["encoder.conv1.weight"])
     assert fingerprint(start) == fingerprint(build_model(SMALL, 4).encoder) != fingerprint(encoder)
 
@@ -127,7 +128,7 @@ def test_weights_of_another_architecture_are_refused(tmp_path: Path) -> None:
     wrong["architecture"]["width"] = 0.5
     checkpoint.save(tmp_path, wrong, keep=1)
     with pytest.raises(CheckpointError, match="resnet18"):
-        load_encoder(tmp_path)
+        load(tmp_path)
 
 
 SAVER = """

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from model.encoder import Architecture, build_model
+from model.lars import LARS, parameter_groups
 from model.ntxent import nt_xent
 from pipeline.draws import Recipe
 from pipeline.loader import Batch, Setting, two_views
@@ -16,7 +17,6 @@ from tests.conftest import ROOT, run_python
 from tests.runs import metrics, tiny_config
 from tests.test_ntxent import embeddings
 from tests.test_step import PlainEngine
-from train.lars import LARS, parameter_groups
 from train.parking import Parked
 from train.step import train_step
 

@@ -15,9 +15,9 @@ import torch.distributed as dist
 
 from model import checkpoint
 from model.ntxent import Contrast
+from model.process import Process
 from tests.conftest import assert_sentence, run_python
 from tests.runs import launch, metrics, pretrain, reached, running, tiny_config, trainer, wait_until
-from train.engine import Process
 from train.metrics import Reporter
 from train.saver import Saver
 from train.step import StepResult

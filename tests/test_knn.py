@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from eval import neighbours
-from eval.features import extract
 from eval.frozen import CENTER_FRACTION
-from eval.neighbours import accuracies, nearest
-from model.load import load_encoder
+from model import neighbours
+from model.neighbours import accuracies, nearest
+from model.pretrained import load
+from pipeline.features import extract
 from pipeline.files import LocalFiles
 from pipeline.loader import Setting
 from shards.manifest import load_split
@@ -80,7 +80,7 @@ def test_the_command_reports_what_a_second_count_finds(packed: Path, tmp_path: P
     result = json.loads((run / "knn.json").read_text())
     assert result["val_images"] == 48 and result["checkpoint_step"] == 8 and result["temperature"] == 0.1
 
-    encoder, _ = load_encoder(run)
+    encoder = load(run)
     setting = Setting(size=32, device=torch.device("cpu"))
     splits = [load_split(packed, split) for split in ("train", "val")]
     train, val = (

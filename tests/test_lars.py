@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from model.encoder import Architecture, build_model
+from model.lars import LARS, parameter_groups
+from model.schedule import learning_rate
 from train.config import Config
-from train.lars import LARS, parameter_groups
 from train.optimizer import build_optimizer
-from train.schedule import LR_RULES, learning_rate
+from train.schedule import LR_RULES
 
 
 class Reference:

@@ -1,16 +1,17 @@
 """The linear probe: a true optimum, an untouched encoder, an honest count."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from eval.features import extract
 from eval.frozen import CENTER_FRACTION
-from eval.probe import accuracy, fit_linear, interval_95
-from model.load import fingerprint, load_encoder
+from eval.probe import fit_linear, interval_95, score
+from model.pretrained import fingerprint, open_pretrained
+from pipeline.features import extract
 from pipeline.files import LocalFiles
 from pipeline.loader import Setting
 from shards.manifest import load_split
@@ -38,7 +39,9 @@ def problem(count: int = 300, width: int = 5, classes: int = 4) -> tuple[torch.T
 
 def test_the_classifier_is_the_optimum_of_its_objective() -> None:
     features, labels = problem()
-    layer = fit_linear(features, labels, 4, weight_decay=1e-2)
+    fit = fit_linear(features, labels, 4, weight_decay=1e-2)
+    layer = fit.layer
+    assert fit.converged and fit.gradient < 1e-4
     x = features.double()
     mean, std = x.mean(0), x.std(0, correction=0)
     std[-1] = 1
@@ -52,9 +55,9 @@ def test_the_classifier_is_the_optimum_of_its_objective() -> None:
 
 def test_the_scale_of_a_feature_does_not_matter() -> None:
     features, labels = problem()
-    plain = fit_linear(features, labels, 4, 1e-3)(features)
+    plain = fit_linear(features, labels, 4, 1e-3).layer(features)
     scaled = features * 50 - 3
-    assert torch.allclose(fit_linear(scaled, labels, 4, 1e-3)(scaled), plain, atol=2e-2)
+    assert torch.allclose(fit_linear(scaled, labels, 4, 1e-3).layer(scaled), plain, atol=2e-2)
 
 
 def test_accuracy_counts() -> None:
@@ -63,7 +66,9 @@ def test_accuracy_counts() -> None:
         layer.weight.copy_(torch.eye(8))
         layer.bias.zero_()
     features = torch.arange(8.0).expand(4, 8)  # class 7 first, then 6, 5, 4, 3
-    assert accuracy(layer, features, torch.tensor([7, 6, 3, 2])) == (25.0, 75.0)
+    found = score(layer, features, torch.tensor([7, 6, 3, 2]))
+    assert (found.top1, found.top5, found.count) == (25.0, 75.0, 4)
+    assert found.per_class[7] == 100 and found.per_class[6] == 0 and math.isnan(found.per_class[0])
 
 
 def test_interval_holds_the_share_and_narrows() -> None:
@@ -76,7 +81,8 @@ def test_the_probe_reports_what_a_second_count_finds(run: Path, packed: Path) ->
     done = run_python(ROOT / "eval/linear.py", "--ckpt", run)
     assert done.returncode == 0, done.stderr
     result = json.loads((run / "linear.json").read_text())
-    encoder, found = load_encoder(run)
+    found = open_pretrained(run)
+    encoder = found.encoder
     assert result["protocol"] == "fast" and result["checkpoint_step"] == 8
     assert result["checkpoint_sha256"] == found.sha256 and result["encoder_sha256"] == fingerprint(encoder)
 
@@ -100,7 +106,7 @@ def test_untrained_is_kept_apart(run: Path, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "linear-untrained.json").read_text())
-    start, _ = load_encoder(run, untrained=True)
+    start = open_pretrained(run, untrained=True).encoder
     assert result["untrained"] and result["encoder_sha256"] == fingerprint(start)
     assert not (tmp_path / "linear.json").exists()
 

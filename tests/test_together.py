@@ -10,13 +10,13 @@ from torch import nn
 
 from model import checkpoint
 from model.ntxent import Contrast
+from model.process import Process, by_rank_0
 from shards.errors import UserError
 from tests.conftest import run_ranks
-from train.engine import Process
 from train.metrics import Reporter
 from train.saver import Saver
 from train.step import StepResult
-from train.together import Agreement, all_finite, by_rank_0, refuse_drift
+from train.together import Agreement, all_finite, refuse_drift
 
 
 def process_of(rank: int) -> Process:

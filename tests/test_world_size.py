@@ -9,12 +9,13 @@ from torch import Tensor, nn
 
 from model.batchnorm import synchronised
 from model.encoder import Architecture, build_model
+from model.process import Process
+from model.schedule import learning_rate
 from tests.conftest import run_ranks
 from tests.runs import TINY
 from train.config import Config
-from train.engine import Process, build_engine, import_deepspeed
+from train.engine import build_engine, import_deepspeed
 from train.optimizer import build_optimizer
-from train.schedule import learning_rate
 from train.step import train_step
 
 pytestmark = pytest.mark.launch

@@ -2,7 +2,6 @@
 
 import logging
 import os
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -10,56 +9,19 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from shards.errors import UserError
+from model.process import Process, join, on_gpu
 from train.config import Config
 from train.optimizer import build_optimizer
 
 
-@dataclass(frozen=True)
-class Process:
-    """This process among those of the run.
-
-    local_world: processes on this machine. cores: its share of them. patience: how long it waits for the others.
-    """
-
-    rank: int
-    world: int
-    local_world: int
-    device: torch.device
-    cores: int
-    patience: timedelta = timedelta(minutes=30)
-
-
 def start(patience: timedelta) -> Process:
-    """Join the process group: NCCL with a GPU per process, else gloo on the CPU.
-
-    Without a launcher this process is the whole group. ``DS_ACCELERATOR=cpu`` keeps a machine with GPUs on its CPU.
-    patience: how long a rank waits for the others.
-    """
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
-    on_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
-    if on_gpu and local_rank >= torch.cuda.device_count():
-        raise UserError(
-            f"{local_world} processes were started on a machine with {torch.cuda.device_count()} GPUs; start one "
-            "per GPU"
-        )
-    cores = max(1, len(os.sched_getaffinity(0)) // local_world)
-    if on_gpu:
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
-    else:
-        device = torch.device("cpu")
-        torch.set_num_threads(cores)
-    backend = "nccl" if on_gpu else "gloo"
-    deepspeed = import_deepspeed(device)
-    if "RANK" not in os.environ:
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
-        # A store inside the process needs no port, which another job on the machine might hold.
-        store = dist.HashStore()  # type: ignore[attr-defined]
-        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=patience)
-    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=patience)
-    return Process(dist.get_rank(), dist.get_world_size(), local_world, device, cores, patience)
+    """Join the other ranks with DeepSpeed; see model.process.join."""
+    import_deepspeed(torch.device("cuda" if on_gpu() else "cpu"))
+    process = join(patience)
+    import_deepspeed(process.device).init_distributed(
+        dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False, timeout=patience
+    )
+    return process
 
 
 def import_deepspeed(device: torch.device) -> Any:

@@ -10,18 +10,18 @@ from typing import Any
 
 import torch
 
+from model.process import Process, say
+from model.schedule import learning_rate
 from pipeline.files import Files
 from pipeline.order import Order
 from pipeline.replay import Replay, write
 from shards.durable import refusals_named, write_durably
 from shards.manifest import ShardSet
 from train.config import Config
-from train.engine import Process
-from train.metrics import Reporter, batch_file, say
+from train.metrics import Reporter, batch_file
 from train.parking import Parked
 from train.resume import data_address, state_of
 from train.saver import Saver
-from train.schedule import learning_rate
 from train.step import train_step
 from train.together import Agreement, StopRequest, all_finite, refuse_drift
 from train.views import build_views

@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from model.process import Process
 from shards.durable import refusals_named, write_durably
 from shards.errors import UserError
-from train.engine import Process
 from train.step import StepResult
 
 
@@ -201,11 +201,6 @@ def _some(numbers: Sequence[int], most: int = 8) -> str:
 def batch_file(run: Path, step: int, rank: int) -> Path:
     """Where a rank keeps a batch that was bad."""
     return run / f"bad-step-{step:08d}-rank-{rank}.json"
-
-
-def say(process: Process, text: str) -> None:
-    if process.rank == 0:
-        print(text, flush=True)
 
 
 def _duration(seconds: float) -> str:

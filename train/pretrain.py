@@ -29,6 +29,7 @@ import torch.distributed as dist  # noqa: E402
 from model.batchnorm import synchronised  # noqa: E402
 from model.checkpoint import CheckpointError  # noqa: E402
 from model.encoder import build_model  # noqa: E402
+from model.process import LaunchError, Process, by_rank_0, say  # noqa: E402
 from pipeline.remote import open_split  # noqa: E402
 from shards.durable import write_durably  # noqa: E402
 from shards.errors import UserError, positive_int, run_main  # noqa: E402
@@ -36,13 +37,12 @@ from shards.manifest import ShardSet  # noqa: E402
 from shards.verify import verify_split  # noqa: E402
 from train.config import Config  # noqa: E402
 from train.config_file import load_config  # noqa: E402
-from train.engine import Process, build_engine, start  # noqa: E402
+from train.engine import build_engine, start  # noqa: E402
 from train.lock import take  # noqa: E402
 from train.loop import Job, train  # noqa: E402
-from train.metrics import say  # noqa: E402
 from train.resume import PER_MACHINE, flatten, resume  # noqa: E402
 from train.schedule import LR_FORMULAS  # noqa: E402
-from train.together import StopRequest, by_rank_0  # noqa: E402
+from train.together import StopRequest  # noqa: E402
 from train.views import build_order  # noqa: E402
 from train.watchdog import Watchdog  # noqa: E402
 
@@ -186,4 +186,4 @@ def announce(job: Job, step: int) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main, CheckpointError)
+    run_main(main, CheckpointError, LaunchError)

@@ -7,13 +7,12 @@ from typing import Any
 import torch
 
 from model import checkpoint
+from model.process import Process, by_rank_0
 from pipeline.remote import is_remote
 from shards.durable import refusals_named
 from shards.errors import UserError
 from shards.manifest import ShardSet
 from train.config import Config
-from train.engine import Process
-from train.together import by_rank_0
 
 # Fields of the config that may differ between the machines of a run.
 PER_MACHINE = {f"simclr.{key}" for key in ("data", "run", "loader_threads", "cache", "cache_gb")}

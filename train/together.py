@@ -5,7 +5,6 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
@@ -15,27 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from model.checkpoint import CheckpointError
+from model.process import Process
 from shards.errors import UserError
-from train.engine import Process
 
 T = TypeVar("T")
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-
-
-def by_rank_0(process: Process, action: Callable[[], T]) -> T:
-    """The result of ``action`` on rank 0, given to all ranks; a mistake that it names is raised by all of them."""
-    found: list[Any] = [None, None]
-    if process.rank == 0:
-        try:
-            found[0] = action()
-        except (UserError, CheckpointError) as error:
-            found[1] = error
-    dist.broadcast_object_list(found, 0, device=process.device)
-    if found[1] is not None:
-        raise found[1]
-    result: T = found[0]
-    return result
 
 
 class StopRequest:

@@ -4,12 +4,12 @@ from collections.abc import Callable
 
 import torch
 
+from model.process import Process
 from pipeline.files import Files
 from pipeline.loader import Setting, TwoViews, two_views
 from pipeline.order import Order
 from shards.manifest import ShardSet
 from train.config import Config
-from train.engine import Process
 
 
 def build_order(config: Config, shards: ShardSet) -> Order:

@@ -10,7 +10,7 @@ from contextlib import suppress
 
 import torch.distributed as dist
 
-from train.engine import Process
+from model.process import Process
 
 EXIT_CODE = 3
 _REPORT_EVERY = 1.0  # seconds

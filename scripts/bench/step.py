@@ -41,12 +41,13 @@ from torch import Tensor  # noqa: E402
 
 from model.batchnorm import synchronised  # noqa: E402
 from model.encoder import build_model  # noqa: E402
+from model.process import Process  # noqa: E402
 from pipeline.remote import open_split  # noqa: E402
 from scripts.bench.figures import extremes, machine, spread  # noqa: E402
 from shards.errors import UserError, positive_int, run_main  # noqa: E402
 from train.config import Config  # noqa: E402
 from train.config_file import load_config  # noqa: E402
-from train.engine import Process, build_engine, start  # noqa: E402
+from train.engine import build_engine, start  # noqa: E402
 from train.parking import Parked  # noqa: E402
 from train.step import train_step  # noqa: E402
 from train.views import build_order, build_views, view_dtype  # noqa: E402

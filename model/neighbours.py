@@ -1,10 +1,12 @@
-"""Classification by the nearest neighbours, weighted by similarity."""
+"""Classification by the nearest neighbours, weighted by similarity; the images compared with may lie on many ranks."""
 
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from model.collectives import all_gather, world_size
 
 _QUERIES, _BANK = 1024, 65_536  # compared at a time; bounds memory to their product of numbers
 
@@ -33,6 +35,28 @@ def nearest(bank: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 @torch.inference_mode()
+def nearest_labels(bank: Tensor, labels: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Cosines [q, k], largest first, and labels [q, k] of the k rows of all ranks nearest to each query.
+
+    bank: [n, d], labels: [n]: of this rank. queries: [q, d], the same on all ranks; so is the result. Each rank looks
+    through its own rows; k neighbours per query travel, no features do.
+    """
+    own = min(k, len(bank))
+    cosines = queries.new_full((len(queries), k), float("-inf"))
+    found = torch.zeros(len(queries), k, dtype=torch.int64, device=queries.device)
+    if own:
+        cosines[:, :own], places = nearest(bank, queries, own)
+        found[:, :own] = labels[places]
+    if world_size() == 1:
+        return cosines, found
+    merged = []
+    for some, of in zip(cosines.split(_QUERIES), found.split(_QUERIES), strict=True):
+        best, order = all_gather(some).transpose(0, 1).flatten(1).topk(k, dim=1)
+        merged.append((best, all_gather(of).transpose(0, 1).flatten(1).gather(1, order)))
+    return torch.cat([best for best, _ in merged]), torch.cat([of for _, of in merged])
+
+
+@torch.inference_mode()
 def accuracies(
     bank: Tensor,
     labels: Tensor,
@@ -44,17 +68,18 @@ def accuracies(
 ) -> dict[int, tuple[float, float]]:
     """Top-1 and top-5 in percent for each of ``ks``: each neighbour votes with exp(cosine / temperature).
 
-    Wu et al. 2018 (Unsupervised feature learning via non-parametric instance discrimination), section 3.4. With fewer
-    than five classes top-5 is over all of them.
+    bank, labels: this rank's; queries, truth: all, the same on all ranks. Wu et al. 2018 (Unsupervised feature
+    learning via non-parametric instance discrimination), section 3.4. With fewer than five classes top-5 is over all
+    of them.
     """
-    cosines, places = nearest(bank, queries, max(ks))
+    cosines, voters = nearest_labels(bank, labels, queries, max(ks))
     found = {}
     for k in ks:
         first = five = 0
-        for cosine, place, true in zip(
-            cosines[:, :k].split(_QUERIES), places[:, :k].split(_QUERIES), truth.split(_QUERIES), strict=True
+        for cosine, voter, true in zip(
+            cosines[:, :k].split(_QUERIES), voters[:, :k].split(_QUERIES), truth.split(_QUERIES), strict=True
         ):
-            votes = cosine.new_zeros(len(true), classes).scatter_add_(1, labels[place], (cosine / temperature).exp())
+            votes = cosine.new_zeros(len(true), classes).scatter_add_(1, voter, (cosine / temperature).exp())
             right = votes.topk(min(5, classes), dim=1).indices == true[:, None]
             first += int(right[:, 0].sum())
             five += int(right.any(1).sum())

@@ -1,0 +1,68 @@
+"""The named protocols of a linear probe, each as its source states it.
+
+Numbers of different protocols are not comparable to the half point. What a run changes (batch, epochs) is reported
+beside its name.
+"""
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A classifier trained on augmented views through the frozen encoder, for a number of epochs.
+
+    Views are random crops (area 0.08 to 1) and flips. optimizer: "lars" (nothing excluded), "sgd" or "nesterov".
+    lr: peak at batch 256; it grows in proportion to the batch. cosine: to 0, set anew each "step" or each "epoch"; no
+    warm-up. decay_bias: whether weight_decay includes the bias. init_std: of the weights, normal; 0 starts at zero.
+    """
+
+    optimizer: str
+    lr_per_256: float
+    batch: int
+    weight_decay: float
+    epochs: int
+    cosine: str
+    init_std: float
+    interpolation: str
+    source: str
+    momentum: float = 0.9
+    decay_bias: bool = True
+
+    @property
+    def lr(self) -> float:
+        return self.lr_per_256 * self.batch / 256
+
+    def changed(self, batch: int | None, epochs: int | None) -> tuple["Schedule", dict[str, Any]]:
+        """With another batch or number of epochs, and what differs from the protocol because of it."""
+        other = replace(self, batch=batch or self.batch, epochs=epochs or self.epochs)
+        before, after = asdict(self), asdict(other)
+        return other, {key: after[key] for key in before if before[key] != after[key]}
+
+
+SCHEDULES = {
+    "mmpretrain-lars-90e": Schedule(
+        optimizer="lars", lr_per_256=0.1, batch=4096, weight_decay=0.0, epochs=90, cosine="epoch", init_std=0.01,
+        interpolation="bilinear",
+        source="open-mmlab/mmpretrain, configs/simclr/benchmarks/resnet50_8xb512-linear-coslr-90e_in1k.py",
+    ),
+    "google-sgd-90e": Schedule(
+        optimizer="nesterov", lr_per_256=0.1, batch=4096, weight_decay=1e-6, epochs=90, cosine="step", init_std=0.0,
+        interpolation="bicubic",
+        source="google-research/simclr, README.md (linear evaluation) and model_util.py; Chen et al. 2020, B.6",
+    ),
+    "moco-sgd-90e": Schedule(
+        optimizer="sgd", lr_per_256=0.1, batch=1024, weight_decay=0.0, epochs=90, cosine="epoch", init_std=0.01,
+        interpolation="bilinear",
+        source="facebookresearch/moco-v3, main_lincls.py",
+    ),
+}  # fmt: skip
+FAST, SWEEP = "fast", "sweep"
+ABOUT = {
+    FAST: "features of each image's central view, extracted once; multinomial logistic regression, by L-BFGS, at a "
+    "fixed weight decay on features of variance 1",
+    SWEEP: "features of each image's central view, extracted once; 100 classifiers trained side by side at as many "
+    "learning rates and weight decays, the best on a tenth of train kept aside; that setting once more on all of train",
+    **{name: schedule.source for name, schedule in SCHEDULES.items()},
+}
+NAMES = tuple(ABOUT)

@@ -1,0 +1,155 @@
+"""Many linear classifiers trained side by side on the same batches, as one matrix product.
+
+Legend: P = classifiers, C = classes, d = width of the features, B = batch over all ranks.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from eval.probe import Scale
+from model.collectives import all_gather, all_rows, all_sum, world_size
+from model.schedule import learning_rate
+from pipeline.philox import HELD_OUT as HELD_OUT_STREAM
+from pipeline.philox import philox, uniform
+
+LEARNING_RATES = tuple(float(f"{rate:.3g}") for rate in np.logspace(-3, 0.5, 10))
+WEIGHT_DECAYS = (0.0, *(float(f"{decay:.3g}") for decay in np.logspace(-6, -1, 9)))
+EPOCHS, BATCH, MOMENTUM = 40, 1024, 0.9
+HELD_OUT = 0.1  # of train, to choose on
+_ROWS = 4096  # scored at a time
+
+
+@dataclass(frozen=True)
+class Point:
+    """A learning rate (peak, cosine to 0 at each step) and a weight decay (of the weights, not of the bias)."""
+
+    lr: float
+    weight_decay: float
+
+
+GRID = tuple(Point(lr, decay) for lr in LEARNING_RATES for decay in WEIGHT_DECAYS)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """layer: of the chosen point, fitted to all of train. accuracies: top-1 in percent on the part kept aside.
+
+    at_the_border: whether a better learning rate may lie outside of the grid.
+    """
+
+    layer: nn.Linear
+    chosen: Point
+    accuracies: dict[Point, float]
+    at_the_border: bool
+
+
+def sweep(
+    features: Tensor,
+    labels: Tensor,
+    ids: npt.NDArray[np.int64],
+    classes: int,
+    points: Sequence[Point] = GRID,
+    *,
+    seed: int = 0,
+    epochs: int = EPOCHS,
+    batch: int = BATCH,
+) -> Sweep:
+    """Choose among ``points`` on a part of train, and train the chosen one on all of it.
+
+    features [n, d], labels [n], ids [n]: this rank's share of train. Each rank trains its share of the points on the
+    batches of all ranks, so features travel and classifiers do not.
+    """
+    aside = torch.from_numpy(held_out(ids, seed)).to(features.device)
+    scale = Scale.of(features[~aside])
+    fitted = scale.apply(features[~aside]), labels[~aside]
+    rank = torch.distributed.get_rank() if world_size() > 1 else 0
+    own = list(points)[rank :: world_size()]
+    weight, bias = train_heads(*fitted, classes, own, seed=seed, epochs=epochs, batch=batch)
+    right = _right(weight, bias, all_rows(scale.apply(features[aside])), all_rows(labels[aside]))
+    table = torch.zeros(len(points), dtype=torch.float64, device=features.device)
+    table[rank :: world_size()] = right
+    all_sum(table)
+    best = int(table.argmax())  # the first of equals: the smallest learning rate, then the smallest decay
+    chosen = points[best]
+    scale = Scale.of(features)
+    weight, bias = train_heads(scale.apply(features), labels, classes, [chosen], seed=seed, epochs=epochs, batch=batch)
+    rates = sorted({point.lr for point in points})
+    return Sweep(
+        scale.fold(weight[0], bias[0]),
+        chosen,
+        dict(zip(points, (100 * table).tolist(), strict=True)),
+        len(rates) > 1 and chosen.lr in (rates[0], rates[-1]),
+    )
+
+
+def held_out(ids: npt.NDArray[np.int64], seed: int) -> npt.NDArray[np.bool_]:
+    """Which of the samples are kept aside: a pure function of (seed, id), the same on any number of ranks."""
+    counters = np.zeros((len(ids), 4), np.uint32)
+    counters[:, 0], counters[:, 3] = ids, HELD_OUT_STREAM
+    return uniform(philox(seed, counters))[:, 0] < HELD_OUT
+
+
+@torch.no_grad()
+def train_heads(
+    features: Tensor,
+    labels: Tensor,
+    classes: int,
+    points: Sequence[Point],
+    *,
+    seed: int,
+    epochs: int,
+    batch: int,
+) -> tuple[Tensor, Tensor]:
+    """Weights [P, C, d] and biases [P, C] after SGD with momentum from zero; features [n, d] of this rank.
+
+    The gradient of mean cross-entropy is (softmax - one-hot)^T x / B; all P are two matrix products per batch. Each
+    epoch goes through the rows of each rank in another order and leaves out what does not fill a batch.
+    """
+    device, width, world = features.device, features.shape[1], world_size()
+    share = max(1, batch // world)
+    fewest = -all_max(-torch.tensor([len(features)], device=device))
+    share = min(share, int(fewest))
+    steps = int(fewest) // share
+    weight = torch.zeros(len(points) * classes, width, device=device)
+    bias = torch.zeros(len(points), classes, device=device)
+    velocity, bias_velocity = torch.zeros_like(weight), torch.zeros_like(bias)
+    rates = torch.tensor([point.lr for point in points], device=device)
+    decays = torch.tensor([point.weight_decay for point in points], device=device).repeat_interleave(classes)[:, None]
+    generator = torch.Generator().manual_seed(seed)
+    for epoch in range(epochs):
+        order = torch.randperm(len(features), generator=generator).to(device)
+        for step in range(steps):
+            rows = order[step * share : (step + 1) * share]
+            x = all_gather(features[rows]).flatten(0, 1)
+            y = all_gather(labels[rows]).flatten()
+            error = torch.softmax((x @ weight.T).view(len(x), len(points), classes) + bias, dim=2)
+            error[torch.arange(len(x), device=device), :, y] -= 1
+            error /= len(x)
+            cosine = learning_rate(epoch * steps + step, 1.0, 0, epochs * steps)
+            velocity.mul_(MOMENTUM).addmm_(error.flatten(1).T, x).addcmul_(weight, decays)
+            bias_velocity.mul_(MOMENTUM).add_(error.sum(0))
+            weight.addcmul_(velocity, rates.repeat_interleave(classes)[:, None], value=-cosine)
+            bias.addcmul_(bias_velocity, rates[:, None], value=-cosine)
+    return weight.view(len(points), classes, width), bias
+
+
+def all_max(x: Tensor) -> Tensor:
+    """The largest over all ranks, element by element, in place."""
+    if world_size() > 1:
+        torch.distributed.all_reduce(x, torch.distributed.ReduceOp.MAX)
+    return x
+
+
+@torch.inference_mode()
+def _right(weight: Tensor, bias: Tensor, features: Tensor, labels: Tensor) -> Tensor:
+    """Share of rows that each classifier finds the label of, [P]."""
+    found = torch.zeros(len(weight), dtype=torch.int64, device=features.device)
+    for x, y in zip(features.split(_ROWS), labels.split(_ROWS), strict=True):
+        scores = (x @ weight.flatten(0, 1).T).view(len(x), *bias.shape) + bias
+        found += (scores.argmax(2) == y[:, None]).sum(0)
+    return found.double() / len(labels)

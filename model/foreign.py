@@ -1,0 +1,228 @@
+"""Weights of other libraries: which encoder a file holds, told by its keys, and its keys as torchvision names them.
+
+Known layouts, each with the place of its first convolution in a file:
+
+    torchvision, timm      conv1.weight
+    mmpretrain             state_dict.backbone.conv1.weight (beside neck. or head.)
+    VISSL                  classy_state_dict.base_model.model.trunk._feature_blocks.conv1.weight
+    lightly                backbone.0.weight, backbone.conv1.weight, or with its own ResNet
+    solo-learn             state_dict.backbone.conv1.weight or encoder. (beside projector. or classifier.)
+    moco, moco-v3          state_dict.module.encoder_q.conv1.weight, .module.base_encoder.conv1.weight
+    google, converted      resnet.net.0.0.weight (Separius/SimCLRv2-Pytorch), torchvision's (tonylins/simclr-converter)
+
+The weights are found wherever they lie in the file; nothing else in it matters.
+"""
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from model.checkpoint import CheckpointError
+from model.encoder import Architecture, build_encoder, encoder_name
+
+_STAGES = ("layer1", "layer2", "layer3", "layer4")
+_OURS = re.compile(r"(conv1|bn1|layer[1-4])\.")
+# Of two encoders of one file the one that gradients trained: the other one follows it, or is its moving average.
+_FOLLOWERS = {
+    "encoder_k": "encoder_q",
+    "momentum_encoder": "base_encoder",
+    "momentum_backbone": "backbone",
+    "backbone_momentum": "backbone",
+    "target_network": "online_network",
+}
+_LISTED = 8  # keys in a message
+
+
+@dataclass(frozen=True)
+class Found:
+    """weights: float32, by torchvision's keys. layout: whose, as listed above. prefix: of its keys in the file.
+
+    left_out: keys of the file that belong to no encoder, as projectors and classifiers do.
+    """
+
+    architecture: Architecture
+    weights: dict[str, Tensor]
+    layout: str
+    prefix: str
+    left_out: tuple[str, ...]
+
+
+def find_encoder(tensors: dict[str, Tensor], name: str, prefix: str | None = None) -> Found:
+    """The encoder among ``tensors``, whose keys are dotted paths in a file called ``name``.
+
+    prefix: where there are several encoders, the beginning of the keys of the one that is meant.
+    Raises CheckpointError, listing keys, where there is none, are several, or one is not whole.
+    """
+    candidates = {
+        beginning: (layout, rename)
+        for layout, mark, rename in _LAYOUTS
+        for beginning in _beginnings(tensors, mark)
+        if prefix is None or beginning == prefix
+    }
+    if not candidates:
+        where = "" if prefix is None else f" under {prefix!r}"
+        raise CheckpointError(
+            f"{name} holds no ResNet of a known layout{where} (its keys: {_some(tensors)}); save the state_dict of a "
+            "torchvision ResNet"
+        )
+    chosen = [beginning for beginning in candidates if not _follows(beginning, candidates)]
+    if len(chosen) > 1:
+        raise CheckpointError(
+            f"{name} holds {len(chosen)} encoders, with keys that begin with {', '.join(map(repr, chosen))}; say which "
+            "is meant with --prefix, or load(..., prefix=...)"
+        )
+    (beginning,) = chosen
+    layout, rename = candidates[beginning]
+    renamed = {key: rename(key.removeprefix(beginning)) for key in tensors if key.startswith(beginning)}
+    weights = {new: tensors[old] for old, new in renamed.items() if _OURS.match(new)}
+    architecture = _architecture(weights, name)
+    weights = _whole(weights, architecture, name, beginning)
+    taken = {old for old, new in renamed.items() if new in weights}
+    left_out = tuple(key for key in tensors if key not in taken)
+    return Found(architecture, weights, layout(beginning, left_out), beginning, left_out)
+
+
+def _beginnings(tensors: Iterable[str], mark: str) -> list[str]:
+    """What stands before ``mark`` in each key that ends with it."""
+    return [key.removesuffix(mark) for key in tensors if key == mark or key.endswith(f".{mark}")]
+
+
+def _follows(beginning: str, candidates: Iterable[str]) -> bool:
+    parts = beginning.split(".")
+    leaders = (
+        ".".join([*parts[:place], _FOLLOWERS[part], *parts[place + 1 :]])
+        for place, part in enumerate(parts)
+        if part in _FOLLOWERS
+    )
+    return any(leader in candidates for leader in leaders)
+
+
+def _architecture(weights: dict[str, Tensor], name: str) -> Architecture:
+    depths = []
+    for stage in _STAGES:
+        numbers = {
+            int(key.split(".")[1]) for key in weights if key.startswith(f"{stage}.") and key.split(".")[1].isdigit()
+        }
+        depths.append(len(numbers))
+    known = encoder_name(any(key.startswith("layer1.0.conv3.") for key in weights), depths)
+    if known is None:
+        raise CheckpointError(
+            f"{name} holds a ResNet with {depths} blocks, which is none of 18, 34, 50, 101 and 152 layers, or not "
+            f"whole (its keys: {_some(weights)})"
+        )
+    selective = any(key.startswith("layer1.0.conv2.mix1.") for key in weights)
+    first = weights.get("conv1.6.weight" if selective else "conv1.weight")
+    if first is None or first.dim() != 4:
+        raise CheckpointError(f"{name} lacks the encoder's first convolution (its keys: {_some(weights)})")
+    stem = "7x7" if selective or first.shape[-1] == 7 else "3x3"
+    return Architecture(known, first.shape[0] / 64, stem, (), selective)
+
+
+def _whole(weights: dict[str, Tensor], architecture: Architecture, name: str, beginning: str) -> dict[str, Tensor]:
+    """``weights`` in float32, if they are all those of ``architecture``."""
+    with torch.device("meta"):
+        try:
+            expected = build_encoder(architecture).state_dict()
+        except ValueError as error:
+            raise CheckpointError(f"{name} holds an encoder that cannot be built: {error}") from error
+    missing = [key for key in expected if key not in weights and not key.endswith("num_batches_tracked")]
+    unknown = [key for key in weights if key not in expected]
+    other = [key for key, value in weights.items() if key in expected and value.shape != expected[key].shape]
+    faults = [
+        f"{what} {_some(beginning + key for key in keys)}"
+        for what, keys in (("lacks", missing), ("has besides", unknown), ("has in other shapes", other))
+        if keys
+    ]
+    if faults:
+        raise CheckpointError(
+            f"{name} holds {architecture.name} (width {architecture.width:g}, {architecture.stem} stem) only in part: "
+            f"it {'; it '.join(faults)}"
+        )
+    counted = {key: torch.zeros((), dtype=torch.int64) for key in expected if key.endswith("num_batches_tracked")}
+    return {**counted, **{key: value.to(expected[key].dtype) for key, value in weights.items()}}
+
+
+def _some(keys: Iterable[str]) -> str:
+    listed = list(keys)
+    more = f" and {len(listed) - _LISTED} more" if len(listed) > _LISTED else ""
+    return ", ".join(listed[:_LISTED]) + more
+
+
+def _as_they_are(key: str) -> str:
+    return key
+
+
+def _sequential(order: tuple[str, ...]) -> Callable[[str], str]:
+    """nn.Sequential of a ResNet's children: their numbers become their names again."""
+
+    def rename(key: str) -> str:
+        number, _, rest = key.partition(".")
+        named = order[int(number)] if number.isdigit() and int(number) < len(order) else number
+        return f"{named}.{rest}".replace(".shortcut.", ".downsample.")
+
+    return rename
+
+
+def _shortcut(key: str) -> str:
+    return key.replace(".shortcut.", ".downsample.")
+
+
+# Separius/SimCLRv2-Pytorch, resnet.py, with and without selective kernels: place in its nn.Sequentials -> our name.
+_GOOGLE_STEM = {"0": "conv1", "1.0": "bn1"}
+_GOOGLE_STEM_SK = {"0": "conv1.0", "1.0": "conv1.1", "2": "conv1.3", "3.0": "conv1.4", "4": "conv1.6", "5.0": "bn1"}
+_GOOGLE_BLOCK = {
+    "net.0": "conv1", "net.1.0": "bn1", "net.2": "conv2", "net.3.0": "bn2", "net.4": "conv3", "net.5.0": "bn3",
+    "projection.shortcut": "downsample.0", "projection.bn.0": "downsample.1",
+}  # fmt: skip
+_GOOGLE_BLOCK_SK = {
+    "net.0": "conv1", "net.1.0": "bn1", "net.3": "conv3", "net.4.0": "bn3",
+    "net.2.main_conv.0": "conv2.conv", "net.2.main_conv.1.0": "conv2.bn",
+    "net.2.mixing_conv.0": "conv2.mix1", "net.2.mixing_conv.1.0": "conv2.mix_bn", "net.2.mixing_conv.2": "conv2.mix2",
+    "projection.shortcut.2": "downsample.1", "projection.bn.0": "downsample.2",
+}  # fmt: skip
+
+
+def _google(stem: dict[str, str], block: dict[str, str]) -> Callable[[str], str]:
+    def rename(key: str) -> str:
+        module, _, kind = key.rpartition(".")
+        if module.startswith("net.0."):
+            return f"{stem.get(module.removeprefix('net.0.'), module)}.{kind}"
+        found = re.fullmatch(r"net\.([1-4])\.blocks\.(\d+)\.(.+)", module)
+        if found and found[3] in block:
+            return f"layer{found[1]}.{found[2]}.{block[found[3]]}.{kind}"
+        return key
+
+    return rename
+
+
+def _by_neighbours(beginning: str, others: Iterable[str]) -> str:
+    """Whose a file with plain ResNet keys is; for the reader, its weights do not depend on it."""
+    parts = {part for key in others for part in key.split(".")[:-1]}
+    if "_feature_blocks" in beginning:
+        return "VISSL"
+    if re.search(r"(encoder_q|base_encoder)\.$", beginning):
+        return "moco"
+    if {"neck", "data_preprocessor"} & parts or ("head" in parts and beginning.endswith("backbone.")):
+        return "mmpretrain"
+    if "projection_head" in parts:
+        return "lightly"
+    if {"projector", "classifier", "momentum_projector"} & parts:
+        return "solo-learn"
+    return "torchvision"
+
+
+def _always(layout: str) -> Callable[[str, Iterable[str]], str]:
+    return lambda beginning, others: layout
+
+
+# How to tell a layout, by the end of a key that each file of it has once per encoder, and what its keys become.
+_LAYOUTS: tuple[tuple[Callable[[str, Iterable[str]], str], str, Callable[[str], str]], ...] = (
+    (_by_neighbours, "layer1.0.conv1.weight", _shortcut),
+    (_always("lightly"), "4.0.conv1.weight", _sequential(("conv1", "bn1", "relu", "maxpool", *_STAGES))),
+    (_always("lightly"), "2.0.conv1.weight", _sequential(("conv1", "bn1", *_STAGES))),
+    (_always("google"), "net.1.blocks.0.net.2.weight", _google(_GOOGLE_STEM, _GOOGLE_BLOCK)),
+    (_always("google"), "net.1.blocks.0.net.2.main_conv.0.weight", _google(_GOOGLE_STEM_SK, _GOOGLE_BLOCK_SK)),
+)

@@ -1,0 +1,70 @@
+"""Pooled features of a whole split, or of some of its images."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from pipeline.files import Files
+from pipeline.loader import Setting, labelled
+from shards.manifest import ShardSet
+
+
+@dataclass(frozen=True)
+class Features:
+    """features: float32 [n, width]; labels: int64 [n]; both on the device, in the order of the ids that were asked.
+
+    seconds: they took; waited: of these, how many the host waited for input (on a GPU not those that it waited itself).
+    """
+
+    features: Tensor
+    labels: Tensor
+    seconds: float = 0.0
+    waited: float = 0.0
+
+
+def share(count: int, rank: int, world: int) -> npt.NDArray[np.int64]:
+    """Ids of ``rank``'s part of ``count`` images: every image falls to one rank, and parts differ by one at most."""
+    return np.arange(count * rank // world, count * (rank + 1) // world)
+
+
+@torch.inference_mode()
+def extract(
+    encoder: Callable[[Tensor], Tensor],
+    shards: ShardSet,
+    files: Callable[[], Files],
+    setting: Setting,
+    *,
+    batch: int,
+    center_fraction: float,
+    ids: npt.NDArray[np.int64] | None = None,
+    silent: bool = False,
+) -> Features:
+    """Run every image of ``ids`` (default: of the set) once, centrally cropped, through ``encoder``.
+
+    encoder: in eval mode, on setting.device; images [n, 3, size, size] -> features [n, width].
+    """
+    began, waited = time.monotonic(), 0.0
+    features, labels = [], []
+    count = len(shards) if ids is None else len(ids)
+    images = labelled(shards, setting, batch=batch, center_fraction=center_fraction, ids=ids, files=files)
+    with tqdm(total=count, desc=f"features of {shards.split}", unit=" images", disable=silent or None) as bar:
+        while True:
+            asked = time.monotonic()
+            found = next(images, None)
+            waited += time.monotonic() - asked
+            if found is None:
+                break
+            features.append(encoder(found.views).float())
+            labels.append(found.labels)
+            bar.update(len(found.labels))
+    if not features:  # more ranks than images
+        size = (1, 3, setting.size, setting.size)
+        features = [encoder(torch.zeros(size, device=setting.device)).float()[:0]]
+        labels = [torch.empty(0, dtype=torch.int64)]
+    return Features(torch.cat(features), torch.cat(labels).to(setting.device), time.monotonic() - began, waited)
