@@ -96,7 +96,14 @@ class Frozen:
         if self.features is None:
             return None
         # All that the features depend on; a device or version that rounds otherwise is not told apart.
-        of = [self.encoder_sha256, self.encoder.unit_range, split.shards.fingerprint, self.image_size, interpolation]
+        of = [
+            self.encoder_sha256,
+            self.encoder.unit_range,
+            self.encoder.stem_relu,
+            split.shards.fingerprint,
+            self.image_size,
+            interpolation,
+        ]
         name = hashlib.sha256(json.dumps(of).encode()).hexdigest()[:16]
         return self.features / f"{split.shards.split}-{name}-{self.process.rank}of{self.process.world}.pt"
 

@@ -70,9 +70,8 @@ def train_head(frozen: Frozen, schedule: Schedule, state_path: Path, *, seed: in
     frozen.encoder.eval()
     with tqdm(total=total, initial=step, desc="classifier", unit=" steps", disable=process.rank > 0 or None) as bar:
         while step < total:
-            at = step if schedule.cosine == "step" else step // order.steps_per_epoch * order.steps_per_epoch
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(at, schedule.lr, 0, total)
+                group["lr"] = rate(schedule, step, order.steps_per_epoch)
             optimizer.zero_grad()
             for _ in range(local // micro_batch):
                 images = next(batches)
@@ -92,6 +91,12 @@ def train_head(frozen: Frozen, schedule: Schedule, state_path: Path, *, seed: in
     if process.rank == 0:
         state_path.unlink(missing_ok=True)
     return head.requires_grad_(False)
+
+
+def rate(schedule: Schedule, step: int, steps_per_epoch: int) -> float:
+    """The learning rate of ``step``, from 0."""
+    at = step if schedule.cosine == "step" else step // steps_per_epoch * steps_per_epoch
+    return learning_rate(at, schedule.lr, 0, schedule.epochs * steps_per_epoch)
 
 
 def build_order(shard_sizes: tuple[int, ...], batch: int, world: int, seed: int) -> Order:

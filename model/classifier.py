@@ -42,6 +42,7 @@ class Classifier:
             "format": _FORMAT,
             "architecture": checkpoint.describe(self.architecture),
             "unit_range": self.encoder.unit_range,
+            "stem_relu": self.encoder.stem_relu,
             "encoder": {key: value.cpu() for key, value in self.encoder.state_dict().items()},
             "weight": self.head.weight.detach().cpu(),
             "bias": self.head.bias.detach().cpu(),
@@ -59,7 +60,7 @@ class Classifier:
             architecture = checkpoint.as_architecture(state["architecture"])
             encoder = build_encoder(architecture)
             encoder.load_state_dict(state["encoder"])
-            encoder.unit_range = state["unit_range"]
+            encoder.unit_range, encoder.stem_relu = state["unit_range"], state["stem_relu"]
             classes, width = state["weight"].shape
             head = nn.Linear(width, classes)
             head.load_state_dict({"weight": state["weight"], "bias": state["bias"]})

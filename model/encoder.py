@@ -47,11 +47,13 @@ class Encoder(resnet.ResNet):
     """A torchvision ResNet without its classifier.
 
     Images are RGB [n, 3, h, w]: uint8 in 0 to 255, or floats already normalised by ImageNet's mean and standard
-    deviation. unit_range: the weights were trained on values in 0 to 1 instead (google-research/simclr), and images are
-    brought to those inside.
+    deviation. unit_range: the weights were trained on values in 0 to 1 instead (google-research/simclr), and images
+    are brought to those inside. stem_relu: whether a ReLU follows the first BatchNorm, as it does but for lightly's
+    own ResNet inside of a nn.Sequential of its children.
     """
 
     unit_range = False
+    stem_relu = True
 
     @property
     def width(self) -> int:
@@ -68,7 +70,8 @@ class Encoder(resnet.ResNet):
 
     def features(self, images: Tensor) -> Tensor:
         """The last feature map, not pooled: [n, c, h / 32, w / 32], with the 3x3 stem [n, c, h / 8, w / 8]."""
-        x = self.maxpool(self.relu(self.bn1(self.conv1(self._normalised(images)))))
+        x = self.bn1(self.conv1(self._normalised(images)))
+        x = self.maxpool(self.relu(x) if self.stem_relu else x)
         return self.layer4(self.layer3(self.layer2(self.layer1(x))))
 
     def _normalised(self, images: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ _LISTED = 8  # keys in a message
 class Found:
     """weights: float32, by torchvision's keys. layout: whose, as listed above. prefix: of its keys in the file.
 
-    left_out: keys of the file that belong to no encoder, as projectors and classifiers do.
+    left_out: keys of the file that belong to no encoder, as projectors and classifiers do. stem_relu: see Encoder.
     """
 
     architecture: Architecture
@@ -48,6 +48,7 @@ class Found:
     layout: str
     prefix: str
     left_out: tuple[str, ...]
+    stem_relu: bool
 
 
 def find_encoder(tensors: dict[str, Tensor], name: str, prefix: str | None = None) -> Found:
@@ -82,7 +83,9 @@ def find_encoder(tensors: dict[str, Tensor], name: str, prefix: str | None = Non
     weights = _whole(weights, architecture, name, beginning)
     taken = {old for old, new in renamed.items() if new in weights}
     left_out = tuple(key for key in tensors if key not in taken)
-    return Found(architecture, weights, layout(beginning, left_out), beginning, left_out)
+    return Found(
+        architecture, weights, layout(beginning, left_out), beginning, left_out, rename is not _LIGHTLY_CHILDREN
+    )
 
 
 def _beginnings(tensors: Iterable[str], mark: str) -> list[str]:
@@ -218,11 +221,13 @@ def _always(layout: str) -> Callable[[str, Iterable[str]], str]:
     return lambda beginning, others: layout
 
 
+# lightly's own ResNet calls its ReLU and pooling as functions, so the first ReLU is lost with its children alone.
+_LIGHTLY_CHILDREN = _sequential(("conv1", "bn1", *_STAGES))
 # How to tell a layout, by the end of a key that each file of it has once per encoder, and what its keys become.
 _LAYOUTS: tuple[tuple[Callable[[str, Iterable[str]], str], str, Callable[[str], str]], ...] = (
     (_by_neighbours, "layer1.0.conv1.weight", _shortcut),
     (_always("lightly"), "4.0.conv1.weight", _sequential(("conv1", "bn1", "relu", "maxpool", *_STAGES))),
-    (_always("lightly"), "2.0.conv1.weight", _sequential(("conv1", "bn1", *_STAGES))),
+    (_always("lightly"), "2.0.conv1.weight", _LIGHTLY_CHILDREN),
     (_always("google"), "net.1.blocks.0.net.2.weight", _google(_GOOGLE_STEM, _GOOGLE_BLOCK)),
     (_always("google"), "net.1.blocks.0.net.2.main_conv.0.weight", _google(_GOOGLE_STEM_SK, _GOOGLE_BLOCK_SK)),
 )

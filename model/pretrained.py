@@ -121,4 +121,5 @@ def _of_file(path: Path, data: bytes, prefix: str | None) -> Pretrained:
     encoder = build_encoder(found.architecture)
     encoder.load_state_dict(found.weights)
     encoder.unit_range = found.layout == "google"
+    encoder.stem_relu = found.stem_relu
     return Pretrained(encoder.eval(), found.architecture, path, sha256, found.layout, left_out=found.left_out)

@@ -37,7 +37,8 @@ def read_tensors(path: Path, data: bytes) -> dict[str, Tensor]:
     except Exception as error:  # either reader fails on foreign bytes in a dozen ways; whichever, it is no such file
         reason = " ".join(str(error).split()) or type(error).__name__
         # torch's explanation goes on about switching the protection off.
-        reason = reason.split("WeightsUnpickler error:")[-1].split("Check the documentation")[0].strip()[:200]
+        reason = reason.split("trusted source.")[-1].split("WeightsUnpickler error:")[-1]
+        reason = reason.split("Check the documentation")[0].strip()[:200]
         raise CheckpointError(
             f"{path} is not a checkpoint that can be read without running code from it ({reason}); save the state_dict "
             "alone, with torch.save or safetensors"

@@ -18,6 +18,7 @@ from torch.multiprocessing.spawn import spawn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import model.vision  # noqa: E402, F401 (before any library that imports torchvision)
 from scripts.draw_pictures import draw_set  # noqa: E402
 from shards.manifest import ShardSet, load_split  # noqa: E402
 from shards.pack import pack  # noqa: E402

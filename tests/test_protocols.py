@@ -1,0 +1,236 @@
+"""The linear protocols: the same on any number of processes, resumable to the bit, and what their sources say."""
+
+import json
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from eval.head import build_optimizer, build_order, rate
+from eval.probe import Scale, fit_linear, score
+from eval.protocols import SCHEDULES
+from eval.sweep import GRID, MOMENTUM, Point, held_out, sweep, train_heads
+from model.classifier import load_classifier
+from model.collectives import all_rows
+from model.lars import LARS
+from model.neighbours import accuracies
+from model.schedule import learning_rate
+from pipeline.features import share
+from shards.errors import UserError
+from tests.conftest import ROOT, assert_sentence, run_python, run_ranks
+from tests.runs import launch_script, pretrain, running, tiny_config, wait_until
+from tests.test_linear import problem
+
+CLASSES = 4
+
+
+@pytest.fixture(scope="module")
+def run(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("probed")
+    done = pretrain(tiny_config(folder), packed, folder / "run", "--stop-after-steps", 8)
+    assert done.returncode == 0, done.stderr
+    return folder / "run"
+
+
+def by_autograd(features: Tensor, labels: Tensor, point: Point, epochs: int, batch: int) -> nn.Linear:
+    """One classifier of a sweep, as anyone would write it."""
+    layer = nn.Linear(features.shape[1], CLASSES)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    groups: list[dict[str, Any]] = [
+        {"params": [layer.weight], "weight_decay": point.weight_decay},
+        {"params": [layer.bias]},
+    ]
+    optimizer = torch.optim.SGD(groups, point.lr, momentum=MOMENTUM)
+    generator = torch.Generator().manual_seed(0)
+    steps = len(features) // batch
+    for epoch in range(epochs):
+        order = torch.randperm(len(features), generator=generator)
+        for step in range(steps):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(epoch * steps + step, point.lr, 0, epochs * steps)
+            rows = order[step * batch : (step + 1) * batch]
+            optimizer.zero_grad()
+            F.cross_entropy(layer(features[rows]), labels[rows]).backward()
+            optimizer.step()
+    return layer
+
+
+def test_every_classifier_of_a_sweep_is_trained_as_if_alone() -> None:
+    features, labels = problem()
+    features = Scale.of(features).apply(features)
+    points = [Point(0.3, 0.0), Point(0.01, 0.1), Point(1.0, 1e-3)]
+    weight, bias = train_heads(features, labels, CLASSES, points, seed=0, epochs=3, batch=64)
+    for own_weight, own_bias, point in zip(weight, bias, points, strict=True):
+        alone = by_autograd(features, labels, point, 3, 64)
+        assert torch.allclose(own_weight, alone.weight, atol=1e-5) and torch.allclose(own_bias, alone.bias, atol=1e-5)
+    assert not torch.allclose(weight[0], weight[2], atol=1e-2)
+
+
+def test_a_sweep_chooses_on_what_it_did_not_train_on() -> None:
+    features, labels = problem(600)
+    ids = np.arange(600)
+    aside = torch.from_numpy(held_out(ids, 0))
+    assert 30 < aside.sum() < 90
+    points = [Point(1e-6, 0.0), Point(0.1, 0.0), Point(0.1, 0.01)]
+    before = sweep(features, labels, ids, CLASSES, points, epochs=5, batch=64)
+    # Labels that are wrong only on the part kept aside turn the accuracy on it over, and the choice with it.
+    wrong = torch.where(aside, (labels + 1) % CLASSES, labels)
+    after = sweep(features, wrong, ids, CLASSES, points, epochs=5, batch=64)
+    assert before.chosen.lr == 0.1 and before.accuracies[before.chosen] > 60
+    assert after.accuracies[before.chosen] < 30
+
+
+def test_a_sweep_beats_or_equals_most_of_its_points() -> None:
+    features, labels = problem(600)
+    found = sweep(features, labels, np.arange(600), CLASSES)
+    assert len(found.accuracies) == len(GRID) == 100
+    assert found.accuracies[found.chosen] == max(found.accuracies.values())
+    optimum = score(fit_linear(features, labels, CLASSES, 1e-3).layer, features, labels).top1
+    assert score(found.layer, features, labels).top1 > optimum - 3
+
+
+def test_what_is_kept_aside_does_not_depend_on_the_shares() -> None:
+    whole = held_out(np.arange(101), 3)
+    parts = [held_out(share(101, rank, 7), 3) for rank in range(7)]
+    assert np.array_equal(whole, np.concatenate(parts))
+    assert not np.array_equal(whole, held_out(np.arange(101), 4))
+
+
+def on_a_rank(rank: int, world: int) -> dict[str, Any]:
+    features, labels = problem(203)
+    queries, truth = problem(57, classes=CLASSES)
+    own = torch.from_numpy(share(203, rank, world))
+    mine, of = features[own], labels[own]
+    fit = fit_linear(mine, of, CLASSES, 1e-2)
+    asked = torch.from_numpy(share(57, rank, world))
+    points = [Point(1.0, 0.0), Point(1e-7, 0.0), Point(0.1, 1e-3)]
+    swept = sweep(mine, of, own.numpy(), CLASSES, points, epochs=30, batch=24)
+    return {
+        "fit": fit.layer(features).detach(),
+        "score": score(fit.layer, queries[asked], truth[asked]),
+        "rows": all_rows(mine),
+        "knn": accuracies(mine, of, queries, truth, CLASSES, [1, 20, 150], 0.1),
+        "swept": swept.layer(features).detach(),
+        "chosen": swept.chosen,
+    }
+
+
+def test_shares_of_ranks_give_what_one_process_finds(tmp_path: Path) -> None:
+    alone = on_a_rank(0, 1)
+    for world in (2, 3):
+        results = run_ranks(on_a_rank, world, tmp_path, world)
+        for found in results:
+            assert torch.equal(found["rows"], alone["rows"])
+            assert torch.allclose(found["fit"], alone["fit"], atol=2e-3)
+            assert found["score"] == alone["score"] and found["score"].count == 57
+            assert found["knn"] == alone["knn"]
+            assert torch.equal(found["swept"], results[0]["swept"]) and found["chosen"].lr > 1e-7
+
+
+def test_protocols_are_those_of_their_sources() -> None:
+    mm, google, moco = (SCHEDULES[name] for name in ("mmpretrain-lars-90e", "google-sgd-90e", "moco-sgd-90e"))
+    assert (mm.lr, mm.batch, mm.epochs, mm.weight_decay) == (1.6, 4096, 90, 0)
+    assert (google.lr, google.batch, google.epochs, google.weight_decay) == (1.6, 4096, 90, 1e-6)
+    assert (moco.lr, moco.batch, moco.epochs, moco.weight_decay) == (0.4, 1024, 90, 0)
+    layer = nn.Linear(3, 2)
+    lars = build_optimizer(layer, mm)
+    assert isinstance(lars, LARS) and all(group["adapt"] for group in lars.param_groups)
+    assert lars.param_groups[0]["trust_coefficient"] == 0.001
+    sgd = build_optimizer(layer, google)
+    assert isinstance(sgd, torch.optim.SGD)
+    assert all(group["nesterov"] and group["weight_decay"] == 1e-6 for group in sgd.param_groups)
+    assert not build_optimizer(layer, moco).param_groups[0]["nesterov"]
+    # By epoch the rate is constant within one; by step it falls at each.
+    assert len({rate(mm, step, 10) for step in range(20)}) == 2
+    assert len({rate(google, step, 10) for step in range(20)}) == 20
+    assert rate(moco, 0, 10) == 0.4 and rate(moco, 899, 10) == pytest.approx(0.4 * 0.5 * (1 + np.cos(np.pi * 89 / 90)))
+
+
+def test_another_batch_is_reported_and_takes_the_rate_along() -> None:
+    other, differs = SCHEDULES["google-sgd-90e"].changed(256, 5)
+    assert differs == {"batch": 256, "epochs": 5} and other.lr == pytest.approx(0.1)
+    assert SCHEDULES["google-sgd-90e"].changed(4096, None)[1] == {}
+
+
+def test_batches_that_cannot_be_are_refused() -> None:
+    with pytest.raises(UserError, match="4096 does not fit the 240 images"):
+        build_order((120, 120), 4096, 1, 0)
+    with pytest.raises(UserError, match="3 processes cannot share a batch of 16"):
+        build_order((120, 120), 16, 3, 0)
+    assert build_order((120, 120), 48, 2, 0).lanes == build_order((120, 120), 48, 1, 0).lanes
+
+
+WORDS = ["--protocol", "moco-sgd-90e", "--epochs", 3, "--train-batch", 16, "--batch", 6, "--save-every", 5]
+
+
+@pytest.mark.launch
+def test_a_killed_probe_ends_as_if_undisturbed(run: Path, tmp_path: Path) -> None:
+    command = [ROOT / "eval/linear.py", "--ckpt", run, *WORDS]
+    quiet = run_python(*command, "--out", tmp_path / "quiet")
+    assert quiet.returncode == 0, quiet.stderr
+    killed = tmp_path / "killed"
+    state = killed / "linear-moco-sgd-90e.state.pt"
+    with running([sys.executable, *command, "--out", killed]) as process:
+        wait_until(state.is_file, process)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert state.is_file() and not (killed / "linear-moco-sgd-90e.json").exists()
+    other = run_python(*command, "--out", killed, "--seed", 1)
+    assert_sentence(other, "seed", "remove the file")
+    again = run_python(*command, "--out", killed)
+    assert again.returncode == 0 and "going on from step" in again.stdout, again.stderr
+    assert not state.exists()
+    expected, found = (load_classifier(folder / "linear-moco-sgd-90e.pt") for folder in (tmp_path / "quiet", killed))
+    assert torch.equal(expected.head.weight, found.head.weight) and torch.equal(expected.head.bias, found.head.bias)
+    result = json.loads((killed / "linear-moco-sgd-90e.json").read_text())
+    assert result["differs"] == {"batch": 16, "epochs": 3} and result["lr"] == pytest.approx(0.1 * 16 / 256)
+    assert result["checkpoint_sha256"] and len(result["per_class"]) == 12
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize(
+    "words", [WORDS, ["--protocol", "fast"], ["--protocol", "sweep"]], ids=["90e", "fast", "sweep"]
+)
+def test_two_processes_find_what_one_does(words: list[Any], run: Path, tmp_path: Path) -> None:
+    script = ROOT / "eval/linear.py"
+    one = run_python(script, "--ckpt", run, *words, "--out", tmp_path / "1")
+    two = launch_script(2, script, "--ckpt", run, *words, "--out", tmp_path / "2")
+    assert one.returncode == two.returncode == 0, one.stderr + two.stderr
+    results = [json.loads(next((tmp_path / n).glob("linear*.json")).read_text()) for n in "12"]
+    assert results[1]["processes"] == 2 and results[0]["encoder_sha256"] == results[1]["encoder_sha256"]
+    assert results[0]["val_images"] == results[1]["val_images"] == 48
+    # Rounding may tip a picture or two.
+    assert abs(results[0]["top1"] - results[1]["top1"]) < 100 * 2.5 / 48
+    models = [load_classifier(next((tmp_path / n).glob("linear*.pt"))) for n in "12"]
+    if "sweep" not in words:  # whose batches are made up of the shares
+        assert torch.allclose(models[0].head.weight, models[1].head.weight, rtol=5e-3, atol=2e-2)
+
+
+@pytest.mark.launch
+def test_kept_features_are_used_again(run: Path, tmp_path: Path) -> None:
+    words = ["--ckpt", run, "--features", tmp_path / "features", "--out", tmp_path]
+    first = run_python(ROOT / "eval/linear.py", *words)
+    assert first.returncode == 0, first.stderr
+    before = json.loads((tmp_path / "linear.json").read_text())
+    kept = sorted((tmp_path / "features").iterdir())
+    assert len(kept) == 2
+    again = run_python(ROOT / "eval/linear.py", *words)
+    after = json.loads((tmp_path / "linear.json").read_text())
+    assert again.returncode == 0 and after["top1"] == before["top1"]
+    assert before["seconds_extraction"] > 0 and after["seconds_extraction"] == 0
+    # Another size is other features.
+    assert run_python(ROOT / "eval/linear.py", *words, "--image-size", 40).returncode == 0
+    assert len(list((tmp_path / "features").iterdir())) == 4
+
+
+def test_mistakes_are_one_sentence(run: Path, tmp_path: Path) -> None:
+    script = ROOT / "eval/linear.py"
+    assert_sentence(run_python(script, "--ckpt", run, "--epochs", 3), "--epochs", "fast")
+    assert_sentence(run_python(script, "--ckpt", run, "--protocol", "moco-sgd-90e"), "1024", "--train-batch")
