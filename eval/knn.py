@@ -19,7 +19,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import torch  # noqa: E402
 
-from eval.frozen import add_arguments, freeze  # noqa: E402
+from eval.opened import add_arguments, open_evaluation  # noqa: E402
 from eval.probe import interval_95  # noqa: E402
 from model.checkpoint import CheckpointError  # noqa: E402
 from model.collectives import all_rows  # noqa: E402
@@ -33,16 +33,16 @@ def main() -> None:
     if not arguments.temperature > 0:
         raise UserError(f"--temperature is {arguments.temperature}; it must be above 0")
     started = time.monotonic()
-    frozen = freeze(arguments)
-    images = len(frozen.train.shards)
+    job = open_evaluation(arguments)
+    images = len(job.train.shards)
     if max(arguments.k) > images:
         raise UserError(f"--k {max(arguments.k)} is more than the {images} images of train; lower it")
-    train, val = frozen.extract(frozen.train), frozen.extract(frozen.val)
+    train, val = job.extract(job.train), job.extract(job.val)
     queries, truth = all_rows(val.features), all_rows(val.labels)
     found = accuracies(
-        train.features, train.labels, queries, truth, len(frozen.classes), arguments.k, arguments.temperature
+        train.features, train.labels, queries, truth, len(job.classes), arguments.k, arguments.temperature
     )
-    frozen.refuse_change()
+    job.refuse_change()
     figures = {
         f"k{k}": {
             "top1": round(top1, 3),
@@ -52,16 +52,16 @@ def main() -> None:
         for k, (top1, top5) in found.items()
     }
     seconds = round(time.monotonic() - started, 1)
-    result = {"protocol": "knn", "temperature": arguments.temperature, **figures, **frozen.report(), "seconds": seconds}
-    out = frozen.out("knn")
-    frozen.write(out, result)
+    result = {"protocol": "knn", "temperature": arguments.temperature, **figures, **job.report(), "seconds": seconds}
+    out = job.out("knn")
+    job.write(out, result)
     for k, (top1, top5) in found.items():
         say(
-            frozen.process,
+            job.process,
             f"kNN, k {k}{' (untrained encoder)' if arguments.untrained else ''}: top-1 {top1:.2f} %, "
             f"top-5 {top5:.2f} %",
         )
-    say(frozen.process, f"{len(truth):,} images against {images:,}, {seconds:.0f} s; {out}.json")
+    say(job.process, f"{len(truth):,} images against {images:,}, {seconds:.0f} s; {out}.json")
     torch.distributed.destroy_process_group()
 
 

@@ -30,12 +30,13 @@ from typing import Any
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
 
-from eval.frozen import CENTER_FRACTION, Frozen, add_arguments, freeze  # noqa: E402
-from eval.head import train_head  # noqa: E402
+from eval.opened import CENTER_FRACTION, Opened, add_arguments, open_evaluation  # noqa: E402
 from eval.probe import fit_linear, reported, score  # noqa: E402
 from eval.protocols import ABOUT, FAST, NAMES, SCHEDULES, SWEEP  # noqa: E402
 from eval.sweep import GRID, HELD_OUT, sweep  # noqa: E402
+from eval.training import train  # noqa: E402
 from model.checkpoint import CheckpointError  # noqa: E402
 from model.classifier import Classifier, save_classifier  # noqa: E402
 from model.process import LaunchError, say  # noqa: E402
@@ -50,51 +51,51 @@ def main() -> None:
     arguments = parse_arguments()
     refuse_contradictions(arguments)
     started = time.monotonic()
-    frozen = freeze(arguments)
+    job = open_evaluation(arguments)
     name: str = arguments.protocol
-    out = frozen.out("linear" if name == FAST else f"linear-{name}")
+    out = job.out("linear" if name == FAST else f"linear-{name}")
     interpolation = SCHEDULES[name].interpolation if name in SCHEDULES else "bilinear"
     if name in SCHEDULES:
-        head, details = by_schedule(frozen, arguments, out)
+        head, details = by_schedule(job, arguments, out)
     else:
-        head, details = on_features(frozen, name)
-    val = frozen.extract(frozen.val, interpolation)
-    frozen.refuse_change()
+        head, details = on_features(job, name)
+    val = job.extract(job.val, interpolation)
+    job.refuse_change()
     found = score(head, val.features, val.labels)
     result = {
         "protocol": name,
         "about": ABOUT[name],
-        **reported(found, frozen.classes),
+        **reported(found, job.classes),
         **details,
-        **frozen.report(),
+        **job.report(),
         "seconds": round(time.monotonic() - started, 1),
     }
-    frozen.write(out, result)
+    job.write(out, result)
     model = Classifier(
-        frozen.encoder, frozen.source.architecture, head, frozen.classes, frozen.image_size, CENTER_FRACTION,
-        interpolation, {**result, "per_class": None, "data": frozen.source.data},
+        job.encoder, job.source.architecture, head, job.classes, job.image_size, CENTER_FRACTION,
+        interpolation, {**result, "per_class": None, "data": job.source.data},
     )  # fmt: skip
-    if frozen.process.rank == 0:
+    if job.process.rank == 0:
         path = out.with_name(f"{out.name}.pt")
         with refusals_named(path):
             save_classifier(path, model)
     changed = f", with {details['differs']} unlike it" if details.get("differs") else ""
     say(
-        frozen.process,
-        f"protocol {name}{changed}{' (untrained encoder)' if frozen.untrained else ''}: top-1 {found.top1:.2f} %, "
+        job.process,
+        f"protocol {name}{changed}{' (untrained encoder)' if job.untrained else ''}: top-1 {found.top1:.2f} %, "
         f"top-5 {found.top5:.2f} % on {found.count:,} images ({result['seconds']:.0f} s); {out}.json",
     )
     torch.distributed.destroy_process_group()
 
 
-def on_features(frozen: Frozen, name: str) -> tuple[torch.nn.Linear, dict[str, Any]]:
+def on_features(job: Opened, name: str) -> tuple[torch.nn.Linear, dict[str, Any]]:
     """The classifier of the fast or the sweep protocol, and what is reported of it."""
-    train = frozen.extract(frozen.train)
+    fitted = job.extract(job.train)
     began = time.monotonic()
-    classes = len(frozen.classes)
+    classes = len(job.classes)
     if name == SWEEP:
-        ids = share(len(frozen.train.shards), frozen.process.rank, frozen.process.world)
-        swept = sweep(train.features, train.labels, ids, classes)
+        ids = share(len(job.train.shards), job.process.rank, job.process.world)
+        swept = sweep(fitted.features, fitted.labels, ids, classes)
         head = swept.layer
         details: dict[str, Any] = {
             "lr": swept.chosen.lr,
@@ -104,39 +105,47 @@ def on_features(frozen: Frozen, name: str) -> tuple[torch.nn.Linear, dict[str, A
             "points": [[point.lr, point.weight_decay, round(top1, 3)] for point, top1 in swept.accuracies.items()],
         }
         if swept.at_the_border:
-            say(frozen.process, f"warning: the chosen learning rate {swept.chosen.lr:g} is at the border of the grid")
+            say(job.process, f"warning: the chosen learning rate {swept.chosen.lr:g} is at the border of the grid")
         say(
-            frozen.process,
+            job.process,
             f"of {len(GRID)} points: learning rate {swept.chosen.lr:g}, weight decay {swept.chosen.weight_decay:g}, "
             f"{swept.accuracies[swept.chosen]:.2f} % on the part of train kept aside",
         )
     else:
-        fit = fit_linear(train.features, train.labels, classes, WEIGHT_DECAY)
+        fit = fit_linear(fitted.features, fitted.labels, classes, WEIGHT_DECAY)
         head = fit.layer
         details = {"weight_decay": WEIGHT_DECAY, "iterations": fit.iterations, "gradient": fit.gradient}
         if not fit.converged:
-            say(frozen.process, f"warning: the fit stopped after {fit.iterations} iterations, before its optimum")
-    details["top1_train"] = round(score(head, train.features, train.labels).top1, 3)
-    details |= spent(train, time.monotonic() - began)
+            say(job.process, f"warning: the fit stopped after {fit.iterations} iterations, before its optimum")
+    details["top1_train"] = round(score(head, fitted.features, fitted.labels).top1, 3)
+    details |= spent(fitted, time.monotonic() - began)
     return head, details
 
 
-def spent(train: Features, seconds: float) -> dict[str, Any]:
+def spent(extracted: Features, seconds: float) -> dict[str, Any]:
     """Where the time went on this rank, in seconds; nothing of extraction where its result was there already."""
-    shares = {"waiting_for_input": round(train.waited / train.seconds, 4)} if train.seconds else {}
-    return {"seconds_extraction": round(train.seconds, 1), **shares, "seconds_classifier": round(seconds, 1)}
+    shares = {"waiting_for_input": round(extracted.waited / extracted.seconds, 4)} if extracted.seconds else {}
+    return {"seconds_extraction": round(extracted.seconds, 1), **shares, "seconds_classifier": round(seconds, 1)}
 
 
-def by_schedule(frozen: Frozen, arguments: argparse.Namespace, out: Path) -> tuple[torch.nn.Linear, dict[str, Any]]:
+def by_schedule(job: Opened, arguments: argparse.Namespace, out: Path) -> tuple[torch.nn.Linear, dict[str, Any]]:
     """The classifier of a 90-epoch protocol, and what is reported of it."""
     schedule, differs = SCHEDULES[arguments.protocol].changed(arguments.train_batch, arguments.epochs)
-    if frozen.process.world > 1 and schedule.batch % frozen.process.world:
-        raise UserError(
-            f"{frozen.process.world} processes cannot share the batch of {schedule.batch}; give --train-batch a "
-            f"multiple of {frozen.process.world}, or start fewer"
-        )
+    head = torch.nn.Linear(job.encoder.width, len(job.classes))
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(arguments.seed)
+        head.weight.copy_(schedule.init_std * torch.randn(head.weight.shape, generator=generator))
+        head.bias.zero_()
+    head.to(job.process.device)
+
+    def scores(views: Tensor) -> Tensor:
+        with torch.no_grad():
+            features = job.encoder(views).float()
+        found: Tensor = head(features)
+        return found
+
     state = out.with_name(f"{out.name}.state.pt")
-    head = train_head(frozen, schedule, state, seed=arguments.seed, save_every=arguments.save_every)
+    train(job, head, scores, None, schedule, state, seed=arguments.seed, save_every=arguments.save_every)
     details = {
         "differs": differs,
         "optimizer": schedule.optimizer,
@@ -146,7 +155,7 @@ def by_schedule(frozen: Frozen, arguments: argparse.Namespace, out: Path) -> tup
         "epochs": schedule.epochs,
         "seed": arguments.seed,
     }
-    return head, details
+    return head.requires_grad_(False), details
 
 
 def refuse_contradictions(arguments: argparse.Namespace) -> None:

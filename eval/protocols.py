@@ -33,10 +33,16 @@ class Schedule:
     def lr(self) -> float:
         return self.lr_per_256 * self.batch / 256
 
-    def changed(self, batch: int | None, epochs: int | None) -> tuple["Schedule", dict[str, Any]]:
-        """With another batch or number of epochs, and what differs from the protocol because of it."""
-        other = replace(self, batch=batch or self.batch, epochs=epochs or self.epochs)
-        before, after = asdict(self), asdict(other)
+    def changed(
+        self, batch: int | None, epochs: int | None, own_epochs: int | None = None
+    ) -> tuple["Schedule", dict[str, Any]]:
+        """With another batch or number of epochs, and what differs from the protocol because of it.
+
+        own_epochs: the protocol's, where they depend on the data.
+        """
+        own = replace(self, epochs=own_epochs or self.epochs)
+        other = replace(own, batch=batch or own.batch, epochs=epochs or own.epochs)
+        before, after = asdict(own), asdict(other)
         return other, {key: after[key] for key in before if before[key] != after[key]}
 
 
@@ -57,6 +63,11 @@ SCHEDULES = {
         source="facebookresearch/moco-v3, main_lincls.py",
     ),
 }  # fmt: skip
+# Of eval/finetune.py; the encoder is not frozen. The epochs depend on the share of the labels.
+FINETUNE = Schedule(
+    optimizer="nesterov", lr_per_256=0.05, batch=4096, weight_decay=0.0, epochs=30, cosine="step", init_std=0.0,
+    interpolation="bicubic", source="Chen et al. 2020, appendix B.5",
+)  # fmt: skip
 FAST, SWEEP = "fast", "sweep"
 ABOUT = {
     FAST: "features of each image's central view, extracted once; multinomial logistic regression, by L-BFGS, at a "

@@ -21,6 +21,7 @@ from pipeline.files import Files, LocalFiles
 from pipeline.memory import Recycled, keep_freed_memory
 from pipeline.order import Order
 from pipeline.reading import SampleReader, ahead
+from pipeline.subset import Subset
 from shards.errors import UserError
 from shards.manifest import ShardSet
 
@@ -67,7 +68,7 @@ class TwoViews(Iterator[Batch]):
     def __init__(
         self,
         shards: ShardSet,
-        order: Order,
+        order: Order | Subset,
         recipes: Sequence[Recipe],
         setting: Setting,
         files: Callable[[], Files],
@@ -169,7 +170,7 @@ class _Plan:
 
 def two_views(
     shards: ShardSet,
-    order: Order,
+    order: Order | Subset,
     recipe: Recipe | tuple[Recipe, ...],
     setting: Setting,
     *,

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from eval.frozen import CENTER_FRACTION
+from eval.opened import CENTER_FRACTION
 from model import neighbours
 from model.neighbours import accuracies, nearest
 from model.pretrained import load

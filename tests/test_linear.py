@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from eval.frozen import CENTER_FRACTION
+from eval.opened import CENTER_FRACTION
 from eval.probe import fit_linear, interval_95, score
 from model.pretrained import fingerprint, open_pretrained
 from pipeline.features import extract

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from eval.head import build_optimizer, build_order, rate
 from eval.probe import Scale, fit_linear, score
 from eval.protocols import SCHEDULES
 from eval.sweep import GRID, MOMENTUM, Point, held_out, sweep, train_heads
+from eval.training import build_optimizer, build_order, rate
 from model.classifier import load_classifier
 from model.collectives import all_rows
 from model.lars import LARS
@@ -23,6 +23,7 @@ from model.neighbours import accuracies
 from model.schedule import learning_rate
 from pipeline.features import share
 from shards.errors import UserError
+from shards.manifest import ShardSet
 from tests.conftest import ROOT, assert_sentence, run_python, run_ranks
 from tests.runs import launch_script, pretrain, running, tiny_config, wait_until
 from tests.test_linear import problem
@@ -159,12 +160,12 @@ def test_another_batch_is_reported_and_takes_the_rate_along() -> None:
     assert SCHEDULES["google-sgd-90e"].changed(4096, None)[1] == {}
 
 
-def test_batches_that_cannot_be_are_refused() -> None:
+def test_batches_that_cannot_be_are_refused(train_split: ShardSet) -> None:
     with pytest.raises(UserError, match="4096 does not fit the 240 images"):
-        build_order((120, 120), 4096, 1, 0)
+        build_order(train_split, None, 4096, 1, 0)
     with pytest.raises(UserError, match="3 processes cannot share a batch of 16"):
-        build_order((120, 120), 16, 3, 0)
-    assert build_order((120, 120), 48, 2, 0).lanes == build_order((120, 120), 48, 1, 0).lanes
+        build_order(train_split, None, 16, 3, 0)
+    assert build_order(train_split, None, 48, 2, 0).lanes == build_order(train_split, None, 48, 1, 0).lanes
 
 
 WORDS = ["--protocol", "moco-sgd-90e", "--epochs", 3, "--train-batch", 16, "--batch", 6, "--save-every", 5]

@@ -1,16 +1,18 @@
-"""A linear classifier trained on augmented views through the frozen encoder, step by step, on any number of ranks."""
+"""Training on labels, step by step, on any number of ranks: of a classifier alone, or of the whole network."""
 
 import io
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from eval.frozen import Frozen
+from eval.opened import Opened
 from eval.protocols import Schedule
 from model.checkpoint import plain_values
 from model.collectives import all_sum
@@ -20,77 +22,96 @@ from model.schedule import learning_rate
 from pipeline.draws import PROBE
 from pipeline.loader import two_views
 from pipeline.order import Order
+from pipeline.subset import Ids, Subset
 from shards.durable import refusals_named, write_durably
 from shards.errors import UserError
+from shards.manifest import ShardSet
 
 _LANES = 64
 _WINDOW = 8
 
 
-def train_head(frozen: Frozen, schedule: Schedule, state_path: Path, *, seed: int, save_every: int) -> nn.Linear:
-    """The classifier after the last epoch; the encoder stays in eval mode and gets no gradient.
+def train(
+    job: Opened,
+    model: nn.Module,
+    scores: Callable[[Tensor], Tensor],
+    ids: Ids | None,
+    schedule: Schedule,
+    state_path: Path,
+    *,
+    seed: int,
+    save_every: int,
+) -> None:
+    """Train ``model`` in place, on the device, by cross-entropy on crops and flips of the samples ``ids`` (None: all).
 
-    state_path: file from which a stopped training goes on, to the bit, on the same number of ranks; rank 0 writes it
-    every ``save_every`` steps, and it is gone at the end. Raises UserError where it is of another training, or the
-    batch cannot be shared by the ranks.
+    scores: views [n, 3, size, size] -> scores [n, classes], through ``model``. state_path: file from which a stopped
+    training goes on, to the bit on as many ranks; rank 0 writes it every ``save_every`` steps, and it is gone at the
+    end. Raises UserError where it is of another training, the ranks cannot share the batch, or the loss is not finite.
     """
-    process, width, classes = frozen.process, frozen.encoder.width, len(frozen.classes)
-    order = build_order(frozen.train.shards.shard_sizes(), schedule.batch, process.world, seed)
-    head = nn.Linear(width, classes)
-    with torch.no_grad():
-        generator = torch.Generator().manual_seed(seed)
-        head.weight.normal_(0, schedule.init_std, generator=generator) if schedule.init_std else head.weight.zero_()
-        head.bias.zero_()
-    head.to(process.device)
-    optimizer = build_optimizer(head, schedule)
+    process = job.process
+    order = build_order(job.train.shards, ids, schedule.batch, process.world, seed)
+    optimizer = build_optimizer(model, schedule)
     identity = {
         "schedule": asdict(schedule),
         "seed": seed,
-        "encoder_sha256": frozen.encoder_sha256,
-        "image_size": frozen.image_size,
-        "train_manifest": frozen.train.shards.fingerprint,
+        "encoder_sha256": job.encoder_sha256,
+        "image_size": job.image_size,
+        "train_manifest": job.train.shards.fingerprint,
+        "images": "all" if isinstance(order, Order) else order.fingerprint(),
     }
-    step = resume(process, state_path, identity, head, optimizer)
+    step = resume(process, state_path, identity, model, optimizer)
     total = schedule.epochs * order.steps_per_epoch
     local = order.local_batch(process.world)
-    micro_batch = next(size for size in range(min(frozen.batch, local), 0, -1) if local % size == 0)
+    micro = micro_batch(job.batch, local)
     batches = two_views(
-        frozen.train.shards,
+        job.train.shards,
         order,
         (PROBE,),
-        frozen.setting(schedule.interpolation),
+        job.setting(schedule.interpolation),
         epochs=schedule.epochs,
         start=divmod(step, order.steps_per_epoch),
         rank=process.rank,
         world=process.world,
+        micro_batch=micro,
         max_bad_fraction=0.0,
-        files=frozen.train.files,
-        micro_batch=micro_batch,
+        files=job.train.files,
     )
-    frozen.encoder.eval()
-    with tqdm(total=total, initial=step, desc="classifier", unit=" steps", disable=process.rank > 0 or None) as bar:
+    parameters = list(model.parameters())
+    with tqdm(total=total, initial=step, desc="training", unit=" steps", disable=process.rank > 0 or None) as bar:
         while step < total:
             for group in optimizer.param_groups:
                 group["lr"] = rate(schedule, step, order.steps_per_epoch)
             optimizer.zero_grad()
-            for _ in range(local // micro_batch):
+            loss = torch.zeros((), device=process.device)
+            for _ in range(local // micro):
                 images = next(batches)
-                with torch.no_grad():
-                    features = frozen.encoder(images.views).float()
-                labels = images.labels.to(process.device)
-                (F.cross_entropy(head(features), labels, reduction="sum") / schedule.batch).backward()
-            for parameter in head.parameters():
-                assert parameter.grad is not None
-                all_sum(parameter.grad)
+                part = F.cross_entropy(scores(images.views), images.labels.to(process.device), reduction="sum")
+                (part / schedule.batch).backward()
+                loss += part.detach() / schedule.batch
+            reduce_gradients(parameters)
             optimizer.step()
             step += 1
             bar.update()
-            if process.rank == 0 and step % save_every == 0 and step < total:
-                save(state_path, identity, step, head, optimizer)
+            if step % save_every == 0 or step == total:
+                if not torch.isfinite(all_sum(loss)):
+                    raise UserError(
+                        f"the loss is {loss.item()} at step {step - 1}; this encoder does not take a learning rate of "
+                        f"{schedule.lr:g}: give a smaller --train-batch, which lowers it"
+                    )
+                if process.rank == 0 and step < total:
+                    save(state_path, identity, step, model, optimizer)
     batches.close()
     if process.rank == 0:
         state_path.unlink(missing_ok=True)
-    return head.requires_grad_(False)
+
+
+def reduce_gradients(parameters: list[nn.Parameter]) -> None:
+    """Sum the gradients of all ranks, in one message."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    summed = all_sum(torch.cat([gradient.flatten() for gradient in gradients]))
+    places = np.cumsum([gradient.numel() for gradient in gradients])[:-1].tolist()
+    for gradient, part in zip(gradients, summed.tensor_split(places), strict=True):
+        gradient.copy_(part.view_as(gradient))
 
 
 def rate(schedule: Schedule, step: int, steps_per_epoch: int) -> float:
@@ -99,18 +120,26 @@ def rate(schedule: Schedule, step: int, steps_per_epoch: int) -> float:
     return learning_rate(at, schedule.lr, 0, schedule.epochs * steps_per_epoch)
 
 
-def build_order(shard_sizes: tuple[int, ...], batch: int, world: int, seed: int) -> Order:
-    """The order of a training on labels. Raises UserError where ``world`` ranks cannot share the batch."""
+def build_order(shards: ShardSet, ids: Ids | None, batch: int, world: int, seed: int) -> Order | Subset:
+    """The order over ``ids`` (None: all). Raises UserError where ``world`` ranks cannot share the batch."""
+    images = len(shards) if ids is None else len(ids)
     if batch % world:
         raise UserError(f"{world} processes cannot share a batch of {batch}; give --train-batch a multiple of {world}")
-    if sum(shard_sizes) < batch:
+    if images < batch:
         raise UserError(
-            f"a batch of {batch} does not fit the {sum(shard_sizes)} images to train on; give a smaller --train-batch"
+            f"a batch of {batch} does not fit the {images} images to train on; give a smaller --train-batch"
         )
     # The same lanes, and so the same batches, for any number of ranks that divides them.
     most = min(max(_LANES, world), batch)
     lanes = next(lanes for lanes in range(most, 0, -1) if batch % lanes == 0 and lanes % world == 0)
-    return Order(shard_sizes, batch, lanes, _WINDOW, seed)
+    if ids is None:
+        return Order(shards.shard_sizes(), batch, lanes, _WINDOW, seed)
+    return Subset(shards, ids, batch, lanes, _WINDOW, seed)
+
+
+def micro_batch(most: int, local: int) -> int:
+    """The largest divisor of a rank's share ``local`` of a batch that is at most ``most``."""
+    return next(size for size in range(min(most, local), 0, -1) if local % size == 0)
 
 
 def build_optimizer(model: nn.Module, schedule: Schedule) -> torch.optim.Optimizer:

@@ -1,4 +1,4 @@
-"""What every evaluation of a frozen encoder begins with: encoder, data, features, and proof that it stayed frozen."""
+"""What every evaluation of an encoder begins with: encoder, data, features, and proof that it stayed as it was."""
 
 import argparse
 import hashlib
@@ -36,7 +36,7 @@ class Split:
 
 
 @dataclass(frozen=True)
-class Frozen:
+class Opened:
     """An encoder that is not to change, on its device, and the data it is asked about.
 
     encoder_sha256: of its weights and statistics at the beginning. batch: images embedded at a time.
@@ -151,13 +151,13 @@ def home(path: Path) -> Path:
     return path.parent.parent.parent if inside_run else path.parent
 
 
-def freeze(arguments: argparse.Namespace) -> Frozen:
+def open_evaluation(arguments: argparse.Namespace) -> Opened:
     """Join the other ranks and open what the command line's ``arguments`` (add_arguments) name.
 
     Raises CheckpointError, LaunchError or UserError where checkpoint, processes or data cannot be used.
     """
     process = join(_PATIENCE)
-    source = opened(arguments)
+    source = open_encoder(arguments)
     data = arguments.data or source.data
     if not data:
         raise UserError(f"{source.path} does not say what it was trained on; give --data, a folder of packed shards")
@@ -172,7 +172,7 @@ def freeze(arguments: argparse.Namespace) -> Frozen:
         raise UserError(
             f"rank {process.rank} has another checkpoint or other data than rank 0; give all machines the same"
         )
-    return Frozen(
+    return Opened(
         process=process,
         source=source,
         encoder=encoder,
@@ -182,7 +182,7 @@ def freeze(arguments: argparse.Namespace) -> Frozen:
         image_size=arguments.image_size or own_size(source),
         batch=arguments.batch,
         untrained=arguments.untrained,
-        features=arguments.features,
+        features=getattr(arguments, "features", None),
         given_out=arguments.out,
     )
 
@@ -192,7 +192,7 @@ def own_size(source: Pretrained) -> int:
     return source.image_size or (224 if source.architecture.stem == "7x7" else SMALLEST_SIZE_FOR_7X7 // 2)
 
 
-def opened(arguments: argparse.Namespace) -> Pretrained:
+def open_encoder(arguments: argparse.Namespace) -> Pretrained:
     """The encoder that --ckpt, --prefix, --unit-range and --untrained name."""
     return open_pretrained(
         arguments.ckpt,
@@ -230,12 +230,13 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cache-gb", type=float, default=200.0, metavar="GB", help="how much of them (default: 200)")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What every evaluation takes."""
+def add_arguments(parser: argparse.ArgumentParser, *, features: bool = True) -> None:
+    """What every evaluation takes; features: whether its features may be kept."""
     add_encoder_arguments(parser)
     add_data_arguments(parser)
-    parser.add_argument(
-        "--features", type=Path, metavar="FOLDER", help="keep extracted features here, and use those that are there"
-    )
+    if features:
+        parser.add_argument(
+            "--features", type=Path, metavar="FOLDER", help="keep extracted features here, and use those that are there"
+        )
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where results go (default: the run folder)")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # given by the deepspeed launcher

@@ -1,0 +1,167 @@
+"""Fine-tuning and semi-supervised learning: how far does a pre-trained encoder get with few labels?
+
+    python eval/finetune.py --ckpt runs/ds_lars --fraction 0.01             # 1 % of the labels
+    deepspeed eval/finetune.py --ckpt runs/ds_lars --fraction 0.1           # 10 %, every GPU; torchrun does as well
+    python eval/finetune.py --ckpt runs/ds_lars --list 1percent.txt         # the images that a file names
+    python eval/finetune.py --ckpt runs/ds_lars --fraction 1                # all labels
+    python eval/finetune.py --ckpt runs/ds_lars --fraction 0.1 --untrained  # the same, from random weights
+
+The protocol is SimCLR's (Chen et al. 2020, appendix B.5): encoder and a new classifier on top of it are trained
+together, with nesterov momentum 0.9, batch 4096, learning rate 0.05 B/256 without warm-up and with a cosine to 0, no
+weight decay, random crops and flips, 60 epochs for 1 % and 30 for 10 %; the appendix has no run on all labels, which
+gets 30 here. Labels are taken class by class, as many of each (or one more), by --seed; --list takes a file such as the
+paper's own, one name per line. BatchNorm covers the batches of all processes; where a process needs several passes
+(--batch) it covers a pass.
+
+The number is read on val once, after the last epoch. It goes to finetune-FRACTION.json in the run folder with what it
+must be read with, the model to finetune-FRACTION.pt (eval/predict.py). The same command goes on after a stop.
+"""
+
+import argparse
+import hashlib
+import sys
+import time
+from pathlib import Path
+
+# This script's own folder must not shadow installed modules, and its checkout must win over an installed copy.
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import torch  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+
+from eval.opened import CENTER_FRACTION, Opened, add_arguments, open_evaluation  # noqa: E402
+from eval.probe import reported, score  # noqa: E402
+from eval.protocols import FINETUNE  # noqa: E402
+from eval.training import micro_batch, train  # noqa: E402
+from model.batchnorm import synchronised  # noqa: E402
+from model.checkpoint import CheckpointError  # noqa: E402
+from model.classifier import Classifier, save_classifier  # noqa: E402
+from model.encoder import Encoder  # noqa: E402
+from model.process import LaunchError, by_rank_0, say  # noqa: E402
+from pipeline.features import extract, share  # noqa: E402
+from pipeline.subset import Ids, class_balanced, listed  # noqa: E402
+from shards.durable import refusals_named  # noqa: E402
+from shards.errors import UserError, positive_int, run_main  # noqa: E402
+
+EPOCHS_ONE_PERCENT, EPOCHS = 60, 30
+
+
+class Tuned(nn.Module):
+    """An encoder and a classifier that starts at zero: images -> scores [n, classes]."""
+
+    def __init__(self, encoder: Encoder, classes: int) -> None:
+        super().__init__()
+        self.encoder, self.head = encoder, nn.Linear(encoder.width, classes)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, images: Tensor) -> Tensor:
+        scores: Tensor = self.head(self.encoder(images))
+        return scores
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    started = time.monotonic()
+    job = open_evaluation(arguments)
+    process = job.process
+    name, ids = chosen_images(arguments, job)
+    fraction = len(ids) / len(job.train.shards)
+    epochs = EPOCHS_ONE_PERCENT if fraction < 0.03 else EPOCHS
+    schedule, differs = FINETUNE.changed(arguments.train_batch, arguments.epochs, epochs)
+    out = job.out(f"finetune-{name}")
+    say(process, f"{len(ids):,} of {len(job.train.shards):,} images of train, {schedule.epochs} epochs")
+    model = Tuned(job.encoder.requires_grad_(True), len(job.classes))
+    synchronised(model, process.device)
+    model.to(process.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model.train()
+    state = out.with_name(f"{out.name}.state.pt")
+    train(job, model, model, ids, schedule, state, seed=arguments.seed, save_every=arguments.save_every)
+    model.eval().requires_grad_(False)
+    tuned, head = model.encoder, model.head
+    val = extract(
+        tuned, job.val.shards, job.val.files, job.setting(schedule.interpolation), batch=job.batch,
+        center_fraction=CENTER_FRACTION, ids=share(len(job.val.shards), process.rank, process.world),
+        silent=process.rank > 0,
+    )  # fmt: skip
+    found = score(head, val.features, val.labels)
+    result = {
+        "protocol": f"finetune-{name}",
+        "about": schedule.source,
+        **reported(found, job.classes),
+        "images": len(ids),
+        "fraction": round(fraction, 6),
+        "images_sha256": hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest(),
+        "list": str(arguments.list) if arguments.list else None,
+        "differs": differs,
+        "batch": schedule.batch,
+        "pass": micro_batch(job.batch, schedule.batch // process.world),
+        "lr": schedule.lr,
+        "epochs": schedule.epochs,
+        "seed": arguments.seed,
+        **job.report(),
+        "seconds": round(time.monotonic() - started, 1),
+    }
+    job.write(out, result)
+    if process.rank == 0:
+        path = out.with_name(f"{out.name}.pt")
+        about = {**result, "per_class": None, "data": job.source.data}
+        with refusals_named(path):
+            save_classifier(
+                path,
+                Classifier(
+                    tuned, job.source.architecture, head, job.classes, job.image_size, CENTER_FRACTION,
+                    schedule.interpolation, about,
+                ),
+            )  # fmt: skip
+    changed = f", with {differs} unlike the paper" if differs else ""
+    say(
+        process,
+        f"fine-tuned on {len(ids):,} images ({fraction:.2%}){changed}"
+        f"{' from random weights' if job.untrained else ''}: top-1 {found.top1:.2f} %, top-5 {found.top5:.2f} % "
+        f"on {found.count:,} images ({result['seconds']:.0f} s); "
+        f"{out}.json",
+    )
+    torch.distributed.destroy_process_group()
+
+
+def chosen_images(arguments: argparse.Namespace, job: Opened) -> tuple[str, Ids]:
+    """A name for the choice, and the ids of the images of train whose labels are used, in storage order."""
+    shards, files = job.train.shards, job.train.files
+    if arguments.list is None:
+        if not 0 < arguments.fraction <= 1:
+            raise UserError(f"--fraction is {arguments.fraction}; it must be above 0 and at most 1")
+        ids = class_balanced(shards.samples["label"], len(shards.classes), arguments.fraction, arguments.seed)
+        return f"{arguments.fraction:g}", ids
+
+    def read() -> Ids:
+        try:
+            names = arguments.list.read_text().splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--list {arguments.list} cannot be read ({error}); give a text file of names") from error
+        return listed(names, shards, files, str(arguments.list))
+
+    return arguments.list.stem, by_rank_0(job.process, read)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Fine-tuning", epilog=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_arguments(parser, features=False)
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--fraction", type=float, metavar="F", help="share of the labels: 0.01, 0.1, 1")
+    which.add_argument("--list", type=Path, metavar="FILE", help="names of the images whose labels are used")
+    parser.add_argument("--epochs", type=positive_int, help="other than the protocol's; reported beside its name")
+    parser.add_argument(
+        "--train-batch", type=positive_int, metavar="B", help="other than the protocol's; the learning rate follows"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of labels, order and crops (default: 0)")
+    parser.add_argument(
+        "--save-every", type=positive_int, default=100, metavar="STEPS", help="between two saved states (default: 100)"
+    )
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    run_main(main, CheckpointError, LaunchError)
