@@ -43,16 +43,26 @@ def extract(
     batch: int,
     center_fraction: float,
     ids: npt.NDArray[np.int64] | None = None,
+    max_bad_fraction: float = 0.0,
     silent: bool = False,
 ) -> Features:
     """Run every image of ``ids`` (default: of the set) once, centrally cropped, through ``encoder``.
 
-    encoder: in eval mode, on setting.device; images [n, 3, size, size] -> features [n, width].
+    encoder: in eval mode, on setting.device; images [n, 3, size, size] -> features [n, width]. max_bad_fraction: see
+    pipeline.loader.labelled.
     """
     began, waited = time.monotonic(), 0.0
     features, labels = [], []
     count = len(shards) if ids is None else len(ids)
-    images = labelled(shards, setting, batch=batch, center_fraction=center_fraction, ids=ids, files=files)
+    images = labelled(
+        shards,
+        setting,
+        batch=batch,
+        center_fraction=center_fraction,
+        ids=ids,
+        max_bad_fraction=max_bad_fraction,
+        files=files,
+    )
     with tqdm(total=count, desc=f"features of {shards.split}", unit=" images", disable=silent or None) as bar:
         while True:
             asked = time.monotonic()

@@ -212,12 +212,14 @@ def labelled(
     batch: int,
     center_fraction: float,
     ids: Ids | None = None,
+    max_bad_fraction: float = 0.0,
     files: Callable[[], Files] | None = None,
 ) -> Generator[Batch, None, None]:
     """Every image of ``ids`` (default: of the set) once, in their order, as its central view (draws.center).
 
     The last batch is short. ids: in storage order, or shards are read more than once. A damaged sample raises
-    UserError: a figure over other images than those of the set would be wrong.
+    UserError, since a figure over other images than those of the set would be wrong; with max_bad_fraction it is
+    replaced as in :func:`two_views`.
     """
 
     def plans() -> Iterator[_Plan]:
@@ -234,7 +236,7 @@ def labelled(
     wanted = np.arange(len(shards)) if ids is None else ids
     if not len(wanted):
         return _nothing()
-    reader = SampleReader(shards, files() if files else LocalFiles(shards))
+    reader = SampleReader(shards, files() if files else LocalFiles(shards), max_bad_fraction)
     made = _run(shards, reader, plans(), draws, setting, batch=min(batch, len(wanted)), views=1, augment=False)
     return (images for _, images in made)
 

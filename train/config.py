@@ -154,6 +154,10 @@ class Simclr(_Block):
     """How many of the newest checkpoints stay."""
     keep_every_epochs: int = Field(default=0, ge=0)
     """Epochs between two checkpoints that stay for good; 0: none do."""
+    knn_every_epochs: int = Field(default=0, ge=0)
+    """Epochs between two looks at how well nearest neighbours classify (train/health.py); 0: none."""
+    knn_images: Positive = 20_000
+    """Images of train that it uses, as many of each class; a tenth of them are asked about."""
 
 
 class _OptimizerParams(_Block):

@@ -3,65 +3,23 @@
 import json
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from model.process import Process, say
+from model.process import say
 from model.schedule import learning_rate
-from pipeline.files import Files
-from pipeline.order import Order
-from pipeline.replay import Replay, write
-from shards.durable import refusals_named, write_durably
-from shards.manifest import ShardSet
-from train.config import Config
-from train.metrics import Reporter, batch_file
+from shards.durable import write_durably
+from train.health import Health
+from train.job import Job
+from train.metrics import Reporter
 from train.parking import Parked
-from train.resume import data_address, state_of
+from train.resume import state_of
 from train.saver import Saver
 from train.step import train_step
 from train.together import Agreement, StopRequest, all_finite, refuse_drift
 from train.views import build_views
 from train.watchdog import Watchdog
-
-
-@dataclass(frozen=True)
-class Job:
-    """What a run is made of: its settings, its data and its place among the processes."""
-
-    config: Config
-    shards: ShardSet
-    files: Callable[[], Files]
-    order: Order
-    process: Process
-    run: Path
-
-    @property
-    def total_steps(self) -> int:
-        return self.config.simclr.epochs * self.order.steps_per_epoch
-
-    def keep_batch(self, step: int, reason: str) -> list[int]:
-        """Write what this rank saw at ``step`` into the run folder (batch_file), and return the ids of its samples."""
-        epoch, step_of_epoch = divmod(step, self.order.steps_per_epoch)
-        simclr, process = self.config.simclr, self.process
-        replay = Replay(
-            data=data_address(self.config),
-            manifest=self.shards.fingerprint,
-            about={"step": step, "rank": process.rank, "processes": process.world, "reason": reason},
-            seed=simclr.seed,
-            epoch=epoch,
-            size=simclr.image_size,
-            interpolation=simclr.views.interpolation,
-            recipes=simclr.views.recipes(),
-            ids=self.order.batch(epoch, step_of_epoch, process.rank, process.world),
-        )
-        with refusals_named(self.run):
-            self.run.mkdir(parents=True, exist_ok=True)  # another machine's, where the folder is not shared
-        write(batch_file(self.run, step, process.rank), replay, self.shards)
-        return [int(sample) for sample in replay.ids]
 
 
 def train(
@@ -89,6 +47,7 @@ def train(
         keep_batch=job.keep_batch,
     )
     agreement = Agreement(process)
+    health = Health(job)
     engine.train()
     started = time.monotonic()
     done, leave = first_step, False
@@ -109,9 +68,13 @@ def train(
             save_now = done == last_step or leave or for_good or done % simclr.checkpoint_every == 0
             if save_now:
                 saver.wait()  # so that nothing is ever reported that is two checkpoints ahead of the disk
-            if save_now or done % simclr.log_every == 0:
+            if save_now or health.due(done) or done % simclr.log_every == 0:
                 reporter.drain(saver.last_kept, durably=save_now)
                 saver.refuse_failure()
+            if health.due(done):
+                watchdog.at(f"step {step}, nearest neighbours")
+                health.check(engine.module, done)
+                reporter.paused()
             if save_now:
                 watchdog.at(f"step {step}, its checkpoint")
                 if not all_finite(engine.module, optimizer):  # the last step's update came after its loss

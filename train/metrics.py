@@ -48,13 +48,17 @@ class Reporter:
         self._since = time.perf_counter()
         self._rates: list[float] = []
         if process.rank == 0:
-            for name in ("metrics.jsonl", "speed.jsonl"):
+            for name in ("metrics.jsonl", "speed.jsonl", "knn.jsonl"):
                 _drop_lines_from(run / name, first_step)
             _tell_missing_lines(run / "metrics.jsonl", first_step)
 
     def waited(self, seconds: float) -> None:
         """Count time that the training thread spent waiting for its input."""
         self._waited += seconds
+
+    def paused(self) -> None:
+        """Leave the time since the last drain out of the rates; something else than steps was done."""
+        self._since = time.perf_counter()
 
     def add(self, step: int, lr: float, result: StepResult) -> None:
         numbers = [*vars(result.contrast).values(), result.gradient_norm]

@@ -6,9 +6,10 @@
 
 The config is a file or the name of a preset in train/configs; the data folder is one made by scripts/make_shards.sh, or
 its address (s3://, gs://, http://).
-The run folder gets config.json (as resolved), metrics.jsonl, speed.jsonl and checkpoints, and finished.json at the end;
-the same command again goes on from the newest checkpoint. SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 save within two steps
-and leave with exit code 0. Without a GPU it runs on the CPU; --num_gpus is then the number of processes.
+The run folder gets config.json (as resolved), metrics.jsonl, speed.jsonl, knn.jsonl (where it is asked for) and
+checkpoints, and finished.json at the end; the same command again goes on from the newest checkpoint. SIGTERM, SIGINT
+(Ctrl-C) and SIGUSR1 save within two steps and leave with exit code 0. Without a GPU it runs on the CPU; --num_gpus is
+then the number of processes.
 """
 
 import argparse
@@ -38,8 +39,9 @@ from shards.verify import verify_split  # noqa: E402
 from train.config import Config  # noqa: E402
 from train.config_file import load_config  # noqa: E402
 from train.engine import build_engine, start  # noqa: E402
+from train.job import Job  # noqa: E402
 from train.lock import take  # noqa: E402
-from train.loop import Job, train  # noqa: E402
+from train.loop import train  # noqa: E402
 from train.resume import PER_MACHINE, flatten, resume  # noqa: E402
 from train.schedule import LR_FORMULAS  # noqa: E402
 from train.together import StopRequest  # noqa: E402

@@ -23,7 +23,15 @@ _FREE = {
     *PER_MACHINE,
     *(
         f"simclr.{key}"
-        for key in ("log_every", "checkpoint_every", "keep_checkpoints", "keep_every_epochs", "max_bad_fraction")
+        for key in (
+            "log_every",
+            "checkpoint_every",
+            "keep_checkpoints",
+            "keep_every_epochs",
+            "knn_every_epochs",
+            "knn_images",
+            "max_bad_fraction",
+        )
     ),
 }
 
