@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -13,7 +14,7 @@ import torch
 
 from model.encoder import SMALLEST_SIZE_FOR_7X7, Encoder
 from model.pretrained import Pretrained, fingerprint, open_pretrained
-from model.process import Process, by_rank_0, join
+from model.process import Process, by_rank_0, join, on_gpu
 from pipeline.features import Features, extract, share
 from pipeline.files import Files
 from pipeline.loader import Setting
@@ -161,8 +162,7 @@ def open_evaluation(arguments: argparse.Namespace) -> Opened:
     data = arguments.data or source.data
     if not data:
         raise UserError(f"{source.path} does not say what it was trained on; give --data, a folder of packed shards")
-    cache = Cache(arguments.cache.expanduser(), int(arguments.cache_gb * 1e9))
-    train, val = (Split(*open_split(data, split, cache)) for split in ("train", "val"))
+    train, val = (Split(*open_split(data, split, _cache(arguments))) for split in ("train", "val"))
     if train.shards.classes != val.shards.classes:
         raise UserError(f"train and val of {data} name different classes; pack them together")
     encoder = source.encoder.requires_grad_(False).to(process.device, memory_format=torch.channels_last)
@@ -185,6 +185,23 @@ def open_evaluation(arguments: argparse.Namespace) -> Opened:
         features=getattr(arguments, "features", None),
         given_out=arguments.out,
     )
+
+
+def open_one_split(arguments: argparse.Namespace, source: Pretrained) -> Split:
+    """The split that --data and --split name. Raises UserError where there is none."""
+    data = arguments.data or source.data
+    if not data:
+        raise UserError(f"{source.path} does not say what it was trained on; give --data, a folder of packed shards")
+    return Split(*open_split(data, arguments.split, _cache(arguments)))
+
+
+def asking_device() -> tuple[torch.device, int]:
+    """Where a process on its own computes, and the cores it has."""
+    return torch.device("cuda" if on_gpu() else "cpu"), len(os.sched_getaffinity(0))
+
+
+def _cache(arguments: argparse.Namespace) -> Cache:
+    return Cache(arguments.cache.expanduser(), int(arguments.cache_gb * 1e9))
 
 
 def own_size(source: Pretrained) -> int:

@@ -20,7 +20,7 @@ from pipeline.draws import Draws, Recipe, center, draw
 from pipeline.files import Files, LocalFiles
 from pipeline.memory import Recycled, keep_freed_memory
 from pipeline.order import Order
-from pipeline.reading import SampleReader, ahead
+from pipeline.reading import Reader, SampleReader, ahead
 from pipeline.subset import Subset
 from shards.errors import UserError
 from shards.manifest import ShardSet
@@ -62,6 +62,18 @@ class Setting:
     tuning: graph.Tuning = graph.PLAIN
 
 
+@dataclass(frozen=True)
+class Plan:
+    """A batch to be made; ``now`` and ``after``: shards that it and those that follow are read from."""
+
+    ids: Ids
+    epoch: int
+    step: int
+    completes: bool  # whether it is the last of its step
+    now: list[int]
+    after: list[int]
+
+
 class TwoViews(Iterator[Batch]):
     """What :func:`two_views` returns: an iterator that knows its length and its position."""
 
@@ -88,14 +100,14 @@ class TwoViews(Iterator[Batch]):
         self._begin = start
         self._next = start  # epoch and step of the first batch that was not wholly given yet
         self._reader: SampleReader | None = None
-        self._stream: Generator[tuple[_Plan, Batch], None, None] | None = None
+        self._stream: Generator[tuple[Plan, Batch], None, None] | None = None
 
     def __next__(self) -> Batch:
         if self._stream is None:
             self._reader = SampleReader(self._shards, self._files(), self._max_bad_fraction)
             augment = any(recipe.changes_pixels() for recipe in self._recipes)
-            self._stream = _run(
-                self._shards,
+            self._stream = run_graph(
+                self._shards.samples,
                 self._reader,
                 self._plans(),
                 self._draws,
@@ -139,33 +151,21 @@ class TwoViews(Iterator[Batch]):
             self._stream.close()
         self._stream = None
 
-    def _plans(self) -> Iterator["_Plan"]:
+    def _plans(self) -> Iterator[Plan]:
         epoch, step = self._next
         while epoch < self._epochs:
             ids = self._order.batch(epoch, step, self._rank, self._world)
             now, after = self._order.windows(epoch, step, self._rank, self._world)
             for at in range(0, len(ids), self._micro_batch):
                 stop = at + self._micro_batch
-                yield _Plan(ids[at:stop], epoch, step, stop >= len(ids), now, after)
+                yield Plan(ids[at:stop], epoch, step, stop >= len(ids), now, after)
             epoch, step = self._order.after(epoch, step)
 
-    def _draws(self, plan: "_Plan", width: Ids, height: Ids) -> list[Draws]:
+    def _draws(self, plan: "Plan", width: Ids, height: Ids) -> list[Draws]:
         return [
             draw(recipe, self._order.seed, plan.epoch, plan.ids, view, width, height)
             for view, recipe in enumerate(self._recipes)
         ]
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """A batch to be made; ``now`` and ``after``: shards that it and those that follow are read from."""
-
-    ids: Ids
-    epoch: int
-    step: int
-    completes: bool  # whether it is the last of its step
-    now: list[int]
-    after: list[int]
 
 
 def two_views(
@@ -222,22 +222,24 @@ def labelled(
     replaced as in :func:`two_views`.
     """
 
-    def plans() -> Iterator[_Plan]:
+    def plans() -> Iterator[Plan]:
         shard_of = shards.samples["shard"][wanted]
         coming = np.unique(shard_of)
         for at in range(0, len(wanted), batch):
             now = np.unique(shard_of[at : at + batch])
             after = coming[coming > now[-1]][:2]
-            yield _Plan(wanted[at : at + batch], 0, 0, True, now.tolist(), after.tolist())
+            yield Plan(wanted[at : at + batch], 0, 0, True, now.tolist(), after.tolist())
 
-    def draws(plan: _Plan, width: Ids, height: Ids) -> list[Draws]:
+    def draws(plan: Plan, width: Ids, height: Ids) -> list[Draws]:
         return [center(width, height, center_fraction)]
 
     wanted = np.arange(len(shards)) if ids is None else ids
     if not len(wanted):
         return _nothing()
     reader = SampleReader(shards, files() if files else LocalFiles(shards), max_bad_fraction)
-    made = _run(shards, reader, plans(), draws, setting, batch=min(batch, len(wanted)), views=1, augment=False)
+    made = run_graph(
+        shards.samples, reader, plans(), draws, setting, batch=min(batch, len(wanted)), views=1, augment=False
+    )
     return (images for _, images in made)
 
 
@@ -258,37 +260,43 @@ def chosen(
 ) -> Batch:
     """The views of samples ``ids`` as ``epoch`` of a run with ``seed`` draws them."""
     now = [int(shard) for shard in np.unique(shards.samples["shard"][ids])]
-    plan = _Plan(ids, epoch, 0, True, now, [])
+    plan = Plan(ids, epoch, 0, True, now, [])
 
-    def draws(plan: _Plan, width: Ids, height: Ids) -> list[Draws]:
+    def draws(plan: Plan, width: Ids, height: Ids) -> list[Draws]:
         return [draw(recipe, seed, epoch, ids, view, width, height) for view, recipe in enumerate(recipes)]
 
     reader = SampleReader(shards, files() if files else LocalFiles(shards), max_bad_fraction)
-    made = _run(shards, reader, [plan], draws, setting, batch=len(ids), views=len(recipes), augment=True)
+    made = run_graph(shards.samples, reader, [plan], draws, setting, batch=len(ids), views=len(recipes), augment=True)
     _, batch = next(made)
     made.close()
     return batch
 
 
-def _run(
-    shards: ShardSet,
-    reader: SampleReader,
-    plans: Iterable[_Plan],
-    draws: Callable[[_Plan, Ids, Ids], list[Draws]],
+def run_graph(
+    samples: npt.NDArray[Any],
+    reader: Reader,
+    plans: Iterable[Plan],
+    draws: Callable[[Plan, Ids, Ids], list[Draws]],
     setting: Setting,
     *,
     batch: int,
     views: int,
     augment: bool,
-) -> Generator[tuple[_Plan, Batch], None, None]:
-    def expected() -> Iterator[_Plan]:
+) -> Generator[tuple[Plan, Batch], None, None]:
+    """The batches of ``plans``, each with its plan; what every loader is made of.
+
+    samples: a table of SAMPLE, of which width, height and label are used, after the reader has read a sample.
+    draws: plan, width, height -> what each view drew. batch: the largest number of images in a plan.
+    """
+
+    def expected() -> Iterator[Plan]:
         for plan in plans:
             reader.expect(plan.now, plan.after)
             yield plan
 
-    def prepare(plan: _Plan) -> tuple[_Plan, Ids, list[Any]]:
+    def prepare(plan: Plan) -> tuple[Plan, Ids, list[Any]]:
         images, shown = reader.read(plan.ids)
-        rows = shards.samples[shown]
+        rows = samples[shown]
         # Keyed by the planned ids: a sample that also stands in for a damaged one is drawn twice, differently.
         drawn = draws(plan, rows["width"].astype(np.int64), rows["height"].astype(np.int64))
         region = graph.region_inputs(drawn) if setting.tuning.region else []
@@ -296,7 +304,7 @@ def _run(
         return plan, shown, [images, *region, *inputs]
 
     prepared = ahead(expected(), prepare, setting.threads, setting.read_ahead)
-    handed_over: deque[tuple[_Plan, Ids]] = deque()  # batches inside the graph
+    handed_over: deque[tuple[Plan, Ids]] = deque()  # batches inside the graph
 
     def source() -> list[Any]:
         plan, shown, inputs = next(prepared)
@@ -350,7 +358,7 @@ def _run(
                 caller = torch.cuda.current_stream(setting.device)
                 caller.wait_stream(copies)
                 pixels.record_stream(caller)
-            labels = torch.from_numpy(shards.samples["label"][shown].astype(np.int64))
+            labels = torch.from_numpy(samples["label"][shown].astype(np.int64))
             yield plan, Batch(pixels.flatten(0, 1).permute(0, 3, 1, 2), labels, torch.from_numpy(shown))
     finally:
         if copies is not None:

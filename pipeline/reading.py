@@ -7,7 +7,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +26,16 @@ _log = logging.getLogger(__name__)
 
 class DamagedError(UserError):
     """The bytes of a sample are not those that were packed."""
+
+
+class Reader(Protocol):
+    """Where encoded images come from; safe to use from many threads."""
+
+    def expect(self, now: Sequence[int], after: Sequence[int]) -> None: ...
+
+    def read(self, ids: Ids) -> tuple[list[Encoded], Ids]: ...
+
+    def close(self) -> None: ...
 
 
 class SampleReader:

@@ -1,0 +1,115 @@
+"""What does an encoder find alike? For each query the most similar pictures of a packed set, as a grid.
+
+    python eval/nearest.py bird.jpg --ckpt runs/ds_lars --data /data/imagenet-shards --out grid.png
+    python eval/nearest.py queries/ --ckpt runs/ds_lars --split train --count 12 --out grid.png
+
+A line per query: the query itself, then the pictures whose embeddings have the largest cosine with its own, with their
+class and the cosine. The same is printed.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+# This script's own folder must not shadow installed modules, and its checkout must win over an installed copy.
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import numpy as np  # noqa: E402
+import PIL.Image  # noqa: E402
+import PIL.ImageDraw  # noqa: E402
+import torch  # noqa: E402
+
+from eval.opened import (  # noqa: E402
+    CENTER_FRACTION,
+    Split,
+    add_data_arguments,
+    add_encoder_arguments,
+    asking_device,
+    open_encoder,
+    open_one_split,
+    own_size,
+)
+from model.checkpoint import CheckpointError  # noqa: E402
+from model.neighbours import nearest  # noqa: E402
+from pipeline.features import extract  # noqa: E402
+from pipeline.loader import Setting  # noqa: E402
+from pipeline.pictures import PictureFiles, find_pictures, refuse_failures, views_of  # noqa: E402
+from pipeline.reading import Encoded, SampleReader  # noqa: E402
+from shards.errors import UserError, positive_int, run_main  # noqa: E402
+from shards.picture import rgb  # noqa: E402
+from shards.show import save  # noqa: E402
+from shards.source import SPLITS  # noqa: E402
+
+_SIDE, _CAPTION = 160, 30  # pixels
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    paths = find_pictures(arguments.images)
+    source = open_encoder(arguments)
+    split = open_one_split(arguments, source)
+    if arguments.count > len(split.shards):
+        raise UserError(f"--count is {arguments.count}, more than the {len(split.shards)} images there are; lower it")
+    device, cores = asking_device()
+    encoder = source.encoder.to(device, memory_format=torch.channels_last)
+    setting = Setting(size=arguments.image_size or own_size(source), device=device, threads=cores)
+    files = PictureFiles(paths)
+    embeddings, places = [], []
+    with torch.inference_mode():
+        for views, of in views_of(files, setting, batch=arguments.batch, center_fraction=CENTER_FRACTION):
+            embeddings.append(encoder(views))
+            places += of
+    if places:
+        bank = extract(
+            encoder, split.shards, split.files, setting, batch=arguments.batch, center_fraction=CENTER_FRACTION
+        )
+        cosines, found = (part.cpu() for part in nearest(bank.features, torch.cat(embeddings), arguments.count))
+        names = [split.shards.classes[label] for label in split.shards.samples["label"]]
+        for place, ids, of_row in zip(places, found.tolist(), cosines.tolist(), strict=True):
+            alike = ", ".join(f"{names[sample]} {cosine:.3f}" for sample, cosine in zip(ids, of_row, strict=True))
+            print(f"{paths[place]}: {alike}")
+        save(grid([paths[place] for place in places], split, found, cosines, names), arguments.out, "--out")
+        print(f"{len(places)} queries against {len(split.shards):,} images: {arguments.out}")
+    refuse_failures(files, paths)
+
+
+def grid(
+    queries: list[Path], split: Split, found: torch.Tensor, cosines: torch.Tensor, names: list[str]
+) -> PIL.Image.Image:
+    """A line per query: itself, then its neighbours. found, cosines: [queries, count]."""
+    result = PIL.Image.new("RGB", ((1 + found.shape[1]) * _SIDE, len(queries) * (_SIDE + _CAPTION)), "white")
+    pen = PIL.ImageDraw.Draw(result)
+    opened = split.files()
+    reader = SampleReader(split.shards, opened)
+    for line, (query, ids, of_row) in enumerate(zip(queries, found.numpy(), cosines.tolist(), strict=True)):
+        opened.expect(np.unique(split.shards.samples["shard"][ids]).tolist(), [])
+        pictures = [rgb(data.tobytes()) for data in (_upright(query), *reader.read(ids)[0])]
+        captions = [query.name, *(f"{names[sample]}\n{cosine:.3f}" for sample, cosine in zip(ids, of_row, strict=True))]
+        for column, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
+            picture.thumbnail((_SIDE - 4, _SIDE - 4))
+            x, y = column * _SIDE, line * (_SIDE + _CAPTION)
+            result.paste(picture, (x + (_SIDE - picture.width) // 2, y + (_SIDE - picture.height) // 2))
+            pen.multiline_text((x + 4, y + _SIDE), "\n".join(part[:26] for part in caption.split("\n")), fill="black")
+    reader.close()
+    return result
+
+
+def _upright(path: Path) -> Encoded:
+    return PictureFiles([path]).read(np.array([0]))[0][0]
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Nearest neighbours", epilog=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("images", type=Path, nargs="+", metavar="QUERY", help="pictures, or folders of them")
+    add_encoder_arguments(parser)
+    add_data_arguments(parser)
+    parser.add_argument("--split", choices=SPLITS, default="val", help="compared with (default: val)")
+    parser.add_argument("--count", type=positive_int, default=8, metavar="N", help="neighbours each (default: 8)")
+    parser.add_argument("--out", type=Path, required=True, metavar="PNG", help="the grid")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    run_main(main, CheckpointError)

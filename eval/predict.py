@@ -1,0 +1,95 @@
+"""Classify pictures with a trained classifier.
+
+    python eval/predict.py --ckpt runs/ds_lars/linear.pt bird.jpg            # of eval/linear.py
+    python eval/predict.py --ckpt runs/ds_lars/finetune-0.1.pt holiday/      # of eval/finetune.py; a whole folder
+    python eval/predict.py --ckpt runs/ds_lars/linear.pt --json *.jpg > predictions.json
+
+Prints the most likely classes of each picture with their scores, which add up to 1 over all classes. Pictures are seen
+as evaluations see them: upright, the central view, at the size the classifier was fitted to. A picture that cannot be
+read is named at the end, with exit code 2; the others are classified.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+# This script's own folder must not shadow installed modules, and its checkout must win over an installed copy.
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import torch  # noqa: E402
+
+from eval.opened import asking_device  # noqa: E402
+from model.checkpoint import CheckpointError  # noqa: E402
+from model.classifier import Classifier, load_classifier  # noqa: E402
+from pipeline.loader import Setting  # noqa: E402
+from pipeline.pictures import PictureFiles, find_pictures, refuse_failures, views_of  # noqa: E402
+from shards.errors import positive_int, run_main  # noqa: E402
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    path: Path = arguments.ckpt / "linear.pt" if arguments.ckpt.is_dir() else arguments.ckpt
+    classifier = load_classifier(path)
+    paths = find_pictures(arguments.images)
+    files = PictureFiles(paths)
+    found = predict(classifier, files, [str(path) for path in paths], arguments.top, arguments.batch)
+    if arguments.json:
+        print(json.dumps(found, indent=2))
+    else:
+        print(table(found))
+    refuse_failures(files, paths)
+
+
+def predict(
+    classifier: Classifier, files: PictureFiles, names: list[str], top: int, batch: int
+) -> list[dict[str, Any]]:
+    """Of every usable picture its name and the ``top`` most likely classes, with their scores."""
+    device, cores = asking_device()
+    classifier.encoder.to(device, memory_format=torch.channels_last)
+    classifier.head.to(device)
+    setting = Setting(
+        size=classifier.image_size, device=device, threads=cores, interpolation=classifier.interpolation
+    )  # fmt: skip
+    found = []
+    with torch.inference_mode():
+        for views, places in views_of(files, setting, batch=batch, center_fraction=classifier.center_fraction):
+            scores, labels = classifier.scores(views).softmax(1).topk(min(top, len(classifier.classes)), dim=1)
+            for place, of, which in zip(places, scores.tolist(), labels.tolist(), strict=True):
+                best = [
+                    {"class": classifier.classes[label], "label": label, "score": round(score, 6)}
+                    for score, label in zip(of, which, strict=True)
+                ]
+                found.append({"image": names[place], "predictions": best})
+    return found
+
+
+def table(found: list[dict[str, Any]]) -> str:
+    """One line per picture: its name, then classes with scores."""
+    if not found:
+        return "no picture could be classified"
+    wide = max(len(line["image"]) for line in found)
+    return "\n".join(
+        f"{line['image']:<{wide}}  " + "  ".join(f"{best['class']} {best['score']:.3f}" for best in line["predictions"])
+        for line in found
+    )
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Classify pictures", epilog=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--ckpt", type=Path, required=True, metavar="CLASSIFIER",
+        help="linear.pt or finetune.pt, or a run folder that has a linear.pt",
+    )  # fmt: skip
+    parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="pictures, or folders of them")
+    parser.add_argument("--top", type=positive_int, default=5, metavar="N", help="classes per picture (default: 5)")
+    parser.add_argument("--json", action="store_true", help="JSON instead of a table")
+    parser.add_argument("--batch", type=positive_int, default=64, help="pictures at a time (default: 64)")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    run_main(main, CheckpointError)

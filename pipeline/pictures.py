@@ -1,0 +1,121 @@
+"""Central views of picture files, as an evaluation sees those of packed ones.
+
+Each file becomes what the packer would store (shards.picture): its own bytes where it is an ordinary JPEG, upright RGB
+otherwise. So a picture gives the same view here and out of a shard.
+"""
+
+import os
+import threading
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from pipeline.draws import Draws, center
+from pipeline.loader import Plan, Setting, run_graph
+from pipeline.reading import Encoded, Ids
+from shards.decode import decoder
+from shards.errors import UserError
+from shards.folder import PICTURE_ENDINGS
+from shards.manifest import SAMPLE
+from shards.picture import UnusableError, convert, prepare
+
+_GRAY = b"P5 1 1 255 \x80"  # a picture of one pixel
+
+
+class Views(NamedTuple):
+    """views: [n, 3, size, size] as the loader's. places: of their files among those that were given."""
+
+    views: torch.Tensor
+    places: list[int]
+
+
+class PictureFiles:
+    """Reads files by their place, in many threads. failures: why a file could not be used, by place."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._paths = paths
+        self.samples = np.zeros(len(paths), SAMPLE)
+        self.failures: dict[int, str] = {}
+        self._decoder_is_free = threading.Lock()
+
+    def expect(self, now: Sequence[int], after: Sequence[int]) -> None:
+        pass
+
+    def read(self, ids: Ids) -> tuple[list[Encoded], Ids]:
+        """The pictures of ``ids`` as JPEG; a gray one stands for each that cannot be used."""
+        return [np.frombuffer(self._one(int(place)), np.uint8) for place in ids], ids
+
+    def close(self) -> None:
+        pass
+
+    def _one(self, place: int) -> bytes:
+        try:
+            found = prepare(self._paths[place].read_bytes())
+            with self._decoder_is_free:
+                sound = decoder("cpu").accepts([found.encoded], [(found.width, found.height)])[0]
+            if not sound:
+                found = convert(found.encoded)
+        except (OSError, UnusableError) as error:
+            self.failures[place] = str(error.strerror if isinstance(error, OSError) else error)
+            found = convert(_GRAY)
+        self.samples[place]["width"], self.samples[place]["height"] = found.width, found.height
+        return found.encoded
+
+
+def views_of(
+    files: PictureFiles, setting: Setting, *, batch: int, center_fraction: float
+) -> Generator[Views, None, None]:
+    """The central view (draws.center) of every usable file, in order; ``files.failures`` names the others."""
+    count = len(files.samples)
+
+    def plans() -> Iterator[Plan]:
+        for at in range(0, count, batch):
+            yield Plan(np.arange(at, min(at + batch, count)), 0, 0, True, [], [])
+
+    def draws(plan: Plan, width: Ids, height: Ids) -> list[Draws]:
+        return [center(width, height, center_fraction)]
+
+    made = run_graph(
+        files.samples, files, plans(), draws, setting, batch=min(batch, count), views=1, augment=False
+    )  # fmt: skip
+    for _, images in made:
+        places = [int(place) for place in images.ids if int(place) not in files.failures]
+        usable = torch.tensor([int(place) not in files.failures for place in images.ids])
+        yield Views(images.views[usable.to(images.views.device)], places)
+
+
+def find_pictures(paths: Iterable[Path]) -> list[Path]:
+    """Files as they are given, and all pictures in and under folders, sorted. Raises UserError where there are none."""
+    found: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            inside = [
+                Path(folder) / name
+                for folder, _, names in os.walk(path)
+                for name in names
+                if Path(name).suffix.lower() in PICTURE_ENDINGS
+            ]
+            if not inside:
+                raise UserError(
+                    f"no pictures in {path} (endings: {', '.join(sorted(PICTURE_ENDINGS))}); give another folder"
+                )
+            found += sorted(inside)
+        elif path.is_file():
+            found.append(path)
+        else:
+            raise UserError(f"{path} does not exist; give pictures, or a folder of them")
+    return found
+
+
+def refuse_failures(files: PictureFiles, paths: Sequence[Path]) -> None:
+    """Raise UserError where some files could not be used; for the end, when the others are done."""
+    if files.failures:
+        named = [f"{paths[place]} ({reason})" for place, reason in sorted(files.failures.items())]
+        more = f" and {len(named) - 5} more" if len(named) > 5 else ""
+        raise UserError(
+            f"{len(named)} of {len(paths)} files could not be used: {'; '.join(named[:5])}{more}; repair "
+            "them or leave them out"
+        )

@@ -1,0 +1,191 @@
+"""What a user does with a trained model: predict, extract, look for what is alike, load it in two lines."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import pytest
+import safetensors.torch
+import torch
+
+from eval.opened import CENTER_FRACTION
+from model import load
+from model.classifier import load_classifier
+from pipeline.features import extract
+from pipeline.files import LocalFiles
+from pipeline.loader import Setting, labelled
+from pipeline.pictures import PictureFiles, find_pictures, views_of
+from pipeline.subset import keys
+from shards.manifest import load_split
+from tests.conftest import ROOT, assert_sentence, run_python
+from tests.runs import pretrain, tiny_config
+
+SETTING = Setting(32, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def run(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("used")
+    done = pretrain(tiny_config(folder), packed, folder / "run", "--stop-after-steps", 8)
+    assert done.returncode == 0, done.stderr
+    done = run_python(ROOT / "eval/linear.py", "--ckpt", folder / "run")
+    assert done.returncode == 0, done.stderr
+    return folder / "run"
+
+
+def embedded(encoder: torch.nn.Module, packed: Path) -> torch.Tensor:
+    val = load_split(packed, "val")
+    return extract(encoder, val, lambda: LocalFiles(val), SETTING, batch=48, center_fraction=CENTER_FRACTION).features
+
+
+def as_pixels(views: torch.Tensor) -> torch.Tensor:
+    mean, std = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    return ((views * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+def test_two_lines_of_python(run: Path, packed: Path) -> None:
+    encoder = load(run)
+    val = load_split(packed, "val")
+    (batch,) = labelled(val, SETTING, batch=48, center_fraction=CENTER_FRACTION)
+    with torch.no_grad():
+        pooled, maps = encoder(batch.views), encoder.features(batch.views)
+        levels = encoder(as_pixels(batch.views))
+    assert pooled.shape == (48, encoder.width) and maps.shape == (48, encoder.width, 1, 1)
+    assert torch.allclose(maps.mean((2, 3)), pooled, atol=1e-6)
+    # The same pictures as bytes differ by the rounding of their levels only.
+    assert (levels - pooled).norm() < 0.02 * pooled.norm()
+    # A classifier's file holds the encoder as well.
+    with torch.no_grad():
+        assert torch.equal(load(run / "linear.pt")(batch.views), pooled)
+
+
+def test_files_give_the_views_of_packed_pictures(pictures: Path, packed: Path) -> None:
+    val = load_split(packed, "val")
+    names = [key.partition("_")[2] for key in keys(val, lambda: LocalFiles(val))]
+    (batch,) = labelled(val, SETTING, batch=48, center_fraction=CENTER_FRACTION)
+    paths = find_pictures([pictures / "val"])
+    assert len(paths) == 48 and paths == sorted(paths)
+    made = views_of(PictureFiles(paths), SETTING, batch=7, center_fraction=CENTER_FRACTION)
+    found = torch.cat([views.views.clone() for views in made])
+    labels = val.samples["label"]
+    stored = {(val.classes[labels[row]], name): row for row, name in enumerate(names)}
+    rows = [stored[path.parent.name, path.stem] for path in paths]
+    assert torch.equal(found, batch.views[rows])
+
+
+@pytest.mark.launch
+def test_predictions_are_those_of_the_probe(run: Path, pictures: Path) -> None:
+    done = run_python(ROOT / "eval/predict.py", "--ckpt", run, pictures / "val", "--json", "--top", 12)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    right = [Path(line["image"]).parent.name == line["predictions"][0]["class"] for line in found]
+    result = json.loads((run / "linear.json").read_text())
+    assert len(found) == 48 and 100 * sum(right) / 48 == pytest.approx(result["top1"], abs=100 / 48 + 0.01)
+    for line in found:
+        scores = [best["score"] for best in line["predictions"]]
+        assert sum(scores) == pytest.approx(1, abs=1e-4) and scores == sorted(scores, reverse=True)
+    table = run_python(ROOT / "eval/predict.py", "--ckpt", run / "linear.pt", found[0]["image"], "--top", 2)
+    first, second = found[0]["predictions"][:2]
+    assert table.stdout.split() == [
+        found[0]["image"], first["class"], f"{first['score']:.3f}", second["class"], f"{second['score']:.3f}"
+    ]  # fmt: skip
+
+
+@pytest.mark.launch
+def test_odd_pictures_are_classified_and_bad_ones_named(run: Path, pictures: Path, tmp_path: Path) -> None:
+    good = PIL.Image.open(next(iter(sorted((pictures / "val").rglob("*.*")))))
+    good.save(tmp_path / "a.png")
+    good.convert("CMYK").save(tmp_path / "b.jpg", quality=95)
+    turned = PIL.Image.Exif()
+    turned[0x0112] = 6
+    good.rotate(90, expand=True).save(tmp_path / "c.jpg", exif=turned, quality=95)
+    (tmp_path / "d.jpg").write_bytes(b"no picture")
+    (tmp_path / "e.jpg").write_bytes((tmp_path / "b.jpg").read_bytes()[:400])
+    (tmp_path / "notes.txt").write_text("not looked at")
+    done = run_python(ROOT / "eval/predict.py", "--ckpt", run, tmp_path, "--json")
+    assert_sentence(done, "2 of 5", "d.jpg", "e.jpg")
+    found = {Path(line["image"]).name: line["predictions"] for line in json.loads(done.stdout)}
+    assert list(found) == ["a.png", "b.jpg", "c.jpg"]
+    # The turned one stands upright again.
+    paths = [tmp_path / "a.png", tmp_path / "c.jpg"]
+    (views,) = views_of(PictureFiles(paths), SETTING, batch=2, center_fraction=CENTER_FRACTION)
+    straight, upright = views.views
+    assert (straight - upright).abs().mean() < 0.1 < (straight - upright.rot90(1, (1, 2))).abs().mean()
+
+
+@pytest.mark.launch
+def test_embeddings_of_shards_with_their_ids(run: Path, packed: Path, tmp_path: Path) -> None:
+    out = tmp_path / "val.safetensors"
+    done = run_python(ROOT / "eval/extract.py", "--ckpt", run, "--out", out, "--map", "--batch", 7)
+    assert done.returncode == 0, done.stderr
+    written = safetensors.torch.load_file(out)
+    about = json.loads((tmp_path / "val.json").read_text())
+    encoder, val = load(run), load_split(packed, "val")
+    assert torch.allclose(written["embeddings"], embedded(encoder, packed), atol=1e-4)
+    assert written["feature_maps"].shape == (48, encoder.width, 1, 1)
+    assert written["labels"].tolist() == about["labels"] == val.samples["label"].tolist()
+    assert about["ids"] == keys(val, lambda: LocalFiles(val)) and about["classes"] == list(val.classes)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["val.json", "val.safetensors"]
+
+
+@pytest.mark.launch
+def test_embeddings_of_files(run: Path, pictures: Path, tmp_path: Path) -> None:
+    folder = sorted((pictures / "val").iterdir())[0]
+    (tmp_path / "bad.jpg").write_bytes(b"no picture")
+    out = tmp_path / "out.npy"
+    words = ["--ckpt", run, folder, tmp_path / "bad.jpg", folder, "--out", out, "--map", "--image-size", 64]
+    assert_sentence(run_python(ROOT / "eval/extract.py", *words), "1 of 9", "bad.jpg")
+    rows, maps = np.load(out), np.load(tmp_path / "out-map.npy")
+    ids = json.loads((tmp_path / "out.json").read_text())["ids"]
+    assert rows.shape == (8, 64) and maps.shape == (8, 64, 2, 2) and len(ids) == 8
+    assert np.allclose(maps.mean((2, 3)), rows, atol=1e-5)
+    assert np.allclose(rows[:4], rows[4:], atol=1e-5) and ids[:4] == ids[4:] and not np.allclose(rows[0], rows[1])
+    assert not list(tmp_path.glob("*partial*"))
+
+
+@pytest.mark.launch
+def test_the_nearest_picture_is_the_query_itself(run: Path, pictures: Path, tmp_path: Path) -> None:
+    query = sorted((pictures / "val").rglob("*.*"))[5]
+    out = tmp_path / "grid.png"
+    done = run_python(ROOT / "eval/nearest.py", query, "--ckpt", run, "--split", "val", "--count", 3, "--out", out)
+    assert done.returncode == 0, done.stderr
+    first = done.stdout.split(": ")[1].split(",")[0].split()
+    assert first == [query.parent.name, "1.000"]
+    grid = PIL.Image.open(out).convert("RGB")
+    side = grid.width // 4
+    itself, nearest, other = (
+        np.asarray(grid.crop((column * side, 0, (column + 1) * side, side)), np.float64) for column in range(3)
+    )
+    assert np.abs(itself - nearest).mean() < 1 < np.abs(itself - other).mean()
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "expected"),
+    [
+        ("predict", ["--ckpt", "RUN/checkpoints", "x.jpg"], ["linear.pt"]),
+        ("predict", ["--ckpt", "RUN", "nowhere.jpg"], ["nowhere.jpg"]),
+        ("predict", ["--ckpt", "RUN", "EMPTY"], ["no pictures"]),
+        ("extract", ["--ckpt", "RUN", "--out", "x.txt"], ["x.txt", ".npy"]),
+        ("extract", ["--ckpt", "RUN/linear.pt", "--data", "EMPTY", "--out", "x.npy"], ["no packed split"]),
+        ("nearest", ["--ckpt", "RUN", "EMPTY", "--out", "x.png"], ["no pictures"]),
+    ],
+)
+def test_mistakes_are_one_sentence(
+    script: str, words: list[str], expected: list[str], run: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "empty").mkdir()
+    filled: list[Any] = [word.replace("RUN", str(run)).replace("EMPTY", str(tmp_path / "empty")) for word in words]
+    assert_sentence(run_python(ROOT / f"eval/{script}.py", *filled), *expected)
+
+
+def test_a_damaged_classifier_is_named(run: Path, tmp_path: Path) -> None:
+    from model.checkpoint import CheckpointError
+
+    state = torch.load(run / "linear.pt", weights_only=True)
+    for damage in ({"weight": torch.zeros(3, 3)}, {"classes": ["a"]}, {"architecture": {"name": "vgg"}}):
+        torch.save({**state, **damage}, tmp_path / "linear.pt")
+        with pytest.raises(CheckpointError, match="damaged classifier"):
+            load_classifier(tmp_path / "linear.pt")
+    assert load_classifier(run / "linear.pt").about["protocol"] == "fast"
