@@ -219,8 +219,8 @@ def open_encoder(arguments: argparse.Namespace) -> Pretrained:
     )
 
 
-def add_encoder_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which encoder."""
+def add_encoder_arguments(parser: argparse.ArgumentParser, *, batch: bool = True) -> None:
+    """Which encoder; batch: whether it is asked about many images."""
     parser.add_argument(
         "--ckpt", type=Path, required=True, metavar="RUN_OR_FILE",
         help="run folder, checkpoint folder, its state.pt, a classifier of ours, or weights of torchvision, timm, "
@@ -235,7 +235,8 @@ def add_encoder_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--image-size", type=positive_int, metavar="PX", help="side of the central view (default: as pre-trained)"
     )
-    parser.add_argument("--batch", type=positive_int, default=256, help="images embedded at a time (default: 256)")
+    if batch:
+        parser.add_argument("--batch", type=positive_int, default=256, help="images embedded at a time (default: 256)")
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:

@@ -19,9 +19,10 @@ from model.checkpoint import Checkpoint, CheckpointError
 from model.classifier import Classifier, is_classifier
 from model.encoder import Architecture, Encoder, build_encoder, build_model
 from model.foreign import find_encoder
-from model.reading import read_tensors
+from model.reading import exported_about, read_tensors
 
 _PREFIX = "encoder."
+EXPORTED = "model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,8 @@ def open_pretrained(
 
     untrained: with the weights its run began with, the baseline of any claim; only our runs know them.
     """
+    if (path / EXPORTED).is_file():
+        path = path / EXPORTED  # a folder of eval/export.py --format hub
     if path.is_dir() or (path.is_file() and path.name == checkpoint.STATE):
         opened = _of_run(checkpoint.load(path), untrained)
     elif not path.is_file():
@@ -120,6 +123,10 @@ def _of_file(path: Path, data: bytes, prefix: str | None) -> Pretrained:
     found = find_encoder(read_tensors(path, data), str(path), prefix)
     encoder = build_encoder(found.architecture)
     encoder.load_state_dict(found.weights)
-    encoder.unit_range = found.layout == "google"
-    encoder.stem_relu = found.stem_relu
-    return Pretrained(encoder.eval(), found.architecture, path, sha256, found.layout, left_out=found.left_out)
+    about = exported_about(path) if path.suffix == ".safetensors" else {}
+    encoder.unit_range = about.get("unit_range", found.layout == "google")
+    encoder.stem_relu = about.get("stem_relu", found.stem_relu)
+    return Pretrained(
+        encoder.eval(), found.architecture, path, sha256, "simclr-dali" if about else found.layout, about.get("step"),
+        about.get("image_size"), left_out=found.left_out,
+    )  # fmt: skip

@@ -1,6 +1,7 @@
 """Tensors out of files of other programs, without running code from them."""
 
 import io
+import json
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -46,6 +47,18 @@ def read_tensors(path: Path, data: bytes) -> dict[str, Tensor]:
     if not tensors:
         raise CheckpointError(f"{path} holds no tensors; give a checkpoint, or a state_dict")
     return tensors
+
+
+def exported_about(path: Path) -> dict[str, Any]:
+    """What eval/export.py wrote beside the weights of a safetensors file; empty for one of another program."""
+    with safetensors.safe_open(path, "pt") as file:
+        metadata = file.metadata() or {}
+    if "checkpoint_sha256" not in metadata:
+        return {}
+    try:
+        return {key: json.loads(value) for key, value in metadata.items()}
+    except ValueError as error:
+        raise CheckpointError(f"{path} has damaged metadata ({error}); export it again") from error
 
 
 def _load(data: bytes) -> Any:

@@ -1,0 +1,124 @@
+"""A model card, filled from what a run and its evaluations left behind."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from eval.opened import CENTER_FRACTION, home
+from model.pretrained import Pretrained
+
+_RESULTS = ("linear*.json", "knn.json", "finetune-*.json")
+
+
+def model_card(source: Pretrained, size: int, *, in_timm: bool) -> str:
+    """README.md of a hub folder; says so where something was not measured or is not known."""
+    of = source.architecture
+    head = source.classifier
+    tags = ["self-supervised", "simclr", "image-classification" if head else "image-feature-extraction"]
+    lines = [
+        "---",
+        f"library_name: {'timm' if in_timm else 'pytorch'}",
+        f"pipeline_tag: {tags[-1]}",
+        "tags:",
+        *(f"- {tag}" for tag in tags),
+        "---",
+        "",
+        f"# {of.name}{'' if of.width == 1 else f', width {of.width:g}'}, SimCLR",
+        "",
+        f"{'A classifier of ' + str(len(head.classes)) + ' classes on' if head else 'Features of'} a {of.name} encoder "
+        f"({source.encoder.width:,} wide{'' if of.stem == '7x7' else ', 3x3 stem'}"
+        f"{', selective kernels' if of.selective_kernels else ''}), pre-trained without labels by SimCLR "
+        "(Chen et al. 2020).",
+        "",
+        "## Use",
+        "",
+        "```python",
+        *_use(source, in_timm),
+        "```",
+        "",
+        f"Images are RGB, {size} x {size} pixels, the central {CENTER_FRACTION:g} of the short side, "
+        + (
+            "values in 0 to 1."
+            if source.encoder.unit_range
+            else "normalised by ImageNet's mean and standard deviation."
+        ),
+        "",
+        "## Training",
+        "",
+        *_training(source),
+        "",
+        "## Results",
+        "",
+        *_results(source),
+        "",
+        "## Limits",
+        "",
+        "The features know what the pictures of the training set show and carry its biases. Nothing was measured but "
+        "what stands above. The licence is for the publisher to state; the terms of the training data apply.",
+        "",
+        f"sha256 of the checkpoint: `{source.sha256}`.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _use(source: Pretrained, in_timm: bool) -> list[str]:
+    ours = [
+        "from model import load  # simclr-dali",
+        'encoder = load("model.safetensors")',
+        "features = encoder(images)",
+    ]
+    if not in_timm:
+        return ours
+    what = "scores" if source.classifier else "features"
+    return ["import timm", 'model = timm.create_model("local-dir:THIS_FOLDER", pretrained=True).eval()',
+            f"{what} = model(images)", "", *ours]  # fmt: skip
+
+
+def _training(source: Pretrained) -> list[str]:
+    if source.run_state is None:
+        where = f"read from {source.path.name} ({source.layout})"
+        step = f", after {source.step:,} steps" if source.step is not None else ""
+        return [f"The weights were {where}{step}; how they were trained is not recorded in that file."]
+    config: dict[str, Any] = source.run_state["config"]
+    simclr, optimizer = config["simclr"], config["optimizer"]
+    params, views = optimizer["params"], simclr["views"]
+    rows = {
+        "data": f"{Path(simclr['data']).name} (manifest {source.run_state['manifest'][:16]})",
+        "steps": f"{source.step:,}, global batch {config['train_batch_size']:,}, run of {simclr['epochs']} epochs",
+        "optimizer": ", ".join([optimizer["type"], *(f"{key} {value}" for key, value in params.items())]),
+        "warm-up": f"{simclr['warmup_epochs']:g} epochs, then a cosine to 0",
+        "temperature": f"{simclr['temperature']:g}",
+        "views": f"{simclr['image_size']} px, crop area {views['area']}, jitter {views['jitter']:g} of strength "
+        f"{views['strength']:g}, gray {views['gray']:g}, blur {views['blur']:g}",
+        "projector": "-".join(map(str, source.architecture.projector)),
+        "seed": str(simclr["seed"]),
+        "versions": ", ".join(f"{name} {version}" for name, version in source.run_state["versions"].items()),
+    }
+    return ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]
+
+
+def _results(source: Pretrained) -> list[str]:
+    rows = []
+    folder = home(source.path)
+    for path in sorted(path for pattern in _RESULTS for path in folder.glob(pattern)):
+        result = json.loads(path.read_text())
+        if result.get("untrained") or result.get("encoder_sha256") is None:
+            continue
+        if source.classifier is None and result.get("checkpoint_sha256") != source.sha256:
+            continue  # of another checkpoint
+        changed = f" (differs: {result['differs']})" if result.get("differs") else ""
+        for name, found in _figures(result):
+            low, high = found["top1_interval_95"]
+            rows.append(
+                f"| {name}{changed} | {found['top1']:.2f} % ({low:.2f} .. {high:.2f}) | {found['top5']:.2f} % | "
+                f"{result['val_images']:,} |"
+            )
+    if not rows:
+        return ["None was measured."]
+    return ["| protocol | top-1 (95 % interval) | top-5 | images |", "|---|---|---|---|", *rows]
+
+
+def _figures(result: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    if result["protocol"] != "knn":
+        return [(result["protocol"], result)]
+    return [(f"kNN, k {key[1:]}", found) for key, found in result.items() if key[0] == "k" and isinstance(found, dict)]

@@ -1,0 +1,117 @@
+"""Write an encoder, or a classifier, for other programs.
+
+    python eval/export.py --ckpt runs/ds_lars --format timm --out encoder.safetensors
+    python eval/export.py --ckpt runs/ds_lars --format torchvision --out encoder.pth
+    python eval/export.py --ckpt runs/ds_lars/linear.pt --format onnx --out classifier.onnx
+    python eval/export.py --ckpt runs/ds_lars --format hub --out my-encoder
+
+    torchvision  state_dict of torchvision's ResNet: load_state_dict(..., strict=False) misses fc alone
+    timm         safetensors: timm.create_model("resnet50", num_classes=0, checkpoint_path=OUT)
+    safetensors  the same keys, for every architecture; model.load reads it
+    onnx         images [n, 3, size, size] -> features [n, width]
+    pt2          the same, as torch.export.load(OUT).module()
+    hub          a folder with model.safetensors, config.json (timm's) and a model card filled from the run:
+                 timm.create_model("local-dir:OUT", pretrained=True)
+
+A classifier (linear.pt, finetune.pt) is written with its head: as fc, or as a second output "scores". What was written
+is read back by the program it is for, and must compute the same within 1e-4 of the largest number; only then it gets
+its name. Images are RGB, normalised by ImageNet's mean and standard deviation.
+"""
+
+import argparse
+import logging
+import shutil
+import sys
+import warnings
+from pathlib import Path
+
+# This script's own folder must not shadow installed modules, and its checkout must win over an installed copy.
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import torch  # noqa: E402
+
+from eval.formats import ENDINGS, FEATURES, FORMATS, SCORES  # noqa: E402
+from eval.opened import add_encoder_arguments, open_encoder, own_size  # noqa: E402
+from model.checkpoint import CheckpointError  # noqa: E402
+from model.pretrained import Pretrained  # noqa: E402
+from shards.durable import refusals_named  # noqa: E402
+from shards.errors import UserError, run_main  # noqa: E402
+
+IMAGES = 3  # in the comparison; more than 1, which an export might take for a constant
+TOLERANCE = 1e-4  # of the largest number
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    out: Path = arguments.out
+    ending = ENDINGS.get(arguments.format)
+    if ending and out.suffix != ending:
+        raise UserError(f"--out is {out}; for --format {arguments.format} its ending must be {ending}")
+    if out.exists():
+        raise UserError(f"{out} exists already; give another --out, or remove it")
+    source = open_encoder(arguments)
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore", FutureWarning)  # of torch about its own code
+    worst = export(source, arguments.format, out, arguments.image_size or own_size(source))
+    print(f"{source.architecture.name} as {arguments.format}: {out} (read back, differs by {worst:.1e} at most)")
+
+
+def export(source: Pretrained, name: str, out: Path, size: int) -> float:
+    """Write ``out`` and return by how much of the largest number the result differs when it is read back.
+
+    Raises UserError where it cannot be written, or differs by more than TOLERANCE.
+    """
+    temporary = out.with_name(f"partial-{out.name}")
+    source.encoder.requires_grad_(False)
+    if source.classifier is not None:
+        source.classifier.head.requires_grad_(False)
+    images = torch.randn(IMAGES, 3, size, size, generator=torch.Generator().manual_seed(0))
+    with refusals_named(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            _remove(temporary)
+            found = FORMATS[name](source, temporary, size, images)
+            worst = _difference(source, found, images)
+            if worst > TOLERANCE:
+                raise UserError(
+                    f"{out}, read back, differs by {worst:.1e} of the largest number, more than {TOLERANCE:g}; it was "
+                    "not kept"
+                )
+            temporary.replace(out)
+        finally:
+            _remove(temporary)
+    return worst
+
+
+@torch.inference_mode()
+def _difference(source: Pretrained, found: dict[str, torch.Tensor], images: torch.Tensor) -> float:
+    features = source.encoder(images)
+    expected = {FEATURES: features}
+    if source.classifier is not None:
+        expected[SCORES] = source.classifier.head(features)
+    differences = []
+    for name, value in found.items():
+        rows = expected[name][-len(value) :]  # graphs are asked with fewer images than they were traced with
+        differences.append(((value - rows).abs().max() / rows.abs().max()).item())
+    return max(differences)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Export", epilog=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_encoder_arguments(parser, batch=False)
+    parser.add_argument("--format", choices=list(FORMATS), required=True)
+    parser.add_argument("--out", type=Path, required=True, metavar="PATH", help="file, or folder for hub")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    run_main(main, CheckpointError)
