@@ -3,6 +3,7 @@
     python eval/predict.py --ckpt runs/ds_lars/linear.pt bird.jpg            # of eval/linear.py
     python eval/predict.py --ckpt runs/ds_lars/finetune-0.1.pt holiday/      # of eval/finetune.py; a whole folder
     python eval/predict.py --ckpt runs/ds_lars/linear.pt --json *.jpg > predictions.json
+    python eval/predict.py --ckpt runs/ds_lars/linear.pt --names LOC_synset_mapping.txt bird.jpg
 
 Prints the most likely classes of each picture with their scores, which add up to 1 over all classes. Pictures are seen
 as evaluations see them: upright, the central view, at the size the classifier was fitted to. A picture that cannot be
@@ -25,7 +26,7 @@ from model.checkpoint import CheckpointError  # noqa: E402
 from model.classifier import Classifier, load_classifier  # noqa: E402
 from pipeline.loader import Setting  # noqa: E402
 from pipeline.pictures import PictureFiles, find_pictures, refuse_failures, views_of  # noqa: E402
-from shards.errors import positive_int, run_main  # noqa: E402
+from shards.errors import UserError, positive_int, run_main  # noqa: E402
 
 
 def main() -> None:
@@ -34,7 +35,10 @@ def main() -> None:
     classifier = load_classifier(path)
     paths = find_pictures(arguments.images)
     files = PictureFiles(paths)
+    names = read_names(arguments.names) if arguments.names else {}
     found = predict(classifier, files, [str(path) for path in paths], arguments.top, arguments.batch)
+    for best in (best for line in found for best in line["predictions"]):
+        best["class"] = names.get(best["class"], best["class"])
     if arguments.json:
         print(json.dumps(found, indent=2))
     else:
@@ -65,6 +69,17 @@ def predict(
     return found
 
 
+def read_names(path: Path) -> dict[str, str]:
+    """Names of classes, from lines such as ``n01440764 tench, Tinca tinca``; the first of several is taken."""
+    try:
+        lines = [line.split(None, 1) for line in path.read_text().splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"--names {path} cannot be read ({error}); give a text file, a class and its name a line"
+        ) from error
+    return {words[0]: words[1].split(",")[0].strip() for words in lines if len(words) == 2}
+
+
 def table(found: list[dict[str, Any]]) -> str:
     """One line per picture: its name, then classes with scores."""
     if not found:
@@ -86,6 +101,9 @@ def parse_arguments() -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="pictures, or folders of them")
     parser.add_argument("--top", type=positive_int, default=5, metavar="N", help="classes per picture (default: 5)")
+    parser.add_argument(
+        "--names", type=Path, metavar="FILE", help="what to call the classes, a class and a name a line"
+    )
     parser.add_argument("--json", action="store_true", help="JSON instead of a table")
     parser.add_argument("--batch", type=positive_int, default=64, help="pictures at a time (default: 64)")
     return parser.parse_args()

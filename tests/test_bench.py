@@ -8,7 +8,7 @@ import torch
 
 from scripts.bench.step import BEGIN, PHASES, Clock
 from tests.conftest import ROOT, assert_sentence, run_python
-from tests.runs import launch_script, tiny_config
+from tests.runs import launch_script, pretrain, tiny_config
 
 
 def test_the_loss_benchmark_compares_contenders_of_equal_value(tmp_path: Path) -> None:
@@ -67,3 +67,16 @@ def test_the_step_benchmark_refuses_more_steps_than_a_run_has(packed: Path, tmp_
     words = ["--config", tiny_config(tmp_path), "--data", packed, "--steps", 30]
     done = run_python(ROOT / "scripts/bench/step.py", *words, env={"DS_ACCELERATOR": "cpu"})
     assert_sentence(done, "99 steps", "the run has 30")
+
+
+@pytest.mark.launch
+def test_the_probe_benchmark_agrees_with_scikit_learn_and_lightly(packed: Path, tmp_path: Path) -> None:
+    run, out = tmp_path / "run", tmp_path / "probe.json"
+    assert pretrain(tiny_config(tmp_path), packed, run, "--stop-after-steps", 8).returncode == 0
+    done = run_python(ROOT / "scripts/bench/probe.py", "--ckpt", run, "--rounds", 1, "--json", out)
+    assert done.returncode == 0 and "lost to input" in done.stdout, done.stderr
+    found = {name: row["top1"] for name, row in json.loads(out.read_text())["contenders"].items()}
+    # One image of 48 may be tipped by rounding.
+    assert found["fast"]["linear"] == pytest.approx(found["scikit-learn"]["linear"], abs=100 / 48 + 0.01)
+    for k in ("k 20", "k 200"):
+        assert found["knn"][k] == pytest.approx(found["lightly knn"][k], abs=100 / 48 + 0.01)

@@ -2,12 +2,17 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from eval.probe import fit_linear, score
+from eval.sweep import Point, sweep
 from model.encoder import Architecture, build_model
 from model.lars import LARS, parameter_groups
+from model.neighbours import accuracies
 from model.ntxent import nt_xent
 from pipeline.draws import Recipe
 from pipeline.loader import Batch, Setting, two_views
@@ -15,6 +20,7 @@ from pipeline.order import Order
 from shards.manifest import ShardSet
 from tests.conftest import ROOT, run_python
 from tests.runs import metrics, tiny_config
+from tests.test_linear import problem
 from tests.test_ntxent import embeddings
 from tests.test_step import PlainEngine
 from train.parking import Parked
@@ -137,3 +143,44 @@ def test_the_trainer_runs_and_goes_on_on_the_gpu(micro_batch: int, packed: Path,
     assert "1 x cuda" in done.stdout
     losses = [line["loss"] for line in metrics(tmp_path / "run")]
     assert len(losses) == 30 and sum(losses[-10:]) < sum(losses[:10])
+
+
+def test_probes_on_the_gpu_find_what_the_cpu_finds() -> None:
+    features, labels = problem(600)
+    queries, truth = problem(90)
+    found = {}
+    for device in ("cpu", "cuda"):
+        x, y, asked, true = (part.to(device) for part in (features, labels, queries, truth))
+        layer = fit_linear(x, y, 4, 1e-2).layer
+        swept = sweep(x, y, np.arange(600), 4, [Point(1e-6, 0.0), Point(0.1, 1e-3)], epochs=5)
+        assert layer.weight.device.type == swept.layer.weight.device.type == device and swept.chosen.lr == 0.1
+        found[device] = (
+            score(layer, asked, true),
+            accuracies(x, y, asked, true, 4, [1, 20], 0.1),
+            layer(asked).detach().cpu(),
+            swept.layer(asked).detach().cpu(),
+        )
+    assert abs(found["cpu"][0].top1 - found["cuda"][0].top1) < 2.5
+    for k, (top1, _) in found["cpu"][1].items():
+        assert abs(top1 - found["cuda"][1][k][0]) < 2.5
+    for ours, expected in zip(found["cuda"][2:], found["cpu"][2:], strict=True):
+        assert torch.allclose(ours, expected, rtol=0.05, atol=0.05)
+
+
+def test_evaluations_on_the_gpu(packed: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    words = ["--config", tiny_config(tmp_path), "--data", packed, "--run", run, "--set", "simclr.knn_every_epochs=1"]
+    assert run_python(ROOT / "train/pretrain.py", *words).returncode == 0 and (run / "knn.jsonl").is_file()
+    commands: list[tuple[str, list[Any]]] = [
+        ("linear", []),
+        ("linear", ["--protocol", "sweep"]),
+        ("linear", ["--protocol", "google-sgd-90e", "--train-batch", 16, "--epochs", 2]),
+        ("knn", ["--k", 5]),
+        ("finetune", ["--fraction", 0.2, "--train-batch", 16, "--epochs", 2]),
+    ]
+    for script, options in commands:
+        done = run_python(ROOT / f"eval/{script}.py", "--ckpt", run, *options)
+        assert done.returncode == 0, done.stderr
+    for model in ("linear.pt", "finetune-0.2.pt"):
+        pictures = sorted(packed.with_name("set").rglob("val/*/*"))[:3]
+        assert run_python(ROOT / "eval/predict.py", "--ckpt", run / model, *pictures).returncode == 0

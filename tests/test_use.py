@@ -86,10 +86,13 @@ def test_predictions_are_those_of_the_probe(run: Path, pictures: Path) -> None:
     for line in found:
         scores = [best["score"] for best in line["predictions"]]
         assert sum(scores) == pytest.approx(1, abs=1e-4) and scores == sorted(scores, reverse=True)
-    table = run_python(ROOT / "eval/predict.py", "--ckpt", run / "linear.pt", found[0]["image"], "--top", 2)
     first, second = found[0]["predictions"][:2]
+    names = run / "names.txt"
+    names.write_text(f"{first['class']} my bird, Avis mea\n\nnobody\n")
+    words = ["--ckpt", run / "linear.pt", found[0]["image"], "--top", 2, "--names", names]
+    table = run_python(ROOT / "eval/predict.py", *words)
     assert table.stdout.split() == [
-        found[0]["image"], first["class"], f"{first['score']:.3f}", second["class"], f"{second['score']:.3f}"
+        found[0]["image"], "my", "bird", f"{first['score']:.3f}", second["class"], f"{second['score']:.3f}"
     ]  # fmt: skip
 
 
