@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from eval.opened import CENTER_FRACTION, home
+from eval.opened import home
 from model.pretrained import Pretrained
+from pipeline.draws import center_fraction
 
 _RESULTS = ("linear*.json", "knn.json", "finetune-*.json")
 
@@ -13,7 +14,7 @@ _RESULTS = ("linear*.json", "knn.json", "finetune-*.json")
 def model_card(source: Pretrained, size: int, *, in_timm: bool) -> str:
     """README.md of a hub folder; says so where something was not measured or is not known."""
     of = source.architecture
-    head = source.classifier
+    head, unit_range = source.classifier, source.encoder.unit_range
     tags = ["self-supervised", "simclr", "image-classification" if head else "image-feature-extraction"]
     lines = [
         "---",
@@ -36,12 +37,9 @@ def model_card(source: Pretrained, size: int, *, in_timm: bool) -> str:
         *_use(source, in_timm),
         "```",
         "",
-        f"Images are RGB, {size} x {size} pixels, the central {CENTER_FRACTION:g} of the short side, "
-        + (
-            "values in 0 to 1."
-            if source.encoder.unit_range
-            else "normalised by ImageNet's mean and standard deviation."
-        ),
+        f"Images are RGB, {size} x {size} pixels, the central {center_fraction(size):g} of the short side, normalised "
+        "by ImageNet's mean and standard deviation"
+        + (" (the weights take values in 0 to 1, to which the model converts them)." if unit_range else "."),
         "",
         "## Training",
         "",
@@ -99,13 +97,7 @@ def _training(source: Pretrained) -> list[str]:
 
 def _results(source: Pretrained) -> list[str]:
     rows = []
-    folder = home(source.path)
-    for path in sorted(path for pattern in _RESULTS for path in folder.glob(pattern)):
-        result = json.loads(path.read_text())
-        if result.get("untrained") or result.get("encoder_sha256") is None:
-            continue
-        if source.classifier is None and result.get("checkpoint_sha256") != source.sha256:
-            continue  # of another checkpoint
+    for result in _own_results(source):
         changed = f" (differs: {result['differs']})" if result.get("differs") else ""
         for name, found in _figures(result):
             low, high = found["top1_interval_95"]
@@ -116,6 +108,15 @@ def _results(source: Pretrained) -> list[str]:
     if not rows:
         return ["None was measured."]
     return ["| protocol | top-1 (95 % interval) | top-5 | images |", "|---|---|---|---|", *rows]
+
+
+def _own_results(source: Pretrained) -> list[dict[str, Any]]:
+    """Of a classifier the one it was fitted in; of an encoder those in its folder that were measured on it."""
+    if source.classifier is not None:
+        return [source.classifier.about] if "top1" in source.classifier.about else []
+    paths = sorted(path for pattern in _RESULTS for path in home(source.path).glob(pattern))
+    results = [json.loads(path.read_text()) for path in paths]
+    return [found for found in results if found["checkpoint_sha256"] == source.sha256 and not found["untrained"]]
 
 
 def _figures(result: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:

@@ -72,7 +72,7 @@ def export(source: Pretrained, name: str, out: Path, size: int) -> float:
             _remove(temporary)
             found = FORMATS[name](source, temporary, size, images)
             worst = _difference(source, found, images)
-            if worst > TOLERANCE:
+            if not worst <= TOLERANCE:  # as NaN is not
                 raise UserError(
                     f"{out}, read back, differs by {worst:.1e} of the largest number, more than {TOLERANCE:g}; it was "
                     "not kept"

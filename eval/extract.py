@@ -6,29 +6,30 @@
 
 An embedding is the mean of the last feature map over the picture: float32, [images, width], 2,048 wide for ResNet-50.
 --map writes the maps as well, [images, width, size / 32, size / 32]: not pooled. OUT.npy holds the embeddings, and
-OUT-map.npy the maps; OUT.safetensors holds "embeddings", "feature_maps" and, of shards, "labels". OUT.json beside them
-holds the ids in the order of the rows (WebDataset keys, or the files), labels and classes, and where all of it comes
-from.
+OUT-map.npy the maps; OUT.safetensors holds "embeddings", "feature_maps" and, of shards, "labels". OUT.ids.json beside
+them holds the ids in the order of the rows (WebDataset keys, or the files), labels and classes, and where all of it
+comes from. Rows go to disk as they are made, so any number of pictures fits.
 """
 
 import argparse
 import json
+import math
+import os
+import shutil
 import sys
-from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 # This script's own folder must not shadow installed modules, and its checkout must win over an installed copy.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import numpy as np  # noqa: E402
-import safetensors.torch  # noqa: E402
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from eval.opened import (  # noqa: E402
-    CENTER_FRACTION,
     add_data_arguments,
     add_encoder_arguments,
     asking_device,
@@ -37,6 +38,7 @@ from eval.opened import (  # noqa: E402
     own_size,
 )
 from model.checkpoint import CheckpointError  # noqa: E402
+from pipeline.draws import center_fraction  # noqa: E402
 from pipeline.loader import Setting, labelled  # noqa: E402
 from pipeline.pictures import PictureFiles, find_pictures, refuse_failures, views_of  # noqa: E402
 from pipeline.subset import keys  # noqa: E402
@@ -48,8 +50,12 @@ from shards.source import SPLITS  # noqa: E402
 def main() -> None:
     arguments = parse_arguments()
     out: Path = arguments.out
+    written = [out, out.with_suffix(".ids.json"), *([_map_of(out)] if arguments.map and out.suffix == ".npy" else [])]
     if out.suffix not in (".npy", ".safetensors"):
         raise UserError(f"--out is {out}; its ending must be .npy or .safetensors")
+    for path in written:
+        if path.exists():
+            raise UserError(f"{path} exists already; give another --out, or remove it")
     source = open_encoder(arguments)
     device, cores = asking_device()
     encoder = source.encoder.to(device, memory_format=torch.channels_last)
@@ -58,99 +64,125 @@ def main() -> None:
     about: dict[str, Any] = {
         "encoder": f"{source.architecture.name} x{source.architecture.width:g}",
         "layout": source.layout,
+        **encoder.habits(),
         "checkpoint": str(source.path),
         "checkpoint_sha256": source.sha256,
         "untrained": arguments.untrained,
         "image_size": size,
-        "center_fraction": CENTER_FRACTION,
+        "center_fraction": center_fraction(size),
         "pooled": "mean over the feature map",
     }
     files, paths = None, []
     if arguments.images:
         paths = find_pictures(arguments.images)
         files = PictureFiles(paths)
-        count = len(paths)
-        views = (
-            (found.views, found.places)
-            for found in views_of(files, setting, batch=arguments.batch, center_fraction=CENTER_FRACTION)
-        )
+        names = [str(path) for path in paths]
+        views = ((found.views, found.places) for found in views_of(files, setting, batch=arguments.batch))
     else:
         split = open_one_split(arguments, source)
-        count = len(split.shards)
-        about |= {"manifest": split.shards.fingerprint, "split": split.shards.split}
-        views = (
-            (found.views, found.ids.tolist())
-            for found in labelled(
-                split.shards, setting, batch=arguments.batch, center_fraction=CENTER_FRACTION, files=split.files
-            )
-        )
-    rows = Rows(out, count, with_map=arguments.map)
-    with torch.inference_mode(), tqdm(total=count, desc="features", unit=" images", disable=None) as bar:
-        for images, places in views:
-            maps = encoder.features(images)
-            rows.add(encoder.avgpool(maps).flatten(1), maps, places)
-            bar.update(len(places))
-    if files is not None:
-        about["ids"] = [str(paths[place]) for place in rows.places]
-    else:
-        about["ids"] = keys(split.shards, split.files)
-        about["labels"] = split.shards.samples["label"].tolist()
-        about["classes"] = list(split.shards.classes)
-    rows.finish(about.get("labels"))
-    write_durably(out.with_suffix(".json"), (json.dumps(about, indent=1) + "\n").encode())
-    print(f"{len(rows.places):,} embeddings of width {encoder.width}: {out}, ids in {out.with_suffix('.json')}")
+        shards = split.shards
+        names = keys(shards, split.files)
+        about |= {"manifest": shards.fingerprint, "split": shards.split, "classes": list(shards.classes)}
+        made = labelled(shards, setting, batch=arguments.batch, files=split.files)
+        views = ((found.views, found.ids.tolist()) for found in made)
+    places: list[int] = []
+    with refusals_named(out), ExitStack() as stack:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        embeddings = stack.enter_context(RowFile(out.with_name(f"{out.stem}.partial-embeddings")))
+        maps = stack.enter_context(RowFile(out.with_name(f"{out.stem}.partial-map"))) if arguments.map else None
+        with torch.inference_mode(), tqdm(total=len(names), desc="features", unit=" images", disable=None) as bar:
+            for images, of in views:
+                features = encoder.features(images)
+                embeddings.add(encoder.avgpool(features).flatten(1))
+                if maps is not None:
+                    maps.add(features)
+                places += of
+                bar.update(len(of))
+        if not places:
+            assert files is not None
+            refuse_failures(files, paths)
+        about["ids"] = [names[place] for place in places]
+        labels = None if arguments.images else torch.from_numpy(shards.samples["label"].astype(np.int64))
+        if labels is not None:
+            about["labels"] = labels.tolist()
+        write_durably(out.with_suffix(".ids.json"), (json.dumps(about, indent=1) + "\n").encode())
+        if out.suffix == ".npy":
+            if maps is not None:
+                maps.become_npy(_map_of(out))
+            embeddings.become_npy(out)
+        else:
+            write_safetensors(out, {"embeddings": embeddings, **({"feature_maps": maps} if maps else {})}, labels)
+    print(f"{len(places):,} embeddings of width {encoder.width}: {out}, ids in {out.with_suffix('.ids.json')}")
     if files is not None:
         refuse_failures(files, paths)
 
 
-class Rows:
-    """Collects rows in files that are mapped into memory, so that any number of pictures fits."""
+def _map_of(out: Path) -> Path:
+    return out.with_name(f"{out.stem}-map.npy")
 
-    def __init__(self, out: Path, count: int, *, with_map: bool) -> None:
-        self._out, self._count, self._with_map = out, count, with_map
-        self.places: list[int] = []
-        self._arrays: dict[str, np.memmap[Any, Any]] = {}
 
-    def add(self, embeddings: Tensor, maps: Tensor, places: list[int]) -> None:
-        at = len(self.places)
-        self.places += places
-        for name, values in self._wanted(embeddings, maps):
-            if name not in self._arrays:
-                path = self._partial(name)
-                with refusals_named(path):
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    shape = (self._count, *values.shape[1:])
-                    self._arrays[name] = np.lib.format.open_memmap(path, "w+", np.float32, shape)
-            self._arrays[name][at : at + len(places)] = values.float().cpu().numpy()
+class RowFile:
+    """float32 rows of one shape, written one after the other; gone at the end, unless it was given a name."""
 
-    def finish(self, labels: list[int] | None) -> None:
-        """Give the files their names; rows of pictures that could not be used are cut off."""
-        kept = {name: array[: len(self.places)] for name, array in self._arrays.items()}
-        with refusals_named(self._out):
-            if self._out.suffix == ".safetensors":
-                tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in kept.items()}
-                if labels is not None:
-                    tensors["labels"] = torch.tensor(labels)
-                safetensors.torch.save_file(tensors, self._out)
-            else:
-                for name, array in kept.items():
-                    array.flush() if isinstance(array, np.memmap) else None
-                    if len(self.places) < self._count:
-                        np.save(self._partial(name), np.array(array))
-                    self._partial(name).replace(self._named(name))
-            for name in kept:
-                self._partial(name).unlink(missing_ok=True)
+    _HEADER = 128  # bytes before the rows, filled in when their number is known
 
-    def _wanted(self, embeddings: Tensor, maps: Tensor) -> Iterator[tuple[str, Tensor]]:
-        yield "embeddings", embeddings
-        if self._with_map:
-            yield "feature_maps", maps
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = path.open("wb+")
+        self._file.write(b"\0" * self._HEADER)
+        self.shape: tuple[int, ...] = (0,)
 
-    def _named(self, name: str) -> Path:
-        return self._out if name == "embeddings" else self._out.with_name(f"{self._out.stem}-map.npy")
+    def __enter__(self) -> "RowFile":
+        return self
 
-    def _partial(self, name: str) -> Path:
-        return self._out.with_name(f"{self._out.stem}-{name}.partial.npy")
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+        self._path.unlink(missing_ok=True)
+
+    def add(self, rows: Tensor) -> None:
+        self._file.write(rows.float().cpu().contiguous().numpy().tobytes())
+        self.shape = (self.shape[0] + len(rows), *rows.shape[1:])
+
+    def become_npy(self, path: Path) -> None:
+        """NumPy's format, version 1.0: magic, length of the header, header padded with spaces (numpy.lib.format)."""
+        header = repr({"descr": "<f4", "fortran_order": False, "shape": self.shape}).encode()
+        header = header.ljust(self._HEADER - 11) + b"\n"
+        self._file.seek(0)
+        self._file.write(b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header)
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._path.replace(path)
+
+    def copy_rows(self, target: BinaryIO) -> None:
+        self._file.seek(self._HEADER)
+        shutil.copyfileobj(self._file, target, 1 << 24)
+
+
+def write_safetensors(path: Path, rows: dict[str, RowFile], labels: Tensor | None) -> None:
+    """safetensors' format: length of the header, JSON with places, then the tensors; no tensor is held in memory."""
+    header: dict[str, Any] = {}
+    at = 0
+    for name, file in rows.items():
+        size = 4 * math.prod(file.shape)
+        header[name] = {"dtype": "F32", "shape": list(file.shape), "data_offsets": [at, at + size]}
+        at += size
+    if labels is not None:
+        header["labels"] = {"dtype": "I64", "shape": [len(labels)], "data_offsets": [at, at + 8 * len(labels)]}
+    text = json.dumps(header).encode()
+    text = text.ljust(-(-len(text) // 8) * 8)
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        with temporary.open("wb") as target:
+            target.write(len(text).to_bytes(8, "little") + text)
+            for file in rows.values():
+                file.copy_rows(target)
+            if labels is not None:
+                target.write(labels.numpy().tobytes())
+            target.flush()
+            os.fsync(target.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -11,7 +11,7 @@ together, with nesterov momentum 0.9, batch 4096, learning rate 0.05 B/256 witho
 weight decay, random crops and flips, 60 epochs for 1 % and 30 for 10 %; the appendix has no run on all labels, which
 gets 30 here. Labels are taken class by class, as many of each (or one more), by --seed; --list takes a file such as the
 paper's own, one name per line. BatchNorm covers the batches of all processes; where a process needs several passes
-(--batch) it covers a pass.
+(--batch) it covers a pass, and the result says of how many images ("normalised_together").
 
 The number is read on val once, after the last epoch. It goes to finetune-FRACTION.json in the run folder with what it
 must be read with, the model to finetune-FRACTION.pt (eval/predict.py). The same command goes on after a stop.
@@ -29,21 +29,21 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
-from eval.opened import CENTER_FRACTION, Opened, add_arguments, open_evaluation  # noqa: E402
+from eval.opened import Opened, add_arguments, open_evaluation  # noqa: E402
 from eval.probe import reported, score  # noqa: E402
 from eval.protocols import FINETUNE  # noqa: E402
-from eval.training import micro_batch, train  # noqa: E402
+from eval.training import micro_batch, state_of, train  # noqa: E402
 from model.batchnorm import synchronised  # noqa: E402
 from model.checkpoint import CheckpointError  # noqa: E402
-from model.classifier import Classifier, save_classifier  # noqa: E402
+from model.classifier import Classifier  # noqa: E402
 from model.encoder import Encoder  # noqa: E402
 from model.process import LaunchError, by_rank_0, say  # noqa: E402
-from pipeline.features import extract, share  # noqa: E402
+from pipeline.draws import center_fraction  # noqa: E402
 from pipeline.subset import Ids, class_balanced, listed  # noqa: E402
-from shards.durable import refusals_named  # noqa: E402
-from shards.errors import UserError, positive_int, run_main  # noqa: E402
+from shards.errors import UserError, positive_int, run_main, seed  # noqa: E402
 
 EPOCHS_ONE_PERCENT, EPOCHS = 60, 30
+FEW = 0.03  # half way, in proportion, between the paper's 1 % and 10 %: a smaller share gets the epochs of 1 %
 
 
 class Tuned(nn.Module):
@@ -67,7 +67,7 @@ def main() -> None:
     process = job.process
     name, ids = chosen_images(arguments, job)
     fraction = len(ids) / len(job.train.shards)
-    epochs = EPOCHS_ONE_PERCENT if fraction < 0.03 else EPOCHS
+    epochs = EPOCHS_ONE_PERCENT if fraction < FEW else EPOCHS
     schedule, differs = FINETUNE.changed(arguments.train_batch, arguments.epochs, epochs)
     out = job.out(f"finetune-{name}")
     say(process, f"{len(ids):,} of {len(job.train.shards):,} images of train, {schedule.epochs} epochs")
@@ -75,15 +75,10 @@ def main() -> None:
     synchronised(model, process.device)
     model.to(process.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     model.train()
-    state = out.with_name(f"{out.name}.state.pt")
-    train(job, model, model, ids, schedule, state, seed=arguments.seed, save_every=arguments.save_every)
+    train(job, model, model, ids, schedule, state_of(out), seed=arguments.seed, save_every=arguments.save_every)
     model.eval().requires_grad_(False)
     tuned, head = model.encoder, model.head
-    val = extract(
-        tuned, job.val.shards, job.val.files, job.setting(schedule.interpolation), batch=job.batch,
-        center_fraction=CENTER_FRACTION, ids=share(len(job.val.shards), process.rank, process.world),
-        silent=process.rank > 0,
-    )  # fmt: skip
+    val = job.extract(job.val, schedule.interpolation)
     found = score(head, val.features, val.labels)
     result = {
         "protocol": f"finetune-{name}",
@@ -95,25 +90,21 @@ def main() -> None:
         "list": str(arguments.list) if arguments.list else None,
         "differs": differs,
         "batch": schedule.batch,
-        "pass": micro_batch(job.batch, schedule.batch // process.world),
+        # Of how many images BatchNorm takes its statistics; the paper's took those of the whole batch.
+        "normalised_together": micro_batch(job.batch, schedule.batch // process.world) * process.world,
         "lr": schedule.lr,
         "epochs": schedule.epochs,
         "seed": arguments.seed,
         **job.report(),
         "seconds": round(time.monotonic() - started, 1),
     }
-    job.write(out, result)
+    classifier = Classifier(
+        tuned, job.source.architecture, head, job.classes, job.image_size, center_fraction(job.image_size),
+        schedule.interpolation, {**result, "per_class": None},
+    )  # fmt: skip
+    job.write(out, result, classifier)
     if process.rank == 0:
-        path = out.with_name(f"{out.name}.pt")
-        about = {**result, "per_class": None, "data": job.source.data}
-        with refusals_named(path):
-            save_classifier(
-                path,
-                Classifier(
-                    tuned, job.source.architecture, head, job.classes, job.image_size, CENTER_FRACTION,
-                    schedule.interpolation, about,
-                ),
-            )  # fmt: skip
+        state_of(out).unlink(missing_ok=True)  # only now: until here a stopped run goes on from it
     changed = f", with {differs} unlike the paper" if differs else ""
     say(
         process,
@@ -156,7 +147,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--train-batch", type=positive_int, metavar="B", help="other than the protocol's; the learning rate follows"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the choice of labels, order and crops (default: 0)")
+    parser.add_argument("--seed", type=seed, default=0, help="of the choice of labels, order and crops (default: 0)")
     parser.add_argument(
         "--save-every", type=positive_int, default=100, metavar="STEPS", help="between two saved states (default: 100)"
     )

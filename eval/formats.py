@@ -1,6 +1,7 @@
 """The files of eval/export.py: how each is written, and what comes out when it is read back."""
 
 import importlib
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from eval.card import model_card
-from eval.opened import CENTER_FRACTION
 from model import checkpoint, load
 from model.encoder import Encoder
 from model.pretrained import Pretrained
 from model.vision import torchvision
+from pipeline.draws import center_fraction
 from shards.errors import UserError
 
 FEATURES, SCORES = "features", "scores"
@@ -39,7 +40,9 @@ class WithHead(nn.Module):
 def torchvision_file(source: Pretrained, path: Path, size: int, images: Tensor) -> Written:
     """A state_dict; without a head it lacks fc."""
     refuse_unlike(source, "torchvision")
-    torch.save(weights(source), path)
+    buffer = io.BytesIO()  # torch.save to a full disk raises no OSError
+    torch.save(weights(source), buffer)
+    path.write_bytes(buffer.getbuffer())
     head = source.classifier
     model = getattr(torchvision.models, source.architecture.name)(num_classes=len(head.classes) if head else 1)
     missed = model.load_state_dict(torch.load(path, weights_only=True), strict=head is not None)
@@ -53,7 +56,7 @@ def torchvision_file(source: Pretrained, path: Path, size: int, images: Tensor) 
 def safetensors_file(source: Pretrained, path: Path, size: int, images: Tensor) -> Written:
     """The same keys for every architecture; model.load reads the rest from the metadata."""
     about = {key: json.dumps(value) for key, value in described(source, size).items()}
-    safetensors.torch.save_file(weights(source), path, metadata=about)
+    path.write_bytes(safetensors.torch.save(weights(source), metadata=about))
     return {FEATURES: load(path)(images)}
 
 
@@ -105,7 +108,7 @@ def hub_folder(source: Pretrained, path: Path, size: int, images: Tensor) -> Wri
             "pretrained_cfg": {
                 "input_size": [3, size, size],
                 "interpolation": source.classifier.interpolation if source.classifier else "bilinear",
-                "crop_pct": CENTER_FRACTION,
+                "crop_pct": center_fraction(size),
                 "mean": [0.485, 0.456, 0.406],
                 "std": [0.229, 0.224, 0.225],
                 "num_classes": len(classes),
@@ -154,10 +157,9 @@ def described(source: Pretrained, size: int) -> dict[str, Any]:
     """What our own reader needs beside the weights, and where they come from."""
     about = {
         "architecture": checkpoint.describe(source.architecture),
-        "unit_range": source.encoder.unit_range,
-        "stem_relu": source.encoder.stem_relu,
+        "habits": source.encoder.habits(),
         "image_size": size,
-        "center_fraction": CENTER_FRACTION,
+        "center_fraction": center_fraction(size),
         "checkpoint_sha256": source.sha256,
         "step": source.step,
     }
@@ -173,6 +175,7 @@ def unlike(source: Pretrained) -> list[str]:
         "selective kernels": of.selective_kernels,
         "images in 0..1 instead of normalised ones": encoder.unit_range,
         "no ReLU in its stem": not encoder.stem_relu,
+        "another padding in its stem": of.stem == "3x3" and encoder.habits()["stem_padding"] != 1,
     }
     return [name for name, there in differences.items() if there]
 

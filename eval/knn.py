@@ -37,6 +37,7 @@ def main() -> None:
     images = len(job.train.shards)
     if max(arguments.k) > images:
         raise UserError(f"--k {max(arguments.k)} is more than the {images} images of train; lower it")
+    out = job.out("knn")
     train, val = job.extract(job.train), job.extract(job.val)
     queries, truth = all_rows(val.features), all_rows(val.labels)
     found = accuracies(
@@ -52,14 +53,19 @@ def main() -> None:
         for k, (top1, top5) in found.items()
     }
     seconds = round(time.monotonic() - started, 1)
-    result = {"protocol": "knn", "temperature": arguments.temperature, **figures, **job.report(), "seconds": seconds}
-    out = job.out("knn")
+    result = {
+        "protocol": "knn",
+        "k": arguments.k,
+        "temperature": arguments.temperature,
+        **figures,
+        **job.report(),
+        "seconds": seconds,
+    }
     job.write(out, result)
     for k, (top1, top5) in found.items():
         say(
             job.process,
-            f"kNN, k {k}{' (untrained encoder)' if arguments.untrained else ''}: top-1 {top1:.2f} %, "
-            f"top-5 {top5:.2f} %",
+            f"kNN, k {k}{job.whose()}: top-1 {top1:.2f} %, top-5 {top5:.2f} %",
         )
     say(job.process, f"{len(truth):,} images against {images:,}, {seconds:.0f} s; {out}.json")
     torch.distributed.destroy_process_group()

@@ -32,19 +32,20 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from eval.opened import CENTER_FRACTION, Opened, add_arguments, open_evaluation  # noqa: E402
+from eval.opened import Opened, add_arguments, open_evaluation  # noqa: E402
 from eval.probe import fit_linear, reported, score  # noqa: E402
 from eval.protocols import ABOUT, FAST, NAMES, SCHEDULES, SWEEP  # noqa: E402
 from eval.sweep import GRID, HELD_OUT, sweep  # noqa: E402
-from eval.training import train  # noqa: E402
+from eval.training import state_of, train  # noqa: E402
 from model.checkpoint import CheckpointError  # noqa: E402
-from model.classifier import Classifier, save_classifier  # noqa: E402
+from model.classifier import Classifier  # noqa: E402
 from model.process import LaunchError, say  # noqa: E402
+from pipeline.draws import center_fraction  # noqa: E402
 from pipeline.features import Features, share  # noqa: E402
-from shards.durable import refusals_named  # noqa: E402
-from shards.errors import UserError, positive_int, run_main  # noqa: E402
+from shards.errors import UserError, positive_int, run_main, seed  # noqa: E402
 
 WEIGHT_DECAY = 1e-3  # of the fast protocol
+SAVE_EVERY = 100  # steps
 
 
 def main() -> None:
@@ -58,7 +59,7 @@ def main() -> None:
     if name in SCHEDULES:
         head, details = by_schedule(job, arguments, out)
     else:
-        head, details = on_features(job, name)
+        head, details = on_features(job, name, arguments.seed or 0)
     val = job.extract(job.val, interpolation)
     job.refuse_change()
     found = score(head, val.features, val.labels)
@@ -70,36 +71,37 @@ def main() -> None:
         **job.report(),
         "seconds": round(time.monotonic() - started, 1),
     }
-    job.write(out, result)
     model = Classifier(
-        job.encoder, job.source.architecture, head, job.classes, job.image_size, CENTER_FRACTION,
-        interpolation, {**result, "per_class": None, "data": job.source.data},
+        job.encoder, job.source.architecture, head, job.classes, job.image_size, center_fraction(job.image_size),
+        interpolation, {**result, "per_class": None},
     )  # fmt: skip
+    job.write(out, result, model)
     if job.process.rank == 0:
-        path = out.with_name(f"{out.name}.pt")
-        with refusals_named(path):
-            save_classifier(path, model)
+        state_of(out).unlink(missing_ok=True)  # only now: until here a stopped probe goes on from it
     changed = f", with {details['differs']} unlike it" if details.get("differs") else ""
     say(
         job.process,
-        f"protocol {name}{changed}{' (untrained encoder)' if job.untrained else ''}: top-1 {found.top1:.2f} %, "
+        f"protocol {name}{changed}{job.whose()}: top-1 {found.top1:.2f} %, "
         f"top-5 {found.top5:.2f} % on {found.count:,} images ({result['seconds']:.0f} s); {out}.json",
     )
     torch.distributed.destroy_process_group()
 
 
-def on_features(job: Opened, name: str) -> tuple[torch.nn.Linear, dict[str, Any]]:
+def on_features(job: Opened, name: str, number: int) -> tuple[torch.nn.Linear, dict[str, Any]]:
     """The classifier of the fast or the sweep protocol, and what is reported of it."""
     fitted = job.extract(job.train)
     began = time.monotonic()
     classes = len(job.classes)
     if name == SWEEP:
         ids = share(len(job.train.shards), job.process.rank, job.process.world)
-        swept = sweep(fitted.features, fitted.labels, ids, classes)
+        swept = sweep(fitted.features, fitted.labels, ids, classes, seed=number)
         head = swept.layer
         details: dict[str, Any] = {
             "lr": swept.chosen.lr,
             "weight_decay": swept.chosen.weight_decay,
+            "epochs": swept.epochs,
+            "batch": swept.batch,
+            "seed": number,
             "held_out": HELD_OUT,
             "held_out_top1": round(swept.accuracies[swept.chosen], 3),
             "points": [[point.lr, point.weight_decay, round(top1, 3)] for point, top1 in swept.accuracies.items()],
@@ -131,9 +133,10 @@ def spent(extracted: Features, seconds: float) -> dict[str, Any]:
 def by_schedule(job: Opened, arguments: argparse.Namespace, out: Path) -> tuple[torch.nn.Linear, dict[str, Any]]:
     """The classifier of a 90-epoch protocol, and what is reported of it."""
     schedule, differs = SCHEDULES[arguments.protocol].changed(arguments.train_batch, arguments.epochs)
+    number = arguments.seed or 0
     head = torch.nn.Linear(job.encoder.width, len(job.classes))
     with torch.no_grad():
-        generator = torch.Generator().manual_seed(arguments.seed)
+        generator = torch.Generator().manual_seed(number)
         head.weight.copy_(schedule.init_std * torch.randn(head.weight.shape, generator=generator))
         head.bias.zero_()
     head.to(job.process.device)
@@ -144,8 +147,7 @@ def by_schedule(job: Opened, arguments: argparse.Namespace, out: Path) -> tuple[
         found: Tensor = head(features)
         return found
 
-    state = out.with_name(f"{out.name}.state.pt")
-    train(job, head, scores, None, schedule, state, seed=arguments.seed, save_every=arguments.save_every)
+    train(job, head, scores, None, schedule, state_of(out), seed=number, save_every=arguments.save_every or SAVE_EVERY)
     details = {
         "differs": differs,
         "optimizer": schedule.optimizer,
@@ -153,16 +155,18 @@ def by_schedule(job: Opened, arguments: argparse.Namespace, out: Path) -> tuple[
         "lr": schedule.lr,
         "weight_decay": schedule.weight_decay,
         "epochs": schedule.epochs,
-        "seed": arguments.seed,
+        "seed": number,
     }
     return head.requires_grad_(False), details
 
 
 def refuse_contradictions(arguments: argparse.Namespace) -> None:
-    if arguments.protocol not in SCHEDULES and (arguments.epochs or arguments.train_batch):
-        raise UserError(
-            f"--epochs and --train-batch are for the 90-epoch protocols, not for {arguments.protocol}; leave them out"
-        )
+    given = {"--epochs": arguments.epochs, "--train-batch": arguments.train_batch, "--save-every": arguments.save_every}
+    if arguments.protocol == FAST:
+        given["--seed"] = arguments.seed
+    unused = [name for name, value in given.items() if value is not None]
+    if arguments.protocol not in SCHEDULES and unused:
+        raise UserError(f"{', '.join(unused)} mean nothing to the protocol {arguments.protocol}; leave them out")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -177,9 +181,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--train-batch", type=positive_int, metavar="B", help="other than the protocol's; the learning rate follows"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of order, crops and first weights (default: 0)")
+    parser.add_argument("--seed", type=seed, help="of order, crops, first weights and what is kept aside (default: 0)")
     parser.add_argument(
-        "--save-every", type=positive_int, default=100, metavar="STEPS", help="between two saved states (default: 100)"
+        "--save-every", type=positive_int, metavar="STEPS", help="between two saved states (default: 100)"
     )
     return parser.parse_args()
 

@@ -20,7 +20,6 @@ import PIL.ImageDraw  # noqa: E402
 import torch  # noqa: E402
 
 from eval.opened import (  # noqa: E402
-    CENTER_FRACTION,
     Split,
     add_data_arguments,
     add_encoder_arguments,
@@ -35,16 +34,22 @@ from pipeline.features import extract  # noqa: E402
 from pipeline.loader import Setting  # noqa: E402
 from pipeline.pictures import PictureFiles, find_pictures, refuse_failures, views_of  # noqa: E402
 from pipeline.reading import Encoded, SampleReader  # noqa: E402
+from shards.durable import refusals_named  # noqa: E402
 from shards.errors import UserError, positive_int, run_main  # noqa: E402
 from shards.picture import rgb  # noqa: E402
 from shards.show import save  # noqa: E402
 from shards.source import SPLITS  # noqa: E402
 
 _SIDE, _CAPTION = 160, 30  # pixels
+_LINES = 64  # on the grid
 
 
 def main() -> None:
     arguments = parse_arguments()
+    if arguments.out.suffix.lower() not in (".png", ".jpg"):
+        raise UserError(f"--out is {arguments.out}; its ending must be .png or .jpg")
+    with refusals_named(arguments.out):
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
     paths = find_pictures(arguments.images)
     source = open_encoder(arguments)
     split = open_one_split(arguments, source)
@@ -56,20 +61,20 @@ def main() -> None:
     files = PictureFiles(paths)
     embeddings, places = [], []
     with torch.inference_mode():
-        for views, of in views_of(files, setting, batch=arguments.batch, center_fraction=CENTER_FRACTION):
+        for views, of in views_of(files, setting, batch=arguments.batch):
             embeddings.append(encoder(views))
             places += of
     if places:
-        bank = extract(
-            encoder, split.shards, split.files, setting, batch=arguments.batch, center_fraction=CENTER_FRACTION
-        )
+        bank = extract(encoder, split.shards, split.files, setting, batch=arguments.batch)
         cosines, found = (part.cpu() for part in nearest(bank.features, torch.cat(embeddings), arguments.count))
         names = [split.shards.classes[label] for label in split.shards.samples["label"]]
         for place, ids, of_row in zip(places, found.tolist(), cosines.tolist(), strict=True):
             alike = ", ".join(f"{names[sample]} {cosine:.3f}" for sample, cosine in zip(ids, of_row, strict=True))
             print(f"{paths[place]}: {alike}")
-        save(grid([paths[place] for place in places], split, found, cosines, names), arguments.out, "--out")
-        print(f"{len(places)} queries against {len(split.shards):,} images: {arguments.out}")
+        drawn = [paths[place] for place in places[:_LINES]]
+        save(grid(drawn, split, found[:_LINES], cosines[:_LINES], names), arguments.out, "--out")
+        some = f", the first {_LINES} on the grid" if len(places) > _LINES else ""
+        print(f"{len(places)} queries against {len(split.shards):,} images{some}: {arguments.out}")
     refuse_failures(files, paths)
 
 

@@ -4,27 +4,31 @@ import argparse
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from model.checkpoint import STATE
+from model.classifier import Classifier, save_classifier
+from model.collectives import all_sum
 from model.encoder import SMALLEST_SIZE_FOR_7X7, Encoder
 from model.pretrained import Pretrained, fingerprint, open_pretrained
 from model.process import Process, by_rank_0, join, on_gpu
+from pipeline.draws import center_fraction
 from pipeline.features import Features, extract, share
 from pipeline.files import Files
 from pipeline.loader import Setting
-from pipeline.remote import Cache, open_split
+from pipeline.remote import Cache, is_remote, open_split
 from shards.durable import refusals_named, write_durably
 from shards.errors import UserError, positive_int
 from shards.manifest import ShardSet
 
-# "Resize the short side to 256, take the central 224" of ImageNet evaluations.
-CENTER_FRACTION = 0.875
 _PATIENCE = timedelta(hours=2)  # ranks wait for the one with the slowest disk
 
 
@@ -53,6 +57,7 @@ class Opened:
     image_size: int
     batch: int
     untrained: bool
+    data: str
     features: Path | None
     given_out: Path | None
 
@@ -69,44 +74,59 @@ class Opened:
         )
 
     def extract(self, split: Split, interpolation: str = "bilinear") -> Features:
-        """Features of this rank's share of a split, in storage order; kept, or taken, where a folder for them is."""
+        """Features of this rank's share of a split, in storage order; kept, or taken, where a folder for them is.
+
+        Raises UserError where some are not finite. All ranks call it.
+        """
         rank, world = self.process.rank, self.process.world
         kept = self._kept(split, interpolation)
-        if kept is not None and kept.is_file():
-            features, labels = torch.load(kept, map_location=self.process.device, weights_only=True)
-            return Features(features, labels)
-        found = extract(
-            self.encoder,
-            split.shards,
-            split.files,
-            self.setting(interpolation),
-            batch=self.batch,
-            center_fraction=CENTER_FRACTION,
-            ids=share(len(split.shards), rank, world),
-            silent=rank > 0,
-        )
-        if kept is not None:
-            with refusals_named(kept):
-                kept.parent.mkdir(parents=True, exist_ok=True)
-                temporary = kept.with_suffix(".tmp")
-                torch.save((found.features.cpu(), found.labels.cpu()), temporary)
-                temporary.replace(kept)
+        found = self._taken(kept, len(share(len(split.shards), rank, world))) if kept else None
+        if found is None:
+            found = extract(
+                self.encoder,
+                split.shards,
+                split.files,
+                self.setting(interpolation),
+                batch=self.batch,
+                ids=share(len(split.shards), rank, world),
+                silent=rank > 0,
+            )
+            if kept is not None:
+                buffer = kept.with_suffix(".tmp")
+                with refusals_named(kept):
+                    kept.parent.mkdir(parents=True, exist_ok=True)
+                    with buffer.open("wb") as file:
+                        np.savez(file, features=found.features.cpu().numpy(), labels=found.labels.cpu().numpy())
+                    buffer.replace(kept)
+        bad = int(all_sum((~found.features.isfinite()).any(1).sum()))
+        if bad:
+            raise UserError(
+                f"the features of {bad} of {len(split.shards)} images of {split.shards.split} are not finite; the "
+                f"training of {self.source.path} went astray, or its values are too large for float32"
+            )
         return found
+
+    def _taken(self, kept: Path, count: int) -> Features | None:
+        if not kept.is_file():
+            return None
+        try:
+            with np.load(kept, allow_pickle=False) as file:
+                features, labels = torch.from_numpy(file["features"]), torch.from_numpy(file["labels"])
+        except Exception as error:  # NumPy fails on a damaged file in a dozen ways
+            print(f"warning: {kept} cannot be read ({error}); its features are extracted again", file=sys.stderr)
+            return None
+        if len(features) != count or len(labels) != count:
+            print(f"warning: {kept} holds {len(features)} rows, not {count}; extracted again", file=sys.stderr)
+            return None
+        return Features(features.to(self.process.device), labels.to(self.process.device))
 
     def _kept(self, split: Split, interpolation: str) -> Path | None:
         if self.features is None:
             return None
         # All that the features depend on; a device or version that rounds otherwise is not told apart.
-        of = [
-            self.encoder_sha256,
-            self.encoder.unit_range,
-            self.encoder.stem_relu,
-            split.shards.fingerprint,
-            self.image_size,
-            interpolation,
-        ]
+        of = [self.encoder_sha256, self.encoder.habits(), split.shards.fingerprint, self.image_size, interpolation]
         name = hashlib.sha256(json.dumps(of).encode()).hexdigest()[:16]
-        return self.features / f"{split.shards.split}-{name}-{self.process.rank}of{self.process.world}.pt"
+        return self.features / f"{split.shards.split}-{name}-{self.process.rank}of{self.process.world}.npz"
 
     def refuse_change(self) -> None:
         """Raise RuntimeError where the encoder is not what it was at the beginning."""
@@ -115,23 +135,33 @@ class Opened:
 
     def report(self) -> dict[str, Any]:
         """What a figure must be read with."""
+        tuned = self.source.classifier.about.get("protocol") if self.source.classifier else None
         return {
             "untrained": self.untrained,
+            # An encoder that has seen labels is no pre-trained one.
+            "tuned": tuned if tuned and tuned.startswith("finetune") else None,
             "train_images": len(self.train.shards),
             "val_images": len(self.val.shards),
             "classes": len(self.classes),
             "image_size": self.image_size,
-            "center_fraction": CENTER_FRACTION,
+            "center_fraction": center_fraction(self.image_size),
             "encoder": f"{self.source.architecture.name} x{self.source.architecture.width:g}",
             "layout": self.source.layout,
+            **self.encoder.habits(),
             "checkpoint": str(self.source.path),
             "checkpoint_sha256": self.source.sha256,
             "checkpoint_step": self.source.step,
             "encoder_sha256": self.encoder_sha256,
+            "data": self.data,
             "train_manifest": self.train.shards.fingerprint,
             "val_manifest": self.val.shards.fingerprint,
             "processes": self.process.world,
         }
+
+    def whose(self) -> str:
+        """For a printed line: where the encoder is not simply a pre-trained one."""
+        tuned = self.report()["tuned"]
+        return " (untrained encoder)" if self.untrained else f" (encoder of {tuned})" if tuned else ""
 
     def out(self, name: str) -> Path:
         """Where results go, without their ending: RUN for RUN/checkpoints/step-*/state.pt, else beside the file."""
@@ -140,16 +170,51 @@ class Opened:
             folder.mkdir(parents=True, exist_ok=True)
         return folder / (f"{name}-untrained" if self.untrained else name)
 
-    def write(self, out: Path, result: dict[str, Any]) -> None:
-        """Write ``out``.json, on rank 0."""
-        if self.process.rank == 0:
-            write_durably(out.with_name(f"{out.name}.json"), (json.dumps(result, indent=2) + "\n").encode())
+    def write(self, out: Path, result: dict[str, Any], model: Classifier | None = None) -> None:
+        """Write ``out``.json, and before it the model to ``out``.pt, on rank 0.
+
+        Results of the same name that are of another encoder, other data or other settings get a number and stay.
+        """
+        if self.process.rank:
+            return
+        described, weights = out.with_name(f"{out.name}.json"), out.with_name(f"{out.name}.pt")
+        with refusals_named(described):
+            _set_aside(described, weights, result)
+            if model is not None:
+                save_classifier(weights, model)
+        write_durably(described, (json.dumps(result, indent=2) + "\n").encode())
+
+
+# By which two results of one name are told apart.
+_IDENTITY = (
+    "encoder_sha256", "train_manifest", "val_manifest", "image_size", "center_fraction", "unit_range", "stem_relu",
+    "stem_padding", "seed", "differs", "images_sha256", "k", "temperature",
+)  # fmt: skip
+
+
+def _set_aside(described: Path, weights: Path, result: dict[str, Any]) -> None:
+    if not described.is_file():
+        return
+    try:
+        before = json.loads(described.read_bytes())
+        same = all(before.get(key) == json.loads(json.dumps(result.get(key))) for key in _IDENTITY)
+    except ValueError:
+        same = False
+    if same:
+        return
+    number = 1
+    while (aside := described.with_name(f"{described.stem}.{number}.json")).exists():
+        number += 1
+    print(f"{described} was of another encoder, data or setting; it is now {aside.name}")
+    if weights.is_file():
+        weights.replace(aside.with_suffix(".pt"))
+    described.replace(aside)
 
 
 def home(path: Path) -> Path:
-    """The run folder of one of its files; the folder of any other."""
-    inside_run = path.parent.parent.name == "checkpoints"
-    return path.parent.parent.parent if inside_run else path.parent
+    """The run folder of one of its checkpoints; the folder of any other file."""
+    of_a_run = path.name == STATE and path.parent.parent.name == "checkpoints"
+    return path.parent.parent.parent if of_a_run else path.parent
 
 
 def open_evaluation(arguments: argparse.Namespace) -> Opened:
@@ -182,6 +247,7 @@ def open_evaluation(arguments: argparse.Namespace) -> Opened:
         image_size=arguments.image_size or own_size(source),
         batch=arguments.batch,
         untrained=arguments.untrained,
+        data=data if is_remote(data) else str(Path(data).resolve()),
         features=getattr(arguments, "features", None),
         given_out=arguments.out,
     )
@@ -215,7 +281,7 @@ def open_encoder(arguments: argparse.Namespace) -> Pretrained:
         arguments.ckpt,
         untrained=arguments.untrained,
         prefix=arguments.prefix,
-        unit_range=True if arguments.unit_range else None,
+        unit_range=arguments.unit_range,
     )
 
 
@@ -229,8 +295,9 @@ def add_encoder_arguments(parser: argparse.ArgumentParser, *, batch: bool = True
     parser.add_argument("--untrained", action="store_true", help="the encoder with the weights its run began with")
     parser.add_argument("--prefix", help="beginning of the encoder's keys, where a file holds several")
     parser.add_argument(
-        "--unit-range", action="store_true",
-        help="the weights were trained on values in 0..1, not normalised (google-research/simclr)",
+        "--unit-range", action=argparse.BooleanOptionalAction,
+        help="whether the weights were trained on values in 0..1 instead of normalised ones, as those of "
+        "google-research/simclr (default: as their keys say; tonylins/simclr-converter's do not)",
     )  # fmt: skip
     parser.add_argument(
         "--image-size", type=positive_int, metavar="PX", help="side of the central view (default: as pre-trained)"

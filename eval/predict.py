@@ -36,6 +36,11 @@ def main() -> None:
     paths = find_pictures(arguments.images)
     files = PictureFiles(paths)
     names = read_names(arguments.names) if arguments.names else {}
+    if names and not names.keys() & set(classifier.classes):
+        raise UserError(
+            f"--names {arguments.names} names none of the {len(classifier.classes)} classes, such as "
+            f"{classifier.classes[0]!r}; give a line for each, class and name"
+        )
     found = predict(classifier, files, [str(path) for path in paths], arguments.top, arguments.batch)
     for best in (best for line in found for best in line["predictions"]):
         best["class"] = names.get(best["class"], best["class"])
@@ -70,9 +75,12 @@ def predict(
 
 
 def read_names(path: Path) -> dict[str, str]:
-    """Names of classes, from lines such as ``n01440764 tench, Tinca tinca``; the first of several is taken."""
+    """Names of classes, from lines such as ``n01440764 tench, Tinca tinca``; the first of several is taken.
+
+    A tab stands before the name where a class has spaces.
+    """
     try:
-        lines = [line.split(None, 1) for line in path.read_text().splitlines()]
+        lines = [line.split("\t" if "\t" in line else None, 1) for line in path.read_text().splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"--names {path} cannot be read ({error}); give a text file, a class and its name a line"

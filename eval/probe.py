@@ -14,8 +14,9 @@ from model.collectives import all_sum
 
 # Scores computed at a time; bounds memory to ROWS x classes numbers.
 _ROWS = 65_536
-_ITERATIONS = 200
+_ITERATIONS, _EVALUATIONS = 200, 1000
 _GRADIENT_TOLERANCE = 1e-5
+_CONVERGED = 1e-2  # of the gradient at zero
 
 
 @dataclass(frozen=True)
@@ -26,10 +27,12 @@ class Scale:
     std: Tensor
 
     @staticmethod
-    def of(features: Tensor) -> "Scale":
-        count = all_sum(torch.tensor([len(features)], dtype=torch.float64, device=features.device))
-        mean = all_sum(torch.stack([rows.double().sum(0) for rows in features.split(_ROWS)]).sum(0)) / count
-        squares = torch.stack([(rows.double() - mean).square().sum(0) for rows in features.split(_ROWS)])
+    def of(features: Tensor, among: Tensor | None = None) -> "Scale":
+        """Of the rows ``among`` (default: all) of each rank's features."""
+        rows = (torch.arange(len(features), device=features.device) if among is None else among).split(_ROWS)
+        count = all_sum(torch.tensor([sum(map(len, rows))], dtype=torch.float64, device=features.device))
+        mean = all_sum(torch.stack([features[some].double().sum(0) for some in rows]).sum(0)) / count
+        squares = torch.stack([(features[some].double() - mean).square().sum(0) for some in rows])
         std = (all_sum(squares.sum(0)) / count).sqrt()
         # A feature that never changes says nothing; dividing by 1 keeps it at 0.
         std = torch.where(std > 1e-6 * (1 + mean.abs()), std, torch.ones_like(std))
@@ -49,15 +52,18 @@ class Scale:
 
 @dataclass(frozen=True)
 class Fit:
-    """layer: nn.Linear(d, C). iterations of L-BFGS. gradient: largest entry of the objective's gradient at the end."""
+    """layer: nn.Linear(d, C). iterations of L-BFGS. gradient: largest entry of the objective's gradient at the end, and
+    at zero, where it began.
+    """
 
     layer: nn.Linear
     iterations: int
     gradient: float
+    gradient_at_zero: float
 
     @property
     def converged(self) -> bool:
-        return self.iterations < _ITERATIONS
+        return self.gradient <= max(_GRADIENT_TOLERANCE, _CONVERGED * self.gradient_at_zero)
 
 
 def fit_linear(features: Tensor, labels: Tensor, classes: int, weight_decay: float) -> Fit:
@@ -74,6 +80,7 @@ def fit_linear(features: Tensor, labels: Tensor, classes: int, weight_decay: flo
     optimizer = torch.optim.LBFGS(
         [weight, bias],
         max_iter=_ITERATIONS,
+        max_eval=_EVALUATIONS,
         tolerance_grad=_GRADIENT_TOLERANCE,
         history_size=20,
         line_search_fn="strong_wolfe",
@@ -93,11 +100,15 @@ def fit_linear(features: Tensor, labels: Tensor, classes: int, weight_decay: flo
         decay.backward()
         return float(all_sum(own)) + decay.item()
 
+    def gradient() -> float:
+        closure()
+        assert weight.grad is not None and bias.grad is not None
+        return max(weight.grad.abs().max().item(), bias.grad.abs().max().item())
+
+    at_zero = gradient()
     optimizer.step(closure)
-    closure()  # the gradient where it ended
-    assert weight.grad is not None and bias.grad is not None
-    gradient = max(weight.grad.abs().max().item(), bias.grad.abs().max().item())
-    return Fit(scale.fold(weight.detach(), bias.detach()), int(optimizer.state[weight]["n_iter"]), gradient)
+    iterations = int(optimizer.state[weight]["n_iter"])
+    return Fit(scale.fold(weight.detach(), bias.detach()), iterations, gradient(), at_zero)
 
 
 @dataclass(frozen=True)

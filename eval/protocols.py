@@ -55,7 +55,8 @@ SCHEDULES = {
     "google-sgd-90e": Schedule(
         optimizer="nesterov", lr_per_256=0.1, batch=4096, weight_decay=1e-6, epochs=90, cosine="step", init_std=0.0,
         interpolation="bicubic",
-        source="google-research/simclr, README.md (linear evaluation) and model_util.py; Chen et al. 2020, B.6",
+        source="google-research/simclr, README.md (linear evaluation) and model_util.py; Chen et al. 2020, B.6; its "
+        "TensorFlow resizes without antialiasing, we with it",
     ),
     "moco-sgd-90e": Schedule(
         optimizer="sgd", lr_per_256=0.1, batch=1024, weight_decay=0.0, epochs=90, cosine="epoch", init_std=0.01,
@@ -73,7 +74,8 @@ ABOUT = {
     FAST: "features of each image's central view, extracted once; multinomial logistic regression, by L-BFGS, at a "
     "fixed weight decay on features of variance 1",
     SWEEP: "features of each image's central view, extracted once; 100 classifiers trained side by side at as many "
-    "learning rates and weight decays, the best on a tenth of train kept aside; that setting once more on all of train",
+    "learning rates and weight decays, the best on a tenth of train kept aside; that setting once more on all of it. "
+    "The batches, and with them the last digits, depend on the number of processes",
     **{name: schedule.source for name, schedule in SCHEDULES.items()},
 }
 NAMES = tuple(ABOUT)

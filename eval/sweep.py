@@ -16,14 +16,16 @@ from model.collectives import all_gather, all_rows, all_sum, world_size
 from model.schedule import learning_rate
 from pipeline.philox import HELD_OUT as HELD_OUT_STREAM
 from pipeline.philox import philox, uniform
+from shards.errors import UserError
 
 LEARNING_RATES = tuple(float(f"{rate:.3g}") for rate in np.logspace(-3, 0.5, 10))
 WEIGHT_DECAYS = (0.0, *(float(f"{decay:.3g}") for decay in np.logspace(-6, -1, 9)))
-EPOCHS, MOMENTUM = 40, 0.9
-LARGEST_BATCH = 1024
-_STEPS = 16  # per epoch, at least: a small set gets smaller batches
+MOMENTUM = 0.9
+# A small set gets smaller batches, so that an epoch has some steps, and more epochs; ImageNet gets 11 of 1,125 steps.
+LARGEST_BATCH, FEWEST_STEPS = 1024, 16
+ENOUGH_STEPS, FEWEST_EPOCHS, MOST_EPOCHS = 12_000, 10, 40
 HELD_OUT = 0.1  # of train, to choose on
-_ROWS = 4096  # scored at a time
+_ROWS = 1024  # scored at a time
 
 
 @dataclass(frozen=True)
@@ -42,13 +44,15 @@ class Sweep:
     """layer: of the chosen point, fitted to all of train. accuracies: top-1 in percent on the part kept aside.
 
     The chosen point has the highest of them; of equal ones that with the smallest cross-entropy there.
-    at_the_border: whether a better learning rate may lie outside of the grid.
+    at_the_border: whether a better learning rate may lie outside of the grid. epochs, batch: of each training.
     """
 
     layer: nn.Linear
     chosen: Point
     accuracies: dict[Point, float]
     at_the_border: bool
+    epochs: int
+    batch: int
 
 
 def sweep(
@@ -59,37 +63,46 @@ def sweep(
     points: Sequence[Point] = GRID,
     *,
     seed: int = 0,
-    epochs: int = EPOCHS,
+    epochs: int | None = None,
     batch: int | None = None,
 ) -> Sweep:
     """Choose among ``points`` on a part of train, and train the chosen one on all of it.
 
     features [n, d], labels [n], ids [n]: this rank's share of train. Each rank trains its share of the points on the
-    batches of all ranks, so features travel and classifiers do not.
+    batches of all ranks, so features travel and classifiers do not. epochs, batch: by the size of the set, if not
+    given. Raises UserError where a rank has nothing to train on, or nobody anything to choose on.
     """
-    if batch is None:
-        total = int(all_sum(torch.tensor([len(features)], device=features.device)))
-        batch = max(1, min(LARGEST_BATCH, total // _STEPS))
+    total = int(all_sum(torch.tensor([len(features)], device=features.device)))
+    batch = batch or max(1, min(LARGEST_BATCH, total // FEWEST_STEPS))
+    epochs = epochs or min(MOST_EPOCHS, max(FEWEST_EPOCHS, round(ENOUGH_STEPS * batch / total)))
     aside = torch.from_numpy(held_out(ids, seed)).to(features.device)
-    scale = Scale.of(features[~aside])
-    fitted = scale.apply(features[~aside]), labels[~aside]
+    kept, asked = (~aside).nonzero().flatten(), aside.nonzero().flatten()
+    fewest = -int(all_max(-torch.tensor([len(kept)], device=features.device)))
+    if not fewest or not int(all_sum(torch.tensor([len(asked)], device=features.device))):
+        raise UserError(f"{total} images are too few for a sweep on {world_size()} processes; use the protocol fast")
     rank = torch.distributed.get_rank() if world_size() > 1 else 0
     own = list(points)[rank :: world_size()]
-    weight, bias = train_heads(*fitted, classes, own, seed=seed, epochs=epochs, batch=batch)
+    scale = Scale.of(features, kept)
+    weight, bias = train_heads(features, labels, kept, scale, classes, own, seed=seed, epochs=epochs, batch=batch)
     table = torch.zeros(2, len(points), dtype=torch.float64, device=features.device)
     table[:, rank :: world_size()] = _judged(
-        weight, bias, all_rows(scale.apply(features[aside])), all_rows(labels[aside])
+        weight, bias, all_rows(scale.apply(features[asked])), all_rows(labels[asked])
     )
     right, loss = all_sum(table).tolist()
     chosen = points[min(range(len(points)), key=lambda place: (-right[place], loss[place]))]
+    everyone = torch.arange(len(features), device=features.device)
     scale = Scale.of(features)
-    weight, bias = train_heads(scale.apply(features), labels, classes, [chosen], seed=seed, epochs=epochs, batch=batch)
+    weight, bias = train_heads(
+        features, labels, everyone, scale, classes, [chosen], seed=seed, epochs=epochs, batch=batch
+    )
     rates = sorted({point.lr for point in points})
     return Sweep(
         scale.fold(weight[0], bias[0]),
         chosen,
         {point: 100 * share for point, share in zip(points, right, strict=True)},
         len(rates) > 1 and chosen.lr in (rates[0], rates[-1]),
+        epochs,
+        batch,
     )
 
 
@@ -104,6 +117,8 @@ def held_out(ids: npt.NDArray[np.int64], seed: int) -> npt.NDArray[np.bool_]:
 def train_heads(
     features: Tensor,
     labels: Tensor,
+    among: Tensor,
+    scale: Scale,
     classes: int,
     points: Sequence[Point],
     *,
@@ -111,16 +126,17 @@ def train_heads(
     epochs: int,
     batch: int,
 ) -> tuple[Tensor, Tensor]:
-    """Weights [P, C, d] and biases [P, C] after SGD with momentum from zero; features [n, d] of this rank.
+    """Weights [P, C, d] and biases [P, C], for scaled features, after SGD with momentum from zero.
+
+    features [n, d], labels [n]: of this rank; among: the rows to train on.
 
     The gradient of mean cross-entropy is (softmax - one-hot)^T x / B; all P are two matrix products per batch. Each
     epoch goes through the rows of each rank in another order and leaves out what does not fill a batch.
     """
     device, width, world = features.device, features.shape[1], world_size()
-    share = max(1, batch // world)
-    fewest = -all_max(-torch.tensor([len(features)], device=device))
-    share = min(share, int(fewest))
-    steps = int(fewest) // share
+    fewest = -int(all_max(-torch.tensor([len(among)], device=device)))
+    share = min(max(1, batch // world), fewest)
+    steps = fewest // share
     weight = torch.zeros(len(points) * classes, width, device=device)
     bias = torch.zeros(len(points), classes, device=device)
     velocity, bias_velocity = torch.zeros_like(weight), torch.zeros_like(bias)
@@ -128,10 +144,10 @@ def train_heads(
     decays = torch.tensor([point.weight_decay for point in points], device=device).repeat_interleave(classes)[:, None]
     generator = torch.Generator().manual_seed(seed)
     for epoch in range(epochs):
-        order = torch.randperm(len(features), generator=generator).to(device)
+        order = among[torch.randperm(len(among), generator=generator).to(device)]
         for step in range(steps):
             rows = order[step * share : (step + 1) * share]
-            x = all_gather(features[rows]).flatten(0, 1)
+            x = scale.apply(all_gather(features[rows]).flatten(0, 1))
             y = all_gather(labels[rows]).flatten()
             error = torch.softmax((x @ weight.T).view(len(x), len(points), classes) + bias, dim=2)
             error[torch.arange(len(x), device=device), :, y] -= 1

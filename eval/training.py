@@ -45,24 +45,27 @@ def train(
     """Train ``model`` in place, on the device, by cross-entropy on crops and flips of the samples ``ids`` (None: all).
 
     scores: views [n, 3, size, size] -> scores [n, classes], through ``model``. state_path: file from which a stopped
-    training goes on, to the bit on as many ranks; rank 0 writes it every ``save_every`` steps, and it is gone at the
-    end. Raises UserError where it is of another training, the ranks cannot share the batch, or the loss is not finite.
+    training goes on, to the bit on as many ranks; rank 0 writes it every ``save_every`` steps and at the end, and who
+    called removes it once the results are written. Raises UserError where it is of another training, the ranks cannot
+    share the batch, or the loss is not finite.
     """
     process = job.process
     order = build_order(job.train.shards, ids, schedule.batch, process.world, seed)
     optimizer = build_optimizer(model, schedule)
+    local = order.local_batch(process.world)
+    micro = micro_batch(job.batch, local)
     identity = {
         "schedule": asdict(schedule),
         "seed": seed,
         "encoder_sha256": job.encoder_sha256,
         "image_size": job.image_size,
         "train_manifest": job.train.shards.fingerprint,
+        "habits": job.encoder.habits(),
+        "normalised together": micro * process.world if any(map(_is_norm, model.modules())) else 0,
         "images": "all" if isinstance(order, Order) else order.fingerprint(),
     }
     step = resume(process, state_path, identity, model, optimizer)
     total = schedule.epochs * order.steps_per_epoch
-    local = order.local_batch(process.world)
-    micro = micro_batch(job.batch, local)
     batches = two_views(
         job.train.shards,
         order,
@@ -98,11 +101,18 @@ def train(
                         f"the loss is {loss.item()} at step {step - 1}; this encoder does not take a learning rate of "
                         f"{schedule.lr:g}: give a smaller --train-batch, which lowers it"
                     )
-                if process.rank == 0 and step < total:
+                if process.rank == 0:
                     save(state_path, identity, step, model, optimizer)
     batches.close()
-    if process.rank == 0:
-        state_path.unlink(missing_ok=True)
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.batchnorm._BatchNorm)
+
+
+def state_of(out: Path) -> Path:
+    """Where a training whose results are called ``out`` keeps what it needs to go on."""
+    return out.with_name(f"{out.name}.state.pt")
 
 
 def reduce_gradients(parameters: list[nn.Parameter]) -> None:
@@ -138,8 +148,17 @@ def build_order(shards: ShardSet, ids: Ids | None, batch: int, world: int, seed:
 
 
 def micro_batch(most: int, local: int) -> int:
-    """The largest divisor of a rank's share ``local`` of a batch that is at most ``most``."""
-    return next(size for size in range(min(most, local), 0, -1) if local % size == 0)
+    """The largest divisor of a rank's share ``local`` of a batch that is at most ``most``.
+
+    Raises UserError where that is less than half of it.
+    """
+    size = next(size for size in range(min(most, local), 0, -1) if local % size == 0)
+    if 2 * size < min(most, local):
+        raise UserError(
+            f"the {local} images of a process have no divisor close below --batch {most} (the largest is {size}); "
+            "change --train-batch, --batch or the number of processes"
+        )
+    return size
 
 
 def build_optimizer(model: nn.Module, schedule: Schedule) -> torch.optim.Optimizer:
@@ -165,7 +184,8 @@ def resume(
     def read() -> dict[Any, Any] | None:
         if not path.is_file():
             return None
-        state = plain_values(path.read_bytes())
+        with refusals_named(path):
+            state = plain_values(path.read_bytes())
         if state is None or "identity" not in state:
             raise UserError(f"{path} is damaged; remove it to begin anew")
         for key, value in identity.items():

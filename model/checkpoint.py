@@ -193,6 +193,14 @@ def _load_file(path: Path, data: bytes) -> Checkpoint:
     return Checkpoint(path, hashlib.sha256(data).hexdigest(), state)
 
 
+def write_file(path: Path, data: bytes | memoryview) -> None:
+    """Write under a temporary name, bring it to disk, and rename. Raises OSError."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    _write(temporary, data)
+    temporary.replace(path)
+    _sync(path.parent)
+
+
 def _write(path: Path, data: bytes | memoryview) -> None:
     with path.open("wb") as file:
         file.write(data)

@@ -1,5 +1,6 @@
 """An encoder with a linear classifier, as the evaluations leave it behind: one file that predicts on its own."""
 
+import io
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,8 +42,7 @@ class Classifier:
         return {
             "format": _FORMAT,
             "architecture": checkpoint.describe(self.architecture),
-            "unit_range": self.encoder.unit_range,
-            "stem_relu": self.encoder.stem_relu,
+            "habits": self.encoder.habits(),
             "encoder": {key: value.cpu() for key, value in self.encoder.state_dict().items()},
             "weight": self.head.weight.detach().cpu(),
             "bias": self.head.bias.detach().cpu(),
@@ -60,8 +60,10 @@ class Classifier:
             architecture = checkpoint.as_architecture(state["architecture"])
             encoder = build_encoder(architecture)
             encoder.load_state_dict(state["encoder"])
-            encoder.unit_range, encoder.stem_relu = state["unit_range"], state["stem_relu"]
+            encoder.take_habits(state["habits"])
             classes, width = state["weight"].shape
+            if width != encoder.width:
+                raise ValueError(f"its head takes {width} features, its encoder gives {encoder.width}")
             head = nn.Linear(width, classes)
             head.load_state_dict({"weight": state["weight"], "bias": state["bias"]})
             if len(state["classes"]) != classes:
@@ -70,7 +72,7 @@ class Classifier:
                 encoder.eval(), architecture, head.eval(), tuple(state["classes"]), state["image_size"],
                 state["center_fraction"], state["interpolation"], state["about"],
             )  # fmt: skip
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:200]
             raise CheckpointError(f"{path} is a damaged classifier ({reason}); fit it again") from error
 
@@ -92,7 +94,7 @@ def load_classifier(path: Path) -> Classifier:
 
 
 def save_classifier(path: Path, classifier: Classifier) -> None:
-    """Write it under a temporary name and rename, so that a kill leaves the file before. Raises OSError."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    torch.save(classifier.state(), temporary)
-    temporary.replace(path)
+    """Write it, whole or not at all. Raises OSError where the disk refuses."""
+    buffer = io.BytesIO()  # torch.save to a full disk raises no OSError
+    torch.save(classifier.state(), buffer)
+    checkpoint.write_file(path, buffer.getbuffer())

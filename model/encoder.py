@@ -4,6 +4,7 @@ Legend: n = images, c = width of the encoder, h, w = height and width of an imag
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,11 +50,24 @@ class Encoder(resnet.ResNet):
     Images are RGB [n, 3, h, w]: uint8 in 0 to 255, or floats already normalised by ImageNet's mean and standard
     deviation. unit_range: the weights were trained on values in 0 to 1 instead (google-research/simclr), and images
     are brought to those inside. stem_relu: whether a ReLU follows the first BatchNorm, as it does but for lightly's
-    own ResNet inside of a nn.Sequential of its children.
+    own ResNet inside of a nn.Sequential of its children. Both, and the padding of the first convolution, are what a
+    network of another library may have otherwise without showing it in its weights: see :meth:`habits`.
     """
 
     unit_range = False
     stem_relu = True
+
+    def habits(self) -> dict[str, Any]:
+        """What :meth:`take_habits` needs to make an encoder with the same weights compute the same."""
+        padding = self.conv1.padding[0] if isinstance(self.conv1, nn.Conv2d) else 1
+        return {"unit_range": self.unit_range, "stem_relu": self.stem_relu, "stem_padding": padding}
+
+    def take_habits(self, habits: dict[str, Any]) -> None:
+        """Keys as in :meth:`habits`; others, and those that are missing, stay as they are."""
+        self.unit_range = bool(habits.get("unit_range", self.unit_range))
+        self.stem_relu = bool(habits.get("stem_relu", self.stem_relu))
+        if isinstance(self.conv1, nn.Conv2d) and "stem_padding" in habits:
+            self.conv1.padding = (habits["stem_padding"],) * 2
 
     @property
     def width(self) -> int:
@@ -77,12 +91,12 @@ class Encoder(resnet.ResNet):
     def _normalised(self, images: Tensor) -> Tensor:
         if images.dtype != torch.uint8 and not self.unit_range:
             return images
-        weights = next(self.parameters())
         mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (_MEAN, _STD))
         if images.dtype != torch.uint8:
-            return images * std + mean
-        unit = images.to(weights.dtype) / 255
-        return unit if self.unit_range else (unit - mean) / std
+            found = images * std + mean
+        else:
+            found = images / 255 if self.unit_range else (images / 255 - mean) / std
+        return found.to(next(self.parameters()).dtype)
 
 
 def build_encoder(architecture: Architecture) -> Encoder:

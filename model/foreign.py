@@ -16,6 +16,7 @@ The weights are found wherever they lie in the file; nothing else in it matters.
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,7 +41,7 @@ _LISTED = 8  # keys in a message
 class Found:
     """weights: float32, by torchvision's keys. layout: whose, as listed above. prefix: of its keys in the file.
 
-    left_out: keys of the file that belong to no encoder, as projectors and classifiers do. stem_relu: see Encoder.
+    left_out: keys of the file that belong to no encoder, as projectors and classifiers do. habits: see Encoder.
     """
 
     architecture: Architecture
@@ -48,7 +49,7 @@ class Found:
     layout: str
     prefix: str
     left_out: tuple[str, ...]
-    stem_relu: bool
+    habits: dict[str, Any]
 
 
 def find_encoder(tensors: dict[str, Tensor], name: str, prefix: str | None = None) -> Found:
@@ -58,17 +59,18 @@ def find_encoder(tensors: dict[str, Tensor], name: str, prefix: str | None = Non
     Raises CheckpointError, listing keys, where there is none, are several, or one is not whole.
     """
     candidates = {
-        beginning: (layout, rename)
-        for layout, mark, rename in _LAYOUTS
-        for beginning in _beginnings(tensors, mark)
-        if prefix is None or beginning == prefix
+        beginning: (layout, rename) for layout, mark, rename in _LAYOUTS for beginning in _beginnings(tensors, mark)
     }
     if not candidates:
-        where = "" if prefix is None else f" under {prefix!r}"
         raise CheckpointError(
-            f"{name} holds no ResNet of a known layout{where} (its keys: {_some(tensors)}); save the state_dict of a "
+            f"{name} holds no ResNet of a known layout (its keys: {_some(tensors)}); save the state_dict of a "
             "torchvision ResNet"
         )
+    if prefix is not None:
+        known = ", ".join(map(repr, candidates))
+        candidates = {key: value for key, value in candidates.items() if key in (prefix, f"{prefix}.")}
+        if not candidates:
+            raise CheckpointError(f"{name} holds no encoder under {prefix!r}; choose one of {known}")
     chosen = [beginning for beginning in candidates if not _follows(beginning, candidates)]
     if len(chosen) > 1:
         raise CheckpointError(
@@ -83,9 +85,11 @@ def find_encoder(tensors: dict[str, Tensor], name: str, prefix: str | None = Non
     weights = _whole(weights, architecture, name, beginning)
     taken = {old for old, new in renamed.items() if new in weights}
     left_out = tuple(key for key in tensors if key not in taken)
-    return Found(
-        architecture, weights, layout(beginning, left_out), beginning, left_out, rename is not _LIGHTLY_CHILDREN
-    )
+    whose = layout(beginning, left_out)
+    habits: dict[str, Any] = {"unit_range": whose == "google", "stem_relu": rename is not _LIGHTLY_CHILDREN}
+    if whose == "solo-learn" and architecture.stem == "3x3":
+        habits["stem_padding"] = 2  # solo/backbones/resnet: nn.Conv2d(3, 64, 3, stride=1, padding=2) for CIFAR
+    return Found(architecture, weights, whose, beginning, left_out, habits)
 
 
 def _beginnings(tensors: Iterable[str], mark: str) -> list[str]:
@@ -117,10 +121,15 @@ def _architecture(weights: dict[str, Tensor], name: str) -> Architecture:
             f"whole (its keys: {_some(weights)})"
         )
     selective = any(key.startswith("layer1.0.conv2.mix1.") for key in weights)
-    first = weights.get("conv1.6.weight" if selective else "conv1.weight")
+    deep = selective and "conv1.6.weight" in weights  # the stem of ResNet-D
+    first = weights.get("conv1.6.weight" if deep else "conv1.weight")
     if first is None or first.dim() != 4:
         raise CheckpointError(f"{name} lacks the encoder's first convolution (its keys: {_some(weights)})")
-    stem = "7x7" if selective or first.shape[-1] == 7 else "3x3"
+    if first.shape[-1] not in (3, 7):
+        raise CheckpointError(
+            f"{name} begins with a convolution of {first.shape[-1]} pixels; only stems of 7 (ImageNet) and 3 are known"
+        )
+    stem = "7x7" if deep or first.shape[-1] == 7 else "3x3"
     return Architecture(known, first.shape[0] / 64, stem, (), selective)
 
 
@@ -212,8 +221,10 @@ def _by_neighbours(beginning: str, others: Iterable[str]) -> str:
         return "mmpretrain"
     if "projection_head" in parts:
         return "lightly"
-    if {"projector", "classifier", "momentum_projector"} & parts:
+    if "classifier" in parts or ("projector" in parts and beginning.endswith("backbone.")):
         return "solo-learn"
+    if "projector" in parts and beginning.endswith("encoder."):
+        return "simclr-dali"
     return "torchvision"
 
 

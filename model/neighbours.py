@@ -19,19 +19,21 @@ def nearest(bank: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """
     if not 1 <= k <= len(bank):
         raise ValueError(f"k is {k}; choose 1 to {len(bank)}, the number of images to compare with")
-    unit_bank = F.normalize(bank, dim=1)
-    cosines, places = [], []
-    for rows in F.normalize(queries, dim=1).split(_QUERIES):
-        best = rows.new_full((len(rows), 0), 0.0)
-        where = torch.empty(len(rows), 0, dtype=torch.int64, device=bank.device)
-        for start in range(0, len(unit_bank), _BANK):
-            similarity = rows @ unit_bank[start : start + _BANK].T
-            found, at = similarity.topk(min(k, similarity.shape[1]), dim=1)
-            best, order = torch.cat([best, found], 1).topk(min(k, best.shape[1] + found.shape[1]), dim=1)
-            where = torch.cat([where, at + start], 1).gather(1, order)
-        cosines.append(best)
-        places.append(where)
-    return torch.cat(cosines), torch.cat(places)
+    asked = F.normalize(queries, dim=1)
+    best = asked.new_empty(len(asked), 0)
+    where = torch.empty(len(asked), 0, dtype=torch.int64, device=bank.device)
+    for start in range(0, len(bank), _BANK):
+        block = F.normalize(bank[start : start + _BANK], dim=1)
+        found, at = _largest(asked, block, k)
+        best, order = torch.cat([best, found], 1).topk(min(k, best.shape[1] + found.shape[1]), dim=1)
+        where = torch.cat([where, at + start], 1).gather(1, order)
+    return best, where
+
+
+def _largest(queries: Tensor, block: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Cosines and places in ``block`` of the k rows (or all) nearest to each query; both are unit vectors."""
+    parts = [(rows @ block.T).topk(min(k, len(block)), dim=1) for rows in queries.split(_QUERIES)]
+    return torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts])
 
 
 @torch.inference_mode()
@@ -69,8 +71,7 @@ def accuracies(
     """Top-1 and top-5 in percent for each of ``ks``: each neighbour votes with exp(cosine / temperature).
 
     bank, labels: this rank's; queries, truth: all, the same on all ranks. Wu et al. 2018 (Unsupervised feature
-    learning via non-parametric instance discrimination), section 3.4. With fewer than five classes top-5 is over all
-    of them.
+    learning via non-parametric instance discrimination), section 3.4. A class without a vote is in no top-5.
     """
     cosines, voters = nearest_labels(bank, labels, queries, max(ks))
     found = {}
@@ -79,8 +80,10 @@ def accuracies(
         for cosine, voter, true in zip(
             cosines[:, :k].split(_QUERIES), voters[:, :k].split(_QUERIES), truth.split(_QUERIES), strict=True
         ):
-            votes = cosine.new_zeros(len(true), classes).scatter_add_(1, voter, (cosine / temperature).exp())
-            right = votes.topk(min(5, classes), dim=1).indices == true[:, None]
+            # Against the nearest one: only ratios matter, and exp(cosine / temperature) itself would overflow.
+            weight = ((cosine - cosine[:, :1]) / temperature).exp()
+            best = cosine.new_zeros(len(true), classes).scatter_add_(1, voter, weight).topk(min(5, classes), dim=1)
+            right = (best.indices == true[:, None]) & (best.values > 0)
             first += int(right[:, 0].sum())
             five += int(right.any(1).sum())
         found[k] = (100 * first / len(truth), 100 * five / len(truth))

@@ -65,7 +65,7 @@ def open_pretrained(
 
     untrained: with the weights its run began with, the baseline of any claim; only our runs know them.
     """
-    if (path / EXPORTED).is_file():
+    if (path / EXPORTED).is_file() and not (path / "checkpoints").exists():
         path = path / EXPORTED  # a folder of eval/export.py --format hub
     if path.is_dir() or (path.is_file() and path.name == checkpoint.STATE):
         opened = _of_run(checkpoint.load(path), untrained)
@@ -124,8 +124,7 @@ def _of_file(path: Path, data: bytes, prefix: str | None) -> Pretrained:
     encoder = build_encoder(found.architecture)
     encoder.load_state_dict(found.weights)
     about = exported_about(path) if path.suffix == ".safetensors" else {}
-    encoder.unit_range = about.get("unit_range", found.layout == "google")
-    encoder.stem_relu = about.get("stem_relu", found.stem_relu)
+    encoder.take_habits(about.get("habits", found.habits))
     return Pretrained(
         encoder.eval(), found.architecture, path, sha256, "simclr-dali" if about else found.layout, about.get("step"),
         about.get("image_size"), left_out=found.left_out,

@@ -104,6 +104,14 @@ def draw(
     )
 
 
+def center_fraction(size: int) -> float:
+    """Share of the short side that an evaluation sees at views of ``size`` pixels: 0.875, small pictures whole.
+
+    google-research/simclr, data_util.py (CROP_PROPORTION) and data.py (no test cropping up to 32 pixels).
+    """
+    return 0.875 if size > 32 else 1.0
+
+
 def center(width: npt.NDArray[np.int64], height: npt.NDArray[np.int64], fraction: float) -> Draws:
     """The evaluation view: the central square of ``fraction`` of the short side, nothing else.
 

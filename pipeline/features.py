@@ -41,7 +41,6 @@ def extract(
     setting: Setting,
     *,
     batch: int,
-    center_fraction: float,
     ids: npt.NDArray[np.int64] | None = None,
     max_bad_fraction: float = 0.0,
     silent: bool = False,
@@ -52,13 +51,15 @@ def extract(
     pipeline.loader.labelled.
     """
     began, waited = time.monotonic(), 0.0
-    features, labels = [], []
     count = len(shards) if ids is None else len(ids)
+    # Its width is known with the first batch; for an empty share, by asking.
+    features = None if count else encoder(torch.zeros(1, 3, setting.size, setting.size, device=setting.device))[:0]
+    labels = torch.empty(count, dtype=torch.int64)
+    done = 0
     images = labelled(
         shards,
         setting,
         batch=batch,
-        center_fraction=center_fraction,
         ids=ids,
         max_bad_fraction=max_bad_fraction,
         files=files,
@@ -70,11 +71,12 @@ def extract(
             waited += time.monotonic() - asked
             if found is None:
                 break
-            features.append(encoder(found.views).float())
-            labels.append(found.labels)
-            bar.update(len(found.labels))
-    if not features:  # more ranks than images
-        size = (1, 3, setting.size, setting.size)
-        features = [encoder(torch.zeros(size, device=setting.device)).float()[:0]]
-        labels = [torch.empty(0, dtype=torch.int64)]
-    return Features(torch.cat(features), torch.cat(labels).to(setting.device), time.monotonic() - began, waited)
+            rows = encoder(found.views)
+            if features is None:  # once, in one piece: twice the features of ImageNet would not fit everywhere
+                features = torch.empty(count, rows.shape[1], device=rows.device)
+            features[done : done + len(rows)] = rows
+            labels[done : done + len(rows)] = found.labels
+            done += len(rows)
+            bar.update(len(rows))
+    assert features is not None and done == count
+    return Features(features.float(), labels.to(setting.device), time.monotonic() - began, waited)

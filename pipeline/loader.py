@@ -17,11 +17,12 @@ import torch
 
 from pipeline import graph
 from pipeline.draws import Draws, Recipe, center, draw
+from pipeline.draws import center_fraction as default_fraction
 from pipeline.files import Files, LocalFiles
 from pipeline.memory import Recycled, keep_freed_memory
 from pipeline.order import Order
 from pipeline.reading import Reader, SampleReader, ahead
-from pipeline.subset import Subset
+from pipeline.subset import SPARSE, Subset
 from shards.errors import UserError
 from shards.manifest import ShardSet
 
@@ -210,16 +211,17 @@ def labelled(
     setting: Setting,
     *,
     batch: int,
-    center_fraction: float,
+    center_fraction: float | None = None,
     ids: Ids | None = None,
     max_bad_fraction: float = 0.0,
     files: Callable[[], Files] | None = None,
 ) -> Generator[Batch, None, None]:
     """Every image of ``ids`` (default: of the set) once, in their order, as its central view (draws.center).
 
-    The last batch is short. ids: in storage order, or shards are read more than once. A damaged sample raises
-    UserError, since a figure over other images than those of the set would be wrong; with max_bad_fraction it is
-    replaced as in :func:`two_views`.
+    center_fraction: share of its short side that is seen (default: draws.center_fraction of the size). The last batch
+    is short. ids: in storage order, or shards are read more than once. A damaged sample raises UserError, since a
+    figure over other images than those of the set would be wrong; with max_bad_fraction it is replaced as in
+    :func:`two_views`.
     """
 
     def plans() -> Iterator[Plan]:
@@ -228,12 +230,14 @@ def labelled(
         for at in range(0, len(wanted), batch):
             now = np.unique(shard_of[at : at + batch])
             after = coming[coming > now[-1]][:2]
-            yield Plan(wanted[at : at + batch], 0, 0, True, now.tolist(), after.tolist())
+            expected = ([], []) if sparse else (now.tolist(), after.tolist())
+            yield Plan(wanted[at : at + batch], 0, 0, True, *expected)
 
     def draws(plan: Plan, width: Ids, height: Ids) -> list[Draws]:
-        return [center(width, height, center_fraction)]
+        return [center(width, height, center_fraction or default_fraction(setting.size))]
 
     wanted = np.arange(len(shards)) if ids is None else ids
+    sparse = len(wanted) < SPARSE * len(shards)
     if not len(wanted):
         return _nothing()
     reader = SampleReader(shards, files() if files else LocalFiles(shards), max_bad_fraction)

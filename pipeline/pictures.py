@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from pipeline.draws import Draws, center
+from pipeline.draws import center_fraction as default_fraction
 from pipeline.loader import Plan, Setting, run_graph
 from pipeline.reading import Encoded, Ids
 from shards.decode import decoder
@@ -66,7 +67,7 @@ class PictureFiles:
 
 
 def views_of(
-    files: PictureFiles, setting: Setting, *, batch: int, center_fraction: float
+    files: PictureFiles, setting: Setting, *, batch: int, center_fraction: float | None = None
 ) -> Generator[Views, None, None]:
     """The central view (draws.center) of every usable file, in order; ``files.failures`` names the others."""
     count = len(files.samples)
@@ -76,7 +77,7 @@ def views_of(
             yield Plan(np.arange(at, min(at + batch, count)), 0, 0, True, [], [])
 
     def draws(plan: Plan, width: Ids, height: Ids) -> list[Draws]:
-        return [center(width, height, center_fraction)]
+        return [center(width, height, center_fraction or default_fraction(setting.size))]
 
     made = run_graph(
         files.samples, files, plans(), draws, setting, batch=min(batch, count), views=1, augment=False

@@ -16,7 +16,7 @@ from shards.tar import key_of
 
 Ids = npt.NDArray[np.int64]
 # Below this share of a set its samples are read one by one; above, whole shards are fetched ahead.
-_SPARSE = 0.25
+SPARSE = 0.25
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +52,7 @@ class Subset:
         return self.ids[self._order.batch(epoch, step, rank, world)]
 
     def windows(self, epoch: int, step: int, rank: int = 0, world: int = 1) -> tuple[list[int], list[int]]:
-        if len(self.ids) < _SPARSE * len(self.shards):
+        if len(self.ids) < SPARSE * len(self.shards):
             return [], []
         now, after = self._order.windows(epoch, step, rank, world)
         return self._numbers[now].tolist(), self._numbers[after].tolist()

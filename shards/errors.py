@@ -43,6 +43,14 @@ def run_main(main: Callable[[], None], *also: type[Exception]) -> None:
         os._exit(EXIT_CODE)
 
 
+def seed(text: str) -> int:
+    """The type of a command line's argument that seeds what is drawn."""
+    number = int(text)
+    if not 0 <= number < 2**63:
+        raise argparse.ArgumentTypeError(f"{number} is not in 0 .. 2^63-1")
+    return number
+
+
 def positive_int(text: str) -> int:
     """The type of a command line's argument that counts something."""
     number = int(text)

@@ -137,6 +137,9 @@ def test_what_reads_back_differently_is_not_kept(tmp_path: Path, monkeypatch: py
     )
     with pytest.raises(UserError, match="differs by 1"):
         export(of, "safetensors", tmp_path / "out.safetensors", 64)
+    of.encoder.bn1.weight.data.fill_(float("nan"))
+    with pytest.raises(UserError, match="differs by nan"):
+        export(of, "safetensors", tmp_path / "out.safetensors", 64)
     assert not (tmp_path / "out.safetensors").exists() and not list(tmp_path.glob("partial-*"))
 
 
@@ -148,6 +151,9 @@ def test_the_card_of_a_run_says_how_it_was_made(packed: Path, tmp_path: Path) ->
     command = [ROOT / "eval/export.py", "--ckpt", run, "--format", "hub", "--out", tmp_path / "hub"]
     done = run_python(*command)
     assert done.returncode == 0, done.stderr
+    # What another checkpoint of the run scored is not this one's.
+    (run / "linear.json").write_text(json.dumps({**json.loads((run / "knn.json").read_text()), "protocol": "other",
+                                                 "checkpoint_sha256": "0"}))  # fmt: skip
     card = (tmp_path / "hub/README.md").read_text()
     top1 = json.loads((run / "knn.json").read_text())["k5"]["top1"]
     for word in ("8, global batch 16", "trust_coefficient 0.02", "32-16", f"| kNN, k 5 | {top1:.2f} %", "width 0.125"):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from model.checkpoint import load
+from tests.conftest import assert_sentence
 from tests.runs import launch, metrics, pretrain, tiny_config
 
 LOOKS = ["--set", "simclr.knn_every_epochs=1", "--set", "simclr.knn_images=100"]
@@ -41,6 +42,18 @@ def test_looking_changes_nothing_and_goes_on_after_a_stop(packed: Path, tmp_path
     again = pretrain(config, packed, stopped, *LOOKS)
     assert again.returncode == 0, again.stderr
     assert looks(stopped) == found
+
+
+@pytest.mark.launch
+def test_a_look_that_a_stop_came_before_is_made_when_the_run_goes_on(packed: Path, tmp_path: Path) -> None:
+    config, run = tiny_config(tmp_path), tmp_path / "run"
+    assert pretrain(config, packed, run, *LOOKS, "--stop-after-steps", 15).returncode == 0
+    first = looks(run)
+    (run / "knn.jsonl").unlink()
+    assert pretrain(config, packed, run, *LOOKS, "--stop-after-steps", 2).returncode == 0
+    assert looks(run) == first
+    few = pretrain(config, packed, tmp_path / "few", *LOOKS, "--set", "simclr.knn_images=20")
+    assert_sentence(few, "20 images of 12 classes", "simclr.knn_images")
 
 
 @pytest.mark.launch

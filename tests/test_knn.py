@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from eval.opened import CENTER_FRACTION
 from model import neighbours
 from model.neighbours import accuracies, nearest
 from model.pretrained import load
@@ -30,13 +29,13 @@ def problem(count: int = 90, queries: int = 31, width: int = 6, classes: int = 7
 
 
 def by_definition(bank: Tensor, labels: Tensor, query: Tensor, classes: int, k: int, temperature: float) -> list[int]:
-    """Classes by votes, most first."""
+    """Classes with votes, most first."""
     cosines = [float(F.cosine_similarity(query, row, dim=0)) for row in bank]
     order = sorted(range(len(bank)), key=lambda place: -cosines[place])[:k]
     votes = [0.0] * classes
     for place in order:
         votes[int(labels[place])] += math.exp(cosines[place] / temperature)
-    return sorted(range(classes), key=lambda label: -votes[label])
+    return sorted((label for label in range(classes) if votes[label]), key=lambda label: -votes[label])
 
 
 @pytest.mark.parametrize(("k", "temperature"), [(1, 0.1), (9, 0.1), (20, 0.07), (90, 1.0)])
@@ -47,9 +46,17 @@ def test_votes_are_those_of_the_definition(k: int, temperature: float) -> None:
     top1, top5 = accuracies(bank, labels, queries, truth, 7, [k], temperature)[k]
     assert top1 == pytest.approx(100 * first / 31)
     assert top1 <= top5 <= 100
-    if k == 90:  # every class has votes, so the first five are defined
-        five = sum(true in ranks[:5] for ranks, true in zip(ranked, truth.tolist(), strict=True))
-        assert top5 == pytest.approx(100 * five / 31)
+    five = sum(true in ranks[:5] for ranks, true in zip(ranked, truth.tolist(), strict=True))
+    assert top5 == pytest.approx(100 * five / 31)
+
+
+def test_a_small_temperature_leaves_the_nearest_alone() -> None:
+    bank, labels, queries, truth = problem()
+    nearest_one = accuracies(bank, labels, queries, truth, 7, [1], 0.1)[1][0]
+    for temperature in (1e-2, 1e-3, 1e-4):  # exp(1 / temperature) is infinite from 0.0113 on
+        assert accuracies(bank, labels, queries, truth, 7, [50], temperature)[50][0] == pytest.approx(
+            nearest_one, abs=100 / 31 if temperature == 1e-2 else 1e-6
+        )
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (7, 13), (31, 90), (1000, 50)])
@@ -84,7 +91,7 @@ def test_the_command_reports_what_a_second_count_finds(packed: Path, tmp_path: P
     setting = Setting(size=32, device=torch.device("cpu"))
     splits = [load_split(packed, split) for split in ("train", "val")]
     train, val = (
-        extract(encoder, shards, lambda s=shards: LocalFiles(s), setting, batch=9, center_fraction=CENTER_FRACTION)  # type: ignore[misc]
+        extract(encoder, shards, lambda s=shards: LocalFiles(s), setting, batch=9)  # type: ignore[misc]
         for shards in splits
     )
     for k in (5, 40):

@@ -1,14 +1,16 @@
 """The linear probe: a true optimum, an untouched encoder, an honest count."""
 
+import argparse
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from eval.opened import CENTER_FRACTION
+from eval.opened import add_arguments, open_evaluation
 from eval.probe import fit_linear, interval_95, score
 from model.pretrained import fingerprint, open_pretrained
 from pipeline.features import extract
@@ -91,7 +93,7 @@ def test_the_probe_reports_what_a_second_count_finds(run: Path, packed: Path) ->
     saved = torch.load(run / "linear.pt", weights_only=True)
     assert saved["classes"] == list(val.classes)
     setting = Setting(size=32, device=torch.device("cpu"))
-    features = extract(encoder, val, lambda: LocalFiles(val), setting, batch=7, center_fraction=CENTER_FRACTION)
+    features = extract(encoder, val, lambda: LocalFiles(val), setting, batch=7)
     scores = features.features @ saved["weight"].T + saved["bias"]
     right = (scores.argmax(1) == features.labels).double().mean()
     assert result["top1"] == pytest.approx(100 * right.item(), abs=0.01 + 100 / len(val))
@@ -109,6 +111,21 @@ def test_untrained_is_kept_apart(run: Path, tmp_path: Path) -> None:
     start = open_pretrained(run, untrained=True).encoder
     assert result["untrained"] and result["encoder_sha256"] == fingerprint(start)
     assert not (tmp_path / "linear.json").exists()
+
+
+def test_an_encoder_that_changes_is_noticed(run: Path, packed: Path) -> None:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    job = open_evaluation(parser.parse_args(["--ckpt", str(run), "--data", str(packed)]))
+    try:
+        job.refuse_change()
+        job.encoder.layer1[0].bn1.num_batches_tracked += 1
+        with pytest.raises(RuntimeError, match="the encoder changed"):
+            job.refuse_change()
+    finally:
+        torch.distributed.destroy_process_group()
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+            os.environ.pop(name, None)
 
 
 @pytest.mark.parametrize("case", ["missing", "not ours", "empty folder", "no data"])

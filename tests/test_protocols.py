@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from eval.probe import Scale, fit_linear, score
 from eval.protocols import SCHEDULES
 from eval.sweep import GRID, MOMENTUM, Point, held_out, sweep, train_heads
-from eval.training import build_optimizer, build_order, rate
+from eval.training import build_optimizer, build_order, micro_batch, rate
 from model.classifier import load_classifier
 from model.collectives import all_rows
 from model.lars import LARS
@@ -65,9 +65,11 @@ def by_autograd(features: Tensor, labels: Tensor, point: Point, epochs: int, bat
 
 def test_every_classifier_of_a_sweep_is_trained_as_if_alone() -> None:
     features, labels = problem()
-    features = Scale.of(features).apply(features)
+    scale = Scale.of(features)
     points = [Point(0.3, 0.0), Point(0.01, 0.1), Point(1.0, 1e-3)]
-    weight, bias = train_heads(features, labels, CLASSES, points, seed=0, epochs=3, batch=64)
+    everyone = torch.arange(len(features))
+    weight, bias = train_heads(features, labels, everyone, scale, CLASSES, points, seed=0, epochs=3, batch=64)
+    features = scale.apply(features)
     for own_weight, own_bias, point in zip(weight, bias, points, strict=True):
         alone = by_autograd(features, labels, point, 3, 64)
         assert torch.allclose(own_weight, alone.weight, atol=1e-5) and torch.allclose(own_bias, alone.bias, atol=1e-5)
@@ -102,6 +104,22 @@ def test_what_is_kept_aside_does_not_depend_on_the_shares() -> None:
     parts = [held_out(share(101, rank, 7), 3) for rank in range(7)]
     assert np.array_equal(whole, np.concatenate(parts))
     assert not np.array_equal(whole, held_out(np.arange(101), 4))
+
+
+def test_the_border_of_the_grid_is_told() -> None:
+    features, labels = problem(600)
+    inside = [Point(1e-6, 0.0), Point(0.1, 0.0), Point(1e-7, 0.0), Point(1e4, 0.0)]
+    found = sweep(features, labels, np.arange(600), CLASSES, inside, epochs=5)
+    assert found.chosen.lr == 0.1 and not found.at_the_border
+    assert sweep(features, labels, np.arange(600), CLASSES, inside[:3], epochs=5).at_the_border
+    with pytest.raises(UserError, match="3 images are too few"):
+        sweep(features[:3], labels[:3], np.arange(3), CLASSES, inside)
+
+
+def test_batches_have_no_tiny_passes() -> None:
+    assert micro_batch(256, 512) == 256 and micro_batch(256, 300) == 150 and micro_batch(6, 16) == 4
+    with pytest.raises(UserError, match="509 images of a process"):
+        micro_batch(256, 509)
 
 
 def on_a_rank(rank: int, world: int) -> dict[str, Any]:
@@ -151,6 +169,7 @@ def test_protocols_are_those_of_their_sources() -> None:
     # By epoch the rate is constant within one; by step it falls at each.
     assert len({rate(mm, step, 10) for step in range(20)}) == 2
     assert len({rate(google, step, 10) for step in range(20)}) == 20
+    assert (mm.interpolation, google.interpolation, moco.interpolation) == ("bilinear", "bicubic", "bilinear")
     assert rate(moco, 0, 10) == 0.4 and rate(moco, 899, 10) == pytest.approx(0.4 * 0.5 * (1 + np.cos(np.pi * 89 / 90)))
 
 
@@ -187,7 +206,17 @@ def test_a_killed_probe_ends_as_if_undisturbed(run: Path, tmp_path: Path) -> Non
     assert_sentence(other, "seed", "remove the file")
     again = run_python(*command, "--out", killed)
     assert again.returncode == 0 and "going on from step" in again.stdout, again.stderr
+    # A stop after the last step, before the results are written, costs nothing: they come without training again.
     assert not state.exists()
+    (killed / "linear-moco-sgd-90e.json").unlink()
+    stopped = tmp_path / "stopped"
+    stopped.mkdir()
+    (stopped / "linear-moco-sgd-90e.json").mkdir()  # where the result cannot be written
+    assert run_python(*command, "--out", stopped).returncode == 2
+    (stopped / "linear-moco-sgd-90e.json").rmdir()
+    late = run_python(*command, "--out", stopped)
+    assert late.returncode == 0 and "going on from step 45" in late.stdout, late.stdout + late.stderr
+    (stopped / "linear-moco-sgd-90e.json").rename(killed / "linear-moco-sgd-90e.json")
     expected, found = (load_classifier(folder / "linear-moco-sgd-90e.pt") for folder in (tmp_path / "quiet", killed))
     assert torch.equal(expected.head.weight, found.head.weight) and torch.equal(expected.head.bias, found.head.bias)
     result = json.loads((killed / "linear-moco-sgd-90e.json").read_text())
@@ -226,6 +255,11 @@ def test_kept_features_are_used_again(run: Path, tmp_path: Path) -> None:
     after = json.loads((tmp_path / "linear.json").read_text())
     assert again.returncode == 0 and after["top1"] == before["top1"]
     assert before["seconds_extraction"] > 0 and after["seconds_extraction"] == 0
+    # A torn file is extracted anew.
+    kept[0].write_bytes(kept[0].read_bytes()[:100])
+    torn = run_python(ROOT / "eval/linear.py", *words)
+    assert torn.returncode == 0 and "cannot be read" in torn.stderr
+    assert json.loads((tmp_path / "linear.json").read_text())["top1"] == before["top1"]
     # Another size is other features.
     assert run_python(ROOT / "eval/linear.py", *words, "--image-size", 40).returncode == 0
     assert len(list((tmp_path / "features").iterdir())) == 4
@@ -233,5 +267,7 @@ def test_kept_features_are_used_again(run: Path, tmp_path: Path) -> None:
 
 def test_mistakes_are_one_sentence(run: Path, tmp_path: Path) -> None:
     script = ROOT / "eval/linear.py"
-    assert_sentence(run_python(script, "--ckpt", run, "--epochs", 3), "--epochs", "fast")
+    assert_sentence(run_python(script, "--ckpt", run, "--epochs", 3, "--seed", 1), "--epochs, --seed", "fast")
+    wrong = run_python(script, "--ckpt", run, "--protocol", "sweep", "--seed", -1)
+    assert wrong.returncode == 2 and "-1 is not in 0" in wrong.stderr and "Traceback" not in wrong.stderr
     assert_sentence(run_python(script, "--ckpt", run, "--protocol", "moco-sgd-90e"), "1024", "--train-batch")

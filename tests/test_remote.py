@@ -175,7 +175,7 @@ def test_slow_failing_and_cut_answers_of_s3_change_nothing(
     try:
         shards, files = open_split("s3://pictures", "train", Cache(tmp_path, PLENTY))
         assert_same(stream(shards, files), stream(load_split(packed, "train"), None))
-        assert proxy.requests > 20
+        assert proxy.requests > 16  # two each for manifest, table and six shards: some were asked again
     finally:
         proxy.close()
 
@@ -194,8 +194,8 @@ def test_a_web_server_without_ranges_serves_too(
 
 def test_the_cache_stays_within_its_bound_and_gives_the_same_batches(web: str, packed: Path, tmp_path: Path) -> None:
     local = load_split(packed, "train")
-    # Two lanes with windows of one shard, which a lane's border may cut: room for four of six.
-    cache = Cache(tmp_path, 4 * max(shard.bytes for shard in local.shards))
+    # Two lanes with windows of one shard, which a lane's border may cut, and batches that are still read: five of six.
+    cache = Cache(tmp_path, 5 * max(shard.bytes for shard in local.shards))
     shards, files = open_split(web, "train", cache)
     most = 0
     order = Order(shards.shard_sizes(), 24, 2, 1, 3)

@@ -10,7 +10,6 @@ import pytest
 import safetensors.torch
 import torch
 
-from eval.opened import CENTER_FRACTION
 from model import load
 from model.classifier import load_classifier
 from pipeline.features import extract
@@ -37,7 +36,7 @@ def run(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def embedded(encoder: torch.nn.Module, packed: Path) -> torch.Tensor:
     val = load_split(packed, "val")
-    return extract(encoder, val, lambda: LocalFiles(val), SETTING, batch=48, center_fraction=CENTER_FRACTION).features
+    return extract(encoder, val, lambda: LocalFiles(val), SETTING, batch=48).features
 
 
 def as_pixels(views: torch.Tensor) -> torch.Tensor:
@@ -48,7 +47,7 @@ def as_pixels(views: torch.Tensor) -> torch.Tensor:
 def test_two_lines_of_python(run: Path, packed: Path) -> None:
     encoder = load(run)
     val = load_split(packed, "val")
-    (batch,) = labelled(val, SETTING, batch=48, center_fraction=CENTER_FRACTION)
+    (batch,) = labelled(val, SETTING, batch=48)
     with torch.no_grad():
         pooled, maps = encoder(batch.views), encoder.features(batch.views)
         levels = encoder(as_pixels(batch.views))
@@ -64,10 +63,10 @@ def test_two_lines_of_python(run: Path, packed: Path) -> None:
 def test_files_give_the_views_of_packed_pictures(pictures: Path, packed: Path) -> None:
     val = load_split(packed, "val")
     names = [key.partition("_")[2] for key in keys(val, lambda: LocalFiles(val))]
-    (batch,) = labelled(val, SETTING, batch=48, center_fraction=CENTER_FRACTION)
+    (batch,) = labelled(val, SETTING, batch=48)
     paths = find_pictures([pictures / "val"])
     assert len(paths) == 48 and paths == sorted(paths)
-    made = views_of(PictureFiles(paths), SETTING, batch=7, center_fraction=CENTER_FRACTION)
+    made = views_of(PictureFiles(paths), SETTING, batch=7)
     found = torch.cat([views.views.clone() for views in made])
     labels = val.samples["label"]
     stored = {(val.classes[labels[row]], name): row for row, name in enumerate(names)}
@@ -113,7 +112,7 @@ def test_odd_pictures_are_classified_and_bad_ones_named(run: Path, pictures: Pat
     assert list(found) == ["a.png", "b.jpg", "c.jpg"]
     # The turned one stands upright again.
     paths = [tmp_path / "a.png", tmp_path / "c.jpg"]
-    (views,) = views_of(PictureFiles(paths), SETTING, batch=2, center_fraction=CENTER_FRACTION)
+    (views,) = views_of(PictureFiles(paths), SETTING, batch=2)
     straight, upright = views.views
     assert (straight - upright).abs().mean() < 0.1 < (straight - upright.rot90(1, (1, 2))).abs().mean()
 
@@ -124,13 +123,15 @@ def test_embeddings_of_shards_with_their_ids(run: Path, packed: Path, tmp_path: 
     done = run_python(ROOT / "eval/extract.py", "--ckpt", run, "--out", out, "--map", "--batch", 7)
     assert done.returncode == 0, done.stderr
     written = safetensors.torch.load_file(out)
-    about = json.loads((tmp_path / "val.json").read_text())
+    about = json.loads((tmp_path / "val.ids.json").read_text())
     encoder, val = load(run), load_split(packed, "val")
     assert torch.allclose(written["embeddings"], embedded(encoder, packed), atol=1e-4)
     assert written["feature_maps"].shape == (48, encoder.width, 1, 1)
     assert written["labels"].tolist() == about["labels"] == val.samples["label"].tolist()
     assert about["ids"] == keys(val, lambda: LocalFiles(val)) and about["classes"] == list(val.classes)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["val.json", "val.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["val.ids.json", "val.safetensors"]
+    again = run_python(ROOT / "eval/extract.py", "--ckpt", run, "--out", out)
+    assert_sentence(again, "exists already")
 
 
 @pytest.mark.launch
@@ -141,11 +142,14 @@ def test_embeddings_of_files(run: Path, pictures: Path, tmp_path: Path) -> None:
     words = ["--ckpt", run, folder, tmp_path / "bad.jpg", folder, "--out", out, "--map", "--image-size", 64]
     assert_sentence(run_python(ROOT / "eval/extract.py", *words), "1 of 9", "bad.jpg")
     rows, maps = np.load(out), np.load(tmp_path / "out-map.npy")
-    ids = json.loads((tmp_path / "out.json").read_text())["ids"]
+    ids = json.loads((tmp_path / "out.ids.json").read_text())["ids"]
     assert rows.shape == (8, 64) and maps.shape == (8, 64, 2, 2) and len(ids) == 8
     assert np.allclose(maps.mean((2, 3)), rows, atol=1e-5)
     assert np.allclose(rows[:4], rows[4:], atol=1e-5) and ids[:4] == ids[4:] and not np.allclose(rows[0], rows[1])
     assert not list(tmp_path.glob("*partial*"))
+    nothing = run_python(ROOT / "eval/extract.py", "--ckpt", run, tmp_path / "bad.jpg", "--out", tmp_path / "no.npy")
+    assert_sentence(nothing, "1 of 1", "bad.jpg")
+    assert not list(tmp_path.glob("no*"))
 
 
 @pytest.mark.launch
@@ -187,7 +191,12 @@ def test_a_damaged_classifier_is_named(run: Path, tmp_path: Path) -> None:
     from model.checkpoint import CheckpointError
 
     state = torch.load(run / "linear.pt", weights_only=True)
-    for damage in ({"weight": torch.zeros(3, 3)}, {"classes": ["a"]}, {"architecture": {"name": "vgg"}}):
+    for damage in (
+        {"weight": torch.zeros(12, 3)},
+        {"weight": 3},
+        {"classes": ["a"]},
+        {"architecture": {"name": "vgg"}},
+    ):
         torch.save({**state, **damage}, tmp_path / "linear.pt")
         with pytest.raises(CheckpointError, match="damaged classifier"):
             load_classifier(tmp_path / "linear.pt")

@@ -2,22 +2,27 @@
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from model.collectives import all_rows
 from model.neighbours import accuracies
-from pipeline.features import extract, share
+from model.process import by_rank_0
+from pipeline.features import Features, extract, share
 from pipeline.loader import Setting
-from pipeline.subset import class_balanced
+from pipeline.subset import Ids, class_balanced
 from shards.durable import refusals_named
+from shards.errors import UserError
 from train.job import Job
+from train.watchdog import Watchdog
 
 K, TEMPERATURE = 20, 0.1
-CENTER_FRACTION = 0.875
 _ASKED = 10  # every tenth image is asked about, the others are compared with
+_PER_CLASS = 3  # images, at least: fewer would leave most of those asked about without one of their own class
 
 
 class Health:
@@ -27,24 +32,47 @@ class Health:
     untouched. It is a signal for one run, not a number to compare with eval/knn.py's.
     """
 
-    def __init__(self, job: Job) -> None:
-        self._job = job
+    def __init__(self, job: Job, watchdog: Watchdog) -> None:
+        """Raises UserError where ``simclr.knn_images`` is too small for the classes of the set."""
+        self._job, self._watchdog = job, watchdog
         simclr, shards = job.config.simclr, job.shards
-        fraction = min(1.0, max(simclr.knn_images, len(shards.classes)) / len(shards))
-        ids = class_balanced(shards.samples["label"], len(shards.classes), fraction, simclr.seed)
+        self._every = simclr.knn_every_epochs * job.order.steps_per_epoch
+        if not self._every:
+            return
+        images, classes = min(simclr.knn_images, len(shards)), len(shards.classes)
+        if images < _PER_CLASS * classes:
+            raise UserError(
+                f"kNN during training would have {images} images of {classes} classes; set simclr.knn_images to at "
+                f"least {_PER_CLASS * classes}, or simclr.knn_every_epochs to 0"
+            )
+        ids = class_balanced(shards.samples["label"], classes, images / len(shards), simclr.seed)
         self._asked = ids[::_ASKED]
         self._known = np.setdiff1d(ids, self._asked)
 
     def due(self, done: int) -> bool:
-        """Whether a check follows after ``done`` steps."""
-        every = self._job.config.simclr.knn_every_epochs * self._job.order.steps_per_epoch
-        return bool(every) and done % every == 0
+        """Whether a check belongs after ``done`` steps."""
+        return bool(self._every) and done > 0 and done % self._every == 0
+
+    def missing(self, done: int) -> bool:
+        """Whether the check after ``done`` steps was due, but a stop came before it. All ranks call it together."""
+        path = self._job.run / "knn.jsonl"
+
+        def lacks() -> bool:
+            return not path.is_file() or f'"step": {done - 1},' not in path.read_text()
+
+        return self.due(done) and by_rank_0(self._job.process, lacks)
 
     def check(self, model: Any, done: int) -> None:
         """All ranks call it together. ``model`` is in training mode before and after; nothing of it changes."""
         job = self._job
         encoder = model.encoder.eval()
-        known, asked = self._features(encoder, self._known), self._features(encoder, self._asked)
+
+        def watched(views: torch.Tensor) -> torch.Tensor:
+            self._watchdog.at(f"step {done - 1}, nearest neighbours")
+            features: torch.Tensor = encoder(views)
+            return features
+
+        known, asked = self._features(watched, self._known), self._features(watched, self._asked)
         encoder.train()
         k = min(K, len(self._known))
         found = accuracies(
@@ -73,10 +101,11 @@ class Health:
                 flush=True,
             )
 
-    def _features(self, encoder: Any, ids: Any) -> Any:
+    def _features(self, encoder: Callable[[torch.Tensor], torch.Tensor], ids: Ids) -> Features:
         job = self._job
         own = ids[share(len(ids), job.process.rank, job.process.world)]
-        setting = Setting(job.config.simclr.image_size, job.process.device, threads=job.process.cores)
+        simclr = job.config.simclr
+        setting = Setting(simclr.image_size, job.process.device, threads=simclr.loader_threads or job.process.cores)
         batch = min(256, job.config.micro_batch(job.process.world) * 2)  # what the device has room for
         return extract(
             encoder,
@@ -84,9 +113,8 @@ class Health:
             job.files,
             setting,
             batch=batch,
-            center_fraction=CENTER_FRACTION,
             ids=own,
-            max_bad_fraction=job.config.simclr.max_bad_fraction,
+            max_bad_fraction=simclr.max_bad_fraction,
             silent=True,
         )
 

@@ -47,8 +47,11 @@ def train(
         keep_batch=job.keep_batch,
     )
     agreement = Agreement(process)
-    health = Health(job)
+    health = Health(job, watchdog)
     engine.train()
+    if health.missing(first_step):
+        health.check(engine.module, first_step)
+        reporter.paused()
     started = time.monotonic()
     done, leave = first_step, False
     with Saver(run, simclr.keep_checkpoints, first_step) as saver:
@@ -71,10 +74,6 @@ def train(
             if save_now or health.due(done) or done % simclr.log_every == 0:
                 reporter.drain(saver.last_kept, durably=save_now)
                 saver.refuse_failure()
-            if health.due(done):
-                watchdog.at(f"step {step}, nearest neighbours")
-                health.check(engine.module, done)
-                reporter.paused()
             if save_now:
                 watchdog.at(f"step {step}, its checkpoint")
                 if not all_finite(engine.module, optimizer):  # the last step's update came after its loss
@@ -82,6 +81,9 @@ def train(
                 refuse_drift(engine.module, process, done)
                 if process.rank == 0:
                     saver.save(state_of(engine.module, optimizer, config, job.shards, done), for_good=for_good)
+            if health.due(done) and not leave:  # who has to leave looks when the run goes on
+                health.check(engine.module, done)
+                reporter.paused()
         agreement.finish()
         watchdog.at(f"the end after step {done}, writing the last checkpoint")
     if damaged := batches.damaged():

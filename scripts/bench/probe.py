@@ -32,7 +32,7 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
 from eval.linear import WEIGHT_DECAY  # noqa: E402
-from eval.opened import CENTER_FRACTION, Opened, add_arguments, open_evaluation  # noqa: E402
+from eval.opened import Opened, add_arguments, open_evaluation  # noqa: E402
 from eval.probe import Scale, fit_linear, score  # noqa: E402
 from eval.sweep import GRID, sweep  # noqa: E402
 from model.checkpoint import CheckpointError  # noqa: E402
@@ -162,7 +162,9 @@ def main() -> None:
 @torch.inference_mode()
 def encoder_alone(job: Opened) -> float:
     """Seconds per image of the encoder on images that are there already: median of 9 batches."""
-    images = next(labelled(job.val.shards, job.setting(), batch=job.batch, center_fraction=CENTER_FRACTION)).views
+    made = labelled(job.val.shards, job.setting(), batch=job.batch, files=job.val.files)
+    images = next(made).views.clone()
+    made.close()
     times = []
     for _ in range(10):
         began = time.monotonic()
