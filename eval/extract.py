@@ -136,8 +136,10 @@ class RowFile:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
-        self._path.unlink(missing_ok=True)
+        try:
+            self._file.close()  # a full disk may refuse what it still holds
+        finally:
+            self._path.unlink(missing_ok=True)
 
     def add(self, rows: Tensor) -> None:
         self._file.write(rows.float().cpu().contiguous().numpy().tobytes())

@@ -196,8 +196,11 @@ def _load_file(path: Path, data: bytes) -> Checkpoint:
 def write_file(path: Path, data: bytes | memoryview) -> None:
     """Write under a temporary name, bring it to disk, and rename. Raises OSError."""
     temporary = path.with_name(f"{path.name}.tmp")
-    _write(temporary, data)
-    temporary.replace(path)
+    try:
+        _write(temporary, data)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
     _sync(path.parent)
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -41,6 +42,23 @@ def packed(pictures: Path) -> Path:
     out = pictures.with_name("packed")
     pack(pictures, out, Options(samples_per_shard=40), workers=2)
     return out
+
+
+@pytest.fixture(scope="session")
+def trained(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny run on ``packed``, stopped after 8 steps. Whoever writes into it takes a copy: ``run``."""
+    from tests.runs import pretrain, tiny_config
+
+    folder = tmp_path_factory.mktemp("trained")
+    done = pretrain(tiny_config(folder), packed, folder / "run", "--stop-after-steps", 8)
+    assert done.returncode == 0, done.stderr
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def run(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of ``trained`` for the tests of one file."""
+    return Path(shutil.copytree(trained, tmp_path_factory.mktemp("copied") / "run"))
 
 
 @pytest.fixture(scope="session")

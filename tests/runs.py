@@ -74,6 +74,12 @@ def launch_script(processes: int, script: Path, *words: Any) -> subprocess.Compl
     )
 
 
+def torchrun(processes: int, script: Path, *words: Any) -> subprocess.CompletedProcess[str]:
+    """Run any script of ours by torch's launcher on the CPU."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
+    return run_python(*launcher, script, *words, env={"DS_ACCELERATOR": "cpu"})
+
+
 @contextmanager
 def running(command: list[Any]) -> Iterator[subprocess.Popen[str]]:
     """A process in a session of its own; whatever is left of it and its children is killed at the end."""

@@ -22,15 +22,7 @@ from pipeline.subset import Subset, class_balanced, keys, listed
 from shards.errors import UserError
 from shards.manifest import ShardSet, load_split
 from tests.conftest import ROOT, assert_sentence, run_python
-from tests.runs import launch_script, pretrain, running, tiny_config, wait_until
-
-
-@pytest.fixture(scope="module")
-def run(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tuned")
-    done = pretrain(tiny_config(folder), packed, folder / "run", "--stop-after-steps", 8)
-    assert done.returncode == 0, done.stderr
-    return folder / "run"
+from tests.runs import launch_script, running, wait_until
 
 
 @settings(max_examples=60, deadline=None)

@@ -17,7 +17,6 @@ from pipeline.files import LocalFiles
 from pipeline.loader import Setting
 from shards.manifest import load_split
 from tests.conftest import ROOT, assert_sentence, run_python
-from tests.runs import pretrain, tiny_config
 
 
 def problem(count: int = 90, queries: int = 31, width: int = 6, classes: int = 7) -> tuple[Tensor, ...]:
@@ -79,9 +78,7 @@ def test_more_neighbours_than_images_are_refused() -> None:
 
 
 @pytest.mark.launch
-def test_the_command_reports_what_a_second_count_finds(packed: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    assert pretrain(tiny_config(tmp_path), packed, run, "--stop-after-steps", 8).returncode == 0
+def test_the_command_reports_what_a_second_count_finds(run: Path, packed: Path) -> None:
     done = run_python(ROOT / "eval/knn.py", "--ckpt", run, "--k", 5, 40)
     assert done.returncode == 0, done.stderr
     result = json.loads((run / "knn.json").read_text())

@@ -18,15 +18,6 @@ from pipeline.files import LocalFiles
 from pipeline.loader import Setting
 from shards.manifest import load_split
 from tests.conftest import ROOT, assert_sentence, run_python
-from tests.runs import pretrain, tiny_config
-
-
-@pytest.fixture(scope="module")
-def run(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("probed")
-    done = pretrain(tiny_config(folder), packed, folder / "run", "--stop-after-steps", 8)
-    assert done.returncode == 0, done.stderr
-    return folder / "run"
 
 
 def problem(count: int = 300, width: int = 5, classes: int = 4) -> tuple[torch.Tensor, torch.Tensor]:

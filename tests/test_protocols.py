@@ -25,18 +25,10 @@ from pipeline.features import share
 from shards.errors import UserError
 from shards.manifest import ShardSet
 from tests.conftest import ROOT, assert_sentence, run_python, run_ranks
-from tests.runs import launch_script, pretrain, running, tiny_config, wait_until
+from tests.runs import launch_script, running, torchrun, wait_until
 from tests.test_linear import problem
 
 CLASSES = 4
-
-
-@pytest.fixture(scope="module")
-def run(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("probed")
-    done = pretrain(tiny_config(folder), packed, folder / "run", "--stop-after-steps", 8)
-    assert done.returncode == 0, done.stderr
-    return folder / "run"
 
 
 def by_autograd(features: Tensor, labels: Tensor, point: Point, epochs: int, batch: int) -> nn.Linear:
@@ -231,7 +223,8 @@ def test_a_killed_probe_ends_as_if_undisturbed(run: Path, tmp_path: Path) -> Non
 def test_two_processes_find_what_one_does(words: list[Any], run: Path, tmp_path: Path) -> None:
     script = ROOT / "eval/linear.py"
     one = run_python(script, "--ckpt", run, *words, "--out", tmp_path / "1")
-    two = launch_script(2, script, "--ckpt", run, *words, "--out", tmp_path / "2")
+    launcher = torchrun if "sweep" in words else launch_script
+    two = launcher(2, script, "--ckpt", run, *words, "--out", tmp_path / "2")
     assert one.returncode == two.returncode == 0, one.stderr + two.stderr
     results = [json.loads(next((tmp_path / n).glob("linear*.json")).read_text()) for n in "12"]
     assert results[1]["processes"] == 2 and results[0]["encoder_sha256"] == results[1]["encoder_sha256"]

@@ -1,6 +1,7 @@
 """What a user does with a trained model: predict, extract, look for what is alike, load it in two lines."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +19,17 @@ from pipeline.loader import Setting, labelled
 from pipeline.pictures import PictureFiles, find_pictures, views_of
 from pipeline.subset import keys
 from shards.manifest import load_split
-from tests.conftest import ROOT, assert_sentence, run_python
-from tests.runs import pretrain, tiny_config
+from tests.conftest import ROOT, assert_sentence, on_small_disk, run_python
 
 SETTING = Setting(32, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
-def run(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("used")
-    done = pretrain(tiny_config(folder), packed, folder / "run", "--stop-after-steps", 8)
+def probed(run: Path) -> Path:
+    """A run that has a linear.pt."""
+    done = run_python(ROOT / "eval/linear.py", "--ckpt", run)
     assert done.returncode == 0, done.stderr
-    done = run_python(ROOT / "eval/linear.py", "--ckpt", folder / "run")
-    assert done.returncode == 0, done.stderr
-    return folder / "run"
+    return run
 
 
 def embedded(encoder: torch.nn.Module, packed: Path) -> torch.Tensor:
@@ -44,8 +42,8 @@ def as_pixels(views: torch.Tensor) -> torch.Tensor:
     return ((views * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
 
 
-def test_two_lines_of_python(run: Path, packed: Path) -> None:
-    encoder = load(run)
+def test_two_lines_of_python(probed: Path, packed: Path) -> None:
+    encoder = load(probed)
     val = load_split(packed, "val")
     (batch,) = labelled(val, SETTING, batch=48)
     with torch.no_grad():
@@ -57,7 +55,7 @@ def test_two_lines_of_python(run: Path, packed: Path) -> None:
     assert (levels - pooled).norm() < 0.02 * pooled.norm()
     # A classifier's file holds the encoder as well.
     with torch.no_grad():
-        assert torch.equal(load(run / "linear.pt")(batch.views), pooled)
+        assert torch.equal(load(probed / "linear.pt")(batch.views), pooled)
 
 
 def test_files_give_the_views_of_packed_pictures(pictures: Path, packed: Path) -> None:
@@ -75,20 +73,20 @@ def test_files_give_the_views_of_packed_pictures(pictures: Path, packed: Path) -
 
 
 @pytest.mark.launch
-def test_predictions_are_those_of_the_probe(run: Path, pictures: Path) -> None:
-    done = run_python(ROOT / "eval/predict.py", "--ckpt", run, pictures / "val", "--json", "--top", 12)
+def test_predictions_are_those_of_the_probe(probed: Path, pictures: Path) -> None:
+    done = run_python(ROOT / "eval/predict.py", "--ckpt", probed, pictures / "val", "--json", "--top", 12)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     right = [Path(line["image"]).parent.name == line["predictions"][0]["class"] for line in found]
-    result = json.loads((run / "linear.json").read_text())
+    result = json.loads((probed / "linear.json").read_text())
     assert len(found) == 48 and 100 * sum(right) / 48 == pytest.approx(result["top1"], abs=100 / 48 + 0.01)
     for line in found:
         scores = [best["score"] for best in line["predictions"]]
         assert sum(scores) == pytest.approx(1, abs=1e-4) and scores == sorted(scores, reverse=True)
     first, second = found[0]["predictions"][:2]
-    names = run / "names.txt"
+    names = probed / "names.txt"
     names.write_text(f"{first['class']} my bird, Avis mea\n\nnobody\n")
-    words = ["--ckpt", run / "linear.pt", found[0]["image"], "--top", 2, "--names", names]
+    words = ["--ckpt", probed / "linear.pt", found[0]["image"], "--top", 2, "--names", names]
     table = run_python(ROOT / "eval/predict.py", *words)
     assert table.stdout.split() == [
         found[0]["image"], "my", "bird", f"{first['score']:.3f}", second["class"], f"{second['score']:.3f}"
@@ -96,7 +94,7 @@ def test_predictions_are_those_of_the_probe(run: Path, pictures: Path) -> None:
 
 
 @pytest.mark.launch
-def test_odd_pictures_are_classified_and_bad_ones_named(run: Path, pictures: Path, tmp_path: Path) -> None:
+def test_odd_pictures_are_classified_and_bad_ones_named(probed: Path, pictures: Path, tmp_path: Path) -> None:
     good = PIL.Image.open(next(iter(sorted((pictures / "val").rglob("*.*")))))
     good.save(tmp_path / "a.png")
     good.convert("CMYK").save(tmp_path / "b.jpg", quality=95)
@@ -106,7 +104,7 @@ def test_odd_pictures_are_classified_and_bad_ones_named(run: Path, pictures: Pat
     (tmp_path / "d.jpg").write_bytes(b"no picture")
     (tmp_path / "e.jpg").write_bytes((tmp_path / "b.jpg").read_bytes()[:400])
     (tmp_path / "notes.txt").write_text("not looked at")
-    done = run_python(ROOT / "eval/predict.py", "--ckpt", run, tmp_path, "--json")
+    done = run_python(ROOT / "eval/predict.py", "--ckpt", probed, tmp_path, "--json")
     assert_sentence(done, "2 of 5", "d.jpg", "e.jpg")
     found = {Path(line["image"]).name: line["predictions"] for line in json.loads(done.stdout)}
     assert list(found) == ["a.png", "b.jpg", "c.jpg"]
@@ -118,28 +116,28 @@ def test_odd_pictures_are_classified_and_bad_ones_named(run: Path, pictures: Pat
 
 
 @pytest.mark.launch
-def test_embeddings_of_shards_with_their_ids(run: Path, packed: Path, tmp_path: Path) -> None:
+def test_embeddings_of_shards_with_their_ids(probed: Path, packed: Path, tmp_path: Path) -> None:
     out = tmp_path / "val.safetensors"
-    done = run_python(ROOT / "eval/extract.py", "--ckpt", run, "--out", out, "--map", "--batch", 7)
+    done = run_python(ROOT / "eval/extract.py", "--ckpt", probed, "--out", out, "--map", "--batch", 7)
     assert done.returncode == 0, done.stderr
     written = safetensors.torch.load_file(out)
     about = json.loads((tmp_path / "val.ids.json").read_text())
-    encoder, val = load(run), load_split(packed, "val")
+    encoder, val = load(probed), load_split(packed, "val")
     assert torch.allclose(written["embeddings"], embedded(encoder, packed), atol=1e-4)
     assert written["feature_maps"].shape == (48, encoder.width, 1, 1)
     assert written["labels"].tolist() == about["labels"] == val.samples["label"].tolist()
     assert about["ids"] == keys(val, lambda: LocalFiles(val)) and about["classes"] == list(val.classes)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["val.ids.json", "val.safetensors"]
-    again = run_python(ROOT / "eval/extract.py", "--ckpt", run, "--out", out)
+    again = run_python(ROOT / "eval/extract.py", "--ckpt", probed, "--out", out)
     assert_sentence(again, "exists already")
 
 
 @pytest.mark.launch
-def test_embeddings_of_files(run: Path, pictures: Path, tmp_path: Path) -> None:
+def test_embeddings_of_files(probed: Path, pictures: Path, tmp_path: Path) -> None:
     folder = sorted((pictures / "val").iterdir())[0]
     (tmp_path / "bad.jpg").write_bytes(b"no picture")
     out = tmp_path / "out.npy"
-    words = ["--ckpt", run, folder, tmp_path / "bad.jpg", folder, "--out", out, "--map", "--image-size", 64]
+    words = ["--ckpt", probed, folder, tmp_path / "bad.jpg", folder, "--out", out, "--map", "--image-size", 64]
     assert_sentence(run_python(ROOT / "eval/extract.py", *words), "1 of 9", "bad.jpg")
     rows, maps = np.load(out), np.load(tmp_path / "out-map.npy")
     ids = json.loads((tmp_path / "out.ids.json").read_text())["ids"]
@@ -147,16 +145,16 @@ def test_embeddings_of_files(run: Path, pictures: Path, tmp_path: Path) -> None:
     assert np.allclose(maps.mean((2, 3)), rows, atol=1e-5)
     assert np.allclose(rows[:4], rows[4:], atol=1e-5) and ids[:4] == ids[4:] and not np.allclose(rows[0], rows[1])
     assert not list(tmp_path.glob("*partial*"))
-    nothing = run_python(ROOT / "eval/extract.py", "--ckpt", run, tmp_path / "bad.jpg", "--out", tmp_path / "no.npy")
+    nothing = run_python(ROOT / "eval/extract.py", "--ckpt", probed, tmp_path / "bad.jpg", "--out", tmp_path / "no.npy")
     assert_sentence(nothing, "1 of 1", "bad.jpg")
     assert not list(tmp_path.glob("no*"))
 
 
 @pytest.mark.launch
-def test_the_nearest_picture_is_the_query_itself(run: Path, pictures: Path, tmp_path: Path) -> None:
+def test_the_nearest_picture_is_the_query_itself(probed: Path, pictures: Path, tmp_path: Path) -> None:
     query = sorted((pictures / "val").rglob("*.*"))[5]
     out = tmp_path / "grid.png"
-    done = run_python(ROOT / "eval/nearest.py", query, "--ckpt", run, "--split", "val", "--count", 3, "--out", out)
+    done = run_python(ROOT / "eval/nearest.py", query, "--ckpt", probed, "--split", "val", "--count", 3, "--out", out)
     assert done.returncode == 0, done.stderr
     first = done.stdout.split(": ")[1].split(",")[0].split()
     assert first == [query.parent.name, "1.000"]
@@ -180,17 +178,17 @@ def test_the_nearest_picture_is_the_query_itself(run: Path, pictures: Path, tmp_
     ],
 )
 def test_mistakes_are_one_sentence(
-    script: str, words: list[str], expected: list[str], run: Path, tmp_path: Path
+    script: str, words: list[str], expected: list[str], probed: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "empty").mkdir()
-    filled: list[Any] = [word.replace("RUN", str(run)).replace("EMPTY", str(tmp_path / "empty")) for word in words]
+    filled: list[Any] = [word.replace("RUN", str(probed)).replace("EMPTY", str(tmp_path / "empty")) for word in words]
     assert_sentence(run_python(ROOT / f"eval/{script}.py", *filled), *expected)
 
 
-def test_a_damaged_classifier_is_named(run: Path, tmp_path: Path) -> None:
+def test_a_damaged_classifier_is_named(probed: Path, tmp_path: Path) -> None:
     from model.checkpoint import CheckpointError
 
-    state = torch.load(run / "linear.pt", weights_only=True)
+    state = torch.load(probed / "linear.pt", weights_only=True)
     for damage in (
         {"weight": torch.zeros(12, 3)},
         {"weight": 3},
@@ -200,4 +198,17 @@ def test_a_damaged_classifier_is_named(run: Path, tmp_path: Path) -> None:
         torch.save({**state, **damage}, tmp_path / "linear.pt")
         with pytest.raises(CheckpointError, match="damaged classifier"):
             load_classifier(tmp_path / "linear.pt")
-    assert load_classifier(run / "linear.pt").about["protocol"] == "fast"
+    assert load_classifier(probed / "linear.pt").about["protocol"] == "fast"
+
+
+@pytest.mark.parametrize("script", ["linear", "extract", "export"])
+def test_a_full_disk_is_one_sentence(script: str, probed: Path) -> None:
+    options = {
+        "linear": "--out /mnt",
+        "extract": "--map --out /mnt/out.npy",
+        "export": "--format safetensors --out /mnt/out.safetensors",
+    }[script]
+    command = f"{sys.executable} {ROOT}/eval/{script}.py --ckpt {probed} {options}"
+    done = on_small_disk(16, f"{command}; code=$?; ls -A /mnt; exit $code")
+    assert_sentence(done, "/mnt", "space")
+    assert not done.stdout.strip(), done.stdout
