@@ -2,12 +2,12 @@
 
 import io
 import json
-import zipfile
+import pickle
 from collections import OrderedDict
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-import numpy as np
 import safetensors
 import safetensors.torch
 import torch
@@ -15,34 +15,75 @@ from torch import Tensor
 
 from model.checkpoint import CheckpointError
 
-# What NumPy's arrays and scalars are made of; all of it only holds data.
-_NUMPY = ("_reconstruct", "scalar")
-
 
 class _Inert:
-    """Stands in for whatever class or function a file names: it gives an empty container and runs nothing."""
+    """Stands in for whatever class or function a file names: takes everything, keeps nothing, runs nothing."""
 
-    def __new__(cls, *_: Any, **__: Any) -> Any:
-        return OrderedDict()
+    def __new__(cls, *_: Any, **__: Any) -> "_Inert":
+        return super().__new__(cls)
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    def __call__(self, *_: Any, **__: Any) -> "_Inert":
+        return self
+
+    def __setstate__(self, _: Any) -> None: ...
+
+    def __setitem__(self, _: Any, __: Any) -> None: ...
+
+    def append(self, _: Any) -> None: ...
+
+    def extend(self, _: Any) -> None: ...
+
+    def add(self, _: Any) -> None: ...
+
+    def update(self, _: Any) -> None: ...
+
+
+class _TensorUnpickler(pickle.Unpickler):
+    """Knows what tensors and their containers are made of, and nothing else.
+
+    torch.load puts storages in their place before it asks for a class. What is given out is made for the one call, so
+    that a file cannot change it for others.
+    """
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("collections", "OrderedDict"):
+            return OrderedDict
+        if module == "torch._utils" and name in ("_rebuild_tensor_v2", "_rebuild_tensor", "_rebuild_parameter"):
+            rebuild = getattr(torch._utils, name)
+            return lambda *words: rebuild(*words)
+        if (module, name) == ("torch", "Size"):
+            return lambda *words: tuple(*words)
+        return type(name, (_Inert,), {})
+
+
+def _load_plainly(file: Any, **options: Any) -> Any:
+    return _TensorUnpickler(file, **options).load()
+
+
+# What torch.load takes in pickle's place.
+_PICKLE = ModuleType("tensor_pickle")
+_PICKLE.__dict__.update(Unpickler=_TensorUnpickler, load=_load_plainly, UnpicklingError=pickle.UnpicklingError)
 
 
 def read_tensors(path: Path, data: bytes) -> dict[str, Tensor]:
     """All tensors of a file, by their dotted path in it: safetensors, or what torch.save wrote.
 
     Trainers save other objects beside their weights (Lightning its hyper-parameters, mmengine its log, VISSL its
-    metrics). torch's restricted unpickler reads them, with every class that it does not know replaced by an empty
-    container. Raises CheckpointError where it cannot be read even so.
+    metrics); torch's weights_only refuses such files whole. Here each class and function that tensors are not made of
+    is replaced by one that does nothing. Raises CheckpointError where the file cannot be read even so.
     """
     try:
-        tensors = _flat(safetensors.torch.load(data) if path.suffix == ".safetensors" else _load(data))
+        if path.suffix == ".safetensors":
+            tensors = _flat(safetensors.torch.load(data))
+        else:
+            tensors = _flat(torch.load(io.BytesIO(data), map_location="cpu", pickle_module=_PICKLE, weights_only=False))
     except Exception as error:  # either reader fails on foreign bytes in a dozen ways; whichever, it is no such file
-        reason = " ".join(str(error).split()) or type(error).__name__
-        # torch's explanation goes on about switching the protection off.
-        reason = reason.split("trusted source.")[-1].split("WeightsUnpickler error:")[-1]
-        reason = reason.split("Check the documentation")[0].strip()[:200]
+        reason = (" ".join(str(error).split()) or type(error).__name__)[:200]
         raise CheckpointError(
-            f"{path} is not a checkpoint that can be read without running code from it ({reason}); save the state_dict "
-            "alone, with torch.save or safetensors"
+            f"{path} is no checkpoint that can be read ({reason}); save the state_dict alone, with torch.save or "
+            "safetensors"
         ) from error
     if not tensors:
         raise CheckpointError(f"{path} holds no tensors; give a checkpoint, or a state_dict")
@@ -59,24 +100,6 @@ def exported_about(path: Path) -> dict[str, Any]:
         return {key: json.loads(value) for key, value in metadata.items()}
     except ValueError as error:
         raise CheckpointError(f"{path} has damaged metadata ({error}); export it again") from error
-
-
-def _load(data: bytes) -> Any:
-    strange: list[Any] = []
-    if zipfile.is_zipfile(io.BytesIO(data)):
-        multiarray = np._core.multiarray  # type: ignore[attr-defined]
-        for name in torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(data)):
-            package, _, last = name.rpartition(".")
-            if package in ("numpy._core.multiarray", "numpy.core.multiarray") and last in _NUMPY:
-                strange.append((getattr(multiarray, last), name))
-            elif name == "numpy.ndarray":
-                strange.append((np.ndarray, name))
-            elif name == "numpy.dtype":
-                strange += [(np.dtype, name), *(type(np.dtype(code)) for code in np.typecodes["All"])]
-            else:
-                strange.append((_Inert, name))
-    with torch.serialization.safe_globals(strange):
-        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
 
 
 def _flat(value: Any, path: str = "") -> dict[str, Tensor]:

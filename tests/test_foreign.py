@@ -2,10 +2,7 @@
 
 import argparse
 import copy
-import io
 import json
-import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -285,35 +282,6 @@ def test_bytes_are_taken_in_any_precision(dtype: torch.dtype, tmp_path: Path) ->
         expected = encoder(levels)
         found = encoder.to(dtype)(levels)
     assert found.dtype == dtype and torch.allclose(found.float(), expected, rtol=0.05, atol=0.05)
-
-
-def test_code_inside_a_file_does_not_run(tmp_path: Path) -> None:
-    ran = tmp_path / "it-ran"
-
-    class Evil:
-        def __init__(self, function: Callable[..., Any], argument: Any) -> None:
-            self.call = function, (argument,)
-
-        def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any]]:
-            return self.call
-
-    weights = torchvision_resnet().state_dict()
-    torch.save({"state_dict": weights, "callback": Evil(shutil.rmtree, str(tmp_path))}, tmp_path / "weights.ckpt")
-    assert open_pretrained(tmp_path / "weights.ckpt").architecture.name == "resnet18"
-    torch.save({"state_dict": weights, "callback": Evil(os.system, f"touch {ran}")}, tmp_path / "blocked.ckpt")
-    with pytest.raises(CheckpointError, match=r"posix\.system"):
-        load(tmp_path / "blocked.ckpt")
-    assert not ran.exists() and (tmp_path / "weights.ckpt").exists()
-
-
-@pytest.mark.parametrize("size", [0, 1, 100, 5000])
-def test_a_cut_file_is_a_sentence(size: int, tmp_path: Path) -> None:
-    buffer = io.BytesIO()
-    torch.save(torchvision_resnet().state_dict(), buffer)
-    for name in ("weights.pth", "weights.safetensors"):
-        (tmp_path / name).write_bytes(buffer.getvalue()[:size])
-        with pytest.raises(CheckpointError, match=name):
-            load(tmp_path / name)
 
 
 @pytest.mark.launch
