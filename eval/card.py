@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.opened import home
-from model.pretrained import Pretrained
+from model.pretrained import Pretrained, fingerprint
 from pipeline.draws import center_fraction
 
 _RESULTS = ("linear*.json", "knn.json", "finetune-*.json")
@@ -73,6 +73,8 @@ def _use(source: Pretrained, in_timm: bool) -> list[str]:
 
 
 def _training(source: Pretrained) -> list[str]:
+    if source.step == 0:
+        return ["None: these are the weights that a run began with."]
     if source.run_state is None:
         where = f"read from {source.path.name} ({source.layout})"
         step = f", after {source.step:,} steps" if source.step is not None else ""
@@ -114,9 +116,17 @@ def _own_results(source: Pretrained) -> list[dict[str, Any]]:
     """Of a classifier the one it was fitted in; of an encoder those in its folder that were measured on it."""
     if source.classifier is not None:
         return [source.classifier.about] if "top1" in source.classifier.about else []
-    paths = sorted(path for pattern in _RESULTS for path in home(source.path).glob(pattern))
-    results = [json.loads(path.read_text()) for path in paths]
-    return [found for found in results if found["checkpoint_sha256"] == source.sha256 and not found["untrained"]]
+    own = {"encoder_sha256": fingerprint(source.encoder), **source.encoder.habits()}
+    found = []
+    for path in sorted(path for pattern in _RESULTS for path in home(source.path).glob(pattern)):
+        try:
+            result = json.loads(path.read_text())
+        except (OSError, ValueError):
+            continue
+        current = not path.with_suffix("").suffix[1:].isdigit()  # with a number: of another setting
+        if current and all(result.get(key) == value for key, value in own.items()):
+            found.append(result)
+    return found
 
 
 def _figures(result: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:

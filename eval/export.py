@@ -13,9 +13,9 @@
     hub          a folder with model.safetensors, config.json (timm's) and a model card filled from the run:
                  timm.create_model("local-dir:OUT", pretrained=True)
 
-A classifier (linear.pt, finetune.pt) is written with its head: as fc, or as a second output "scores". What was written
-is read back by the program it is for, and must compute the same within 1e-4 of the largest number; only then it gets
-its name. Images are RGB, normalised by ImageNet's mean and standard deviation.
+A classifier (linear.pt, finetune-F.pt) is written with its head: as fc, or as a second output "scores". What was
+written is read back by the program it is for, and must compute the same within 1e-4 of the largest number; only then it
+gets its name. Images are RGB, normalised by ImageNet's mean and standard deviation.
 """
 
 import argparse

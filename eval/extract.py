@@ -5,10 +5,10 @@
     python eval/extract.py --ckpt resnet50.pth --image-size 224 holiday/ --out holiday.npy --map   # other weights
 
 An embedding is the mean of the last feature map over the picture: float32, [images, width], 2,048 wide for ResNet-50.
---map writes the maps as well, [images, width, size / 32, size / 32]: not pooled. OUT.npy holds the embeddings, and
-OUT-map.npy the maps; OUT.safetensors holds "embeddings", "feature_maps" and, of shards, "labels". OUT.ids.json beside
-them holds the ids in the order of the rows (WebDataset keys, or the files), labels and classes, and where all of it
-comes from. Rows go to disk as they are made, so any number of pictures fits.
+--map writes the maps as well, [images, width, size / 32, size / 32] (size / 8 with the 3x3 stem): not pooled. OUT.npy
+holds the embeddings, and OUT-map.npy the maps; OUT.safetensors holds "embeddings", "feature_maps" and, of shards,
+"labels". OUT.ids.json beside them holds the ids in the order of the rows (WebDataset keys, or the files), labels and
+classes, and where all of it comes from. Rows go to disk as they are made, so any number of pictures fits.
 """
 
 import argparse
@@ -105,13 +105,18 @@ def main() -> None:
         labels = None if arguments.images else torch.from_numpy(shards.samples["label"].astype(np.int64))
         if labels is not None:
             about["labels"] = labels.tolist()
-        write_durably(out.with_suffix(".ids.json"), (json.dumps(about, indent=1) + "\n").encode())
-        if out.suffix == ".npy":
-            if maps is not None:
-                maps.become_npy(_map_of(out))
-            embeddings.become_npy(out)
-        else:
-            write_safetensors(out, {"embeddings": embeddings, **({"feature_maps": maps} if maps else {})}, labels)
+        try:
+            if out.suffix == ".npy":
+                if maps is not None:
+                    maps.become_npy(_map_of(out))
+                embeddings.become_npy(out)
+            else:
+                write_safetensors(out, {"embeddings": embeddings, **({"feature_maps": maps} if maps else {})}, labels)
+            write_durably(out.with_suffix(".ids.json"), (json.dumps(about, indent=1) + "\n").encode())
+        except BaseException:
+            for path in written:  # none of them was there before
+                path.unlink(missing_ok=True)
+            raise
     print(f"{len(places):,} embeddings of width {encoder.width}: {out}, ids in {out.with_suffix('.ids.json')}")
     if files is not None:
         refuse_failures(files, paths)

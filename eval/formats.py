@@ -162,6 +162,7 @@ def described(source: Pretrained, size: int) -> dict[str, Any]:
         "center_fraction": center_fraction(size),
         "checkpoint_sha256": source.sha256,
         "step": source.step,
+        "tuned": source.tuned,
     }
     return about | ({"classes": list(source.classifier.classes)} if source.classifier else {})
 

@@ -19,7 +19,7 @@ from model.classifier import Classifier, save_classifier
 from model.collectives import all_sum
 from model.encoder import SMALLEST_SIZE_FOR_7X7, Encoder
 from model.pretrained import Pretrained, fingerprint, open_pretrained
-from model.process import Process, by_rank_0, join, on_gpu
+from model.process import Process, by_rank_0, join, on_gpu, say
 from pipeline.draws import center_fraction
 from pipeline.features import Features, extract, share
 from pipeline.files import Files
@@ -92,12 +92,7 @@ class Opened:
                 silent=rank > 0,
             )
             if kept is not None:
-                buffer = kept.with_suffix(".tmp")
-                with refusals_named(kept):
-                    kept.parent.mkdir(parents=True, exist_ok=True)
-                    with buffer.open("wb") as file:
-                        np.savez(file, features=found.features.cpu().numpy(), labels=found.labels.cpu().numpy())
-                    buffer.replace(kept)
+                _keep(kept, found)
         bad = int(all_sum((~found.features.isfinite()).any(1).sum()))
         if bad:
             raise UserError(
@@ -135,11 +130,9 @@ class Opened:
 
     def report(self) -> dict[str, Any]:
         """What a figure must be read with."""
-        tuned = self.source.classifier.about.get("protocol") if self.source.classifier else None
         return {
             "untrained": self.untrained,
-            # An encoder that has seen labels is no pre-trained one.
-            "tuned": tuned if tuned and tuned.startswith("finetune") else None,
+            "tuned": self.source.tuned,  # an encoder that has seen labels is no pre-trained one
             "train_images": len(self.train.shards),
             "val_images": len(self.val.shards),
             "classes": len(self.classes),
@@ -160,7 +153,7 @@ class Opened:
 
     def whose(self) -> str:
         """For a printed line: where the encoder is not simply a pre-trained one."""
-        tuned = self.report()["tuned"]
+        tuned = self.source.tuned
         return " (untrained encoder)" if self.untrained else f" (encoder of {tuned})" if tuned else ""
 
     def out(self, name: str) -> Path:
@@ -203,12 +196,27 @@ def _set_aside(described: Path, weights: Path, result: dict[str, Any]) -> None:
     if same:
         return
     number = 1
-    while (aside := described.with_name(f"{described.stem}.{number}.json")).exists():
+    while any((aside := described.with_name(f"{described.stem}.{number}.json")).with_suffix(ending).exists()
+              for ending in (".json", ".pt")):  # fmt: skip
         number += 1
     print(f"{described} was of another encoder, data or setting; it is now {aside.name}")
     if weights.is_file():
         weights.replace(aside.with_suffix(".pt"))
     described.replace(aside)
+
+
+def _keep(path: Path, found: Features) -> None:
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # another evaluation may be keeping the same
+    with refusals_named(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("wb") as file:
+                np.savez(file, features=found.features.cpu().numpy(), labels=found.labels.cpu().numpy())
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def home(path: Path) -> Path:
@@ -230,6 +238,13 @@ def open_evaluation(arguments: argparse.Namespace) -> Opened:
     train, val = (Split(*open_split(data, split, _cache(arguments))) for split in ("train", "val"))
     if train.shards.classes != val.shards.classes:
         raise UserError(f"train and val of {data} name different classes; pack them together")
+    if source.layout != "simclr-dali":
+        habits = ", ".join(f"{name} {value}" for name, value in source.encoder.habits().items())
+        say(
+            process,
+            f"{source.path.name}: {source.architecture.name}, width {source.architecture.width:g}, by the keys of "
+            f"{source.layout}; {habits}; {len(source.left_out)} keys are not the encoder's",
+        )
     encoder = source.encoder.requires_grad_(False).to(process.device, memory_format=torch.channels_last)
     sha256 = fingerprint(encoder)
     of_rank_0 = by_rank_0(process, lambda: (sha256, train.shards.fingerprint, val.shards.fingerprint))
@@ -282,6 +297,7 @@ def open_encoder(arguments: argparse.Namespace) -> Pretrained:
         untrained=arguments.untrained,
         prefix=arguments.prefix,
         unit_range=arguments.unit_range,
+        stem_padding=arguments.stem_padding,
     )
 
 
@@ -294,6 +310,10 @@ def add_encoder_arguments(parser: argparse.ArgumentParser, *, batch: bool = True
     )  # fmt: skip
     parser.add_argument("--untrained", action="store_true", help="the encoder with the weights its run began with")
     parser.add_argument("--prefix", help="beginning of the encoder's keys, where a file holds several")
+    parser.add_argument(
+        "--stem-padding", type=positive_int, metavar="PX",
+        help="of a 3x3 stem, which weights do not show (default: 1, and 2 for solo-learn's)",
+    )  # fmt: skip
     parser.add_argument(
         "--unit-range", action=argparse.BooleanOptionalAction,
         help="whether the weights were trained on values in 0..1 instead of normalised ones, as those of "

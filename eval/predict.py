@@ -105,7 +105,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--ckpt", type=Path, required=True, metavar="CLASSIFIER",
-        help="linear.pt or finetune.pt, or a run folder that has a linear.pt",
+        help="linear.pt or finetune-F.pt, or a run folder that has a linear.pt",
     )  # fmt: skip
     parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="pictures, or folders of them")
     parser.add_argument("--top", type=positive_int, default=5, metavar="N", help="classes per picture (default: 5)")

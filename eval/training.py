@@ -45,9 +45,9 @@ def train(
     """Train ``model`` in place, on the device, by cross-entropy on crops and flips of the samples ``ids`` (None: all).
 
     scores: views [n, 3, size, size] -> scores [n, classes], through ``model``. state_path: file from which a stopped
-    training goes on, to the bit on as many ranks; rank 0 writes it every ``save_every`` steps and at the end, and who
-    called removes it once the results are written. Raises UserError where it is of another training, the ranks cannot
-    share the batch, or the loss is not finite.
+    training goes on, on the CPU to the bit on as many ranks; rank 0 writes it every ``save_every`` steps and at the
+    end, and who called removes it once the results are written. Raises UserError where it is of another training, the
+    ranks cannot share the batch, or the loss is not finite.
     """
     process = job.process
     order = build_order(job.train.shards, ids, schedule.batch, process.world, seed)
@@ -184,8 +184,12 @@ def resume(
     def read() -> dict[Any, Any] | None:
         if not path.is_file():
             return None
-        with refusals_named(path):
+        try:
             state = plain_values(path.read_bytes())
+        except OSError as error:
+            raise UserError(
+                f"{path} cannot be read ({error.strerror}); repair it, or remove it to begin anew"
+            ) from error
         if state is None or "identity" not in state:
             raise UserError(f"{path} is damaged; remove it to begin anew")
         for key, value in identity.items():

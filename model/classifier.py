@@ -84,11 +84,11 @@ def is_classifier(state: dict[Any, Any]) -> bool:
 def load_classifier(path: Path) -> Classifier:
     """The classifier of a file of ours. Raises CheckpointError where it is none."""
     if not path.is_file():
-        raise CheckpointError(f"{path} is no file; give the linear.pt or finetune.pt that an evaluation wrote")
+        raise CheckpointError(f"{path} is no file; give the linear.pt or finetune-F.pt that an evaluation wrote")
     state = checkpoint.plain_values(path.read_bytes())
     if state is None or not is_classifier(state):
         raise CheckpointError(
-            f"{path} holds no classifier; give the linear.pt of eval/linear.py or the finetune.pt of eval/finetune.py"
+            f"{path} holds no classifier; give the linear.pt of eval/linear.py or the finetune-F.pt of eval/finetune.py"
         )
     return Classifier.of_state(state, path)
 

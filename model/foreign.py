@@ -163,10 +163,6 @@ def _some(keys: Iterable[str]) -> str:
     return ", ".join(listed[:_LISTED]) + more
 
 
-def _as_they_are(key: str) -> str:
-    return key
-
-
 def _sequential(order: tuple[str, ...]) -> Callable[[str], str]:
     """nn.Sequential of a ResNet's children: their numbers become their names again."""
 
@@ -211,7 +207,7 @@ def _google(stem: dict[str, str], block: dict[str, str]) -> Callable[[str], str]
 
 
 def _by_neighbours(beginning: str, others: Iterable[str]) -> str:
-    """Whose a file with plain ResNet keys is; for the reader, its weights do not depend on it."""
+    """Whose a file with plain ResNet keys is: for the reader, and for the padding of a small stem (solo-learn)."""
     parts = {part for key in others for part in key.split(".")[:-1]}
     if "_feature_blocks" in beginning:
         return "VISSL"
@@ -221,7 +217,7 @@ def _by_neighbours(beginning: str, others: Iterable[str]) -> str:
         return "mmpretrain"
     if "projection_head" in parts:
         return "lightly"
-    if "classifier" in parts or ("projector" in parts and beginning.endswith("backbone.")):
+    if {"classifier", "projector"} <= parts and beginning.endswith(("backbone.", "encoder.")):
         return "solo-learn"
     if "projector" in parts and beginning.endswith("encoder."):
         return "simclr-dali"

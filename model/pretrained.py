@@ -32,7 +32,7 @@ class Pretrained:
     sha256: of the file read. layout: "simclr-dali", or whose keys the file has (model.foreign). step: of pre-training;
     image_size: side of the views it was trained on, in pixels; data: address of the shards; None where the file does
     not say. classifier: the whole model, where the file is one of ours. run_state: all that our checkpoint holds.
-    left_out: keys of the file that are not the encoder's.
+    left_out: keys of the file that are not the encoder's. tuned: protocol by which it learned from labels.
     """
 
     encoder: Encoder
@@ -46,20 +46,29 @@ class Pretrained:
     classifier: Classifier | None = None
     run_state: dict[str, Any] | None = None
     left_out: tuple[str, ...] = ()
+    tuned: str | None = None
 
 
-def load(path: str | Path, *, prefix: str | None = None, unit_range: bool | None = None) -> Encoder:
+def load(
+    path: str | Path, *, prefix: str | None = None, unit_range: bool | None = None, stem_padding: int | None = None
+) -> Encoder:
     """The encoder of a run folder (its newest checkpoint) or of a file, ours or another library's (model.foreign).
 
     In eval mode, on the CPU, in float32. prefix: where a file holds several encoders, the beginning of the keys of
     the one that is meant. unit_range: whether it was trained on RGB values in 0 to 1, not normalised (default: as the
-    layout says). Raises CheckpointError where the file is missing, damaged, or holds no whole encoder.
+    layout says). stem_padding: of a 3x3 stem (default: 1, and 2 for solo-learn's). Raises CheckpointError where the
+    file is missing, damaged, or holds no whole encoder.
     """
-    return open_pretrained(Path(path), prefix=prefix, unit_range=unit_range).encoder
+    return open_pretrained(Path(path), prefix=prefix, unit_range=unit_range, stem_padding=stem_padding).encoder
 
 
 def open_pretrained(
-    path: Path, *, untrained: bool = False, prefix: str | None = None, unit_range: bool | None = None
+    path: Path,
+    *,
+    untrained: bool = False,
+    prefix: str | None = None,
+    unit_range: bool | None = None,
+    stem_padding: int | None = None,
 ) -> Pretrained:
     """What :func:`load` returns, with where it comes from.
 
@@ -75,8 +84,10 @@ def open_pretrained(
         opened = _of_file(path, path.read_bytes(), prefix)
         if untrained:
             raise CheckpointError(f"{path} does not say what its training began with; --untrained needs a run of ours")
-    if unit_range is not None:
-        opened.encoder.unit_range = unit_range
+    if stem_padding is not None and opened.architecture.stem != "3x3":
+        raise CheckpointError(f"{path} has the {opened.architecture.stem} stem; a stem padding is for 3x3")
+    given = {"unit_range": unit_range, "stem_padding": stem_padding}
+    opened.encoder.take_habits({name: value for name, value in given.items() if value is not None})
     return opened
 
 
@@ -102,8 +113,8 @@ def _of_run(found: Checkpoint, untrained: bool) -> Pretrained:
             reason = " ".join(str(error).split())[:300]
             raise CheckpointError(f"{found.path} does not hold the {architecture.name} it names: {reason}") from error
     return Pretrained(
-        encoder.eval(), architecture, found.path, found.sha256, "simclr-dali", state["step"], state["image_size"],
-        state.get("data"), run_state=state,
+        encoder.eval(), architecture, found.path, found.sha256, "simclr-dali", 0 if untrained else state["step"],
+        state["image_size"], state.get("data"), run_state=state,
     )  # fmt: skip
 
 
@@ -116,9 +127,11 @@ def _of_file(path: Path, data: bytes, prefix: str | None) -> Pretrained:
         if own is not None and is_classifier(own):
             classifier = Classifier.of_state(own, path)
             about = classifier.about
+            protocol = str(about.get("protocol", ""))
+            tuned = protocol if protocol.startswith("finetune") else about.get("tuned")
             return Pretrained(
                 classifier.encoder, classifier.architecture, path, sha256, "simclr-dali", about.get("checkpoint_step"),
-                classifier.image_size, about.get("data"), classifier,
+                classifier.image_size, about.get("data"), classifier, tuned=tuned,
             )  # fmt: skip
     found = find_encoder(read_tensors(path, data), str(path), prefix)
     encoder = build_encoder(found.architecture)
@@ -127,5 +140,5 @@ def _of_file(path: Path, data: bytes, prefix: str | None) -> Pretrained:
     encoder.take_habits(about.get("habits", found.habits))
     return Pretrained(
         encoder.eval(), found.architecture, path, sha256, "simclr-dali" if about else found.layout, about.get("step"),
-        about.get("image_size"), left_out=found.left_out,
+        about.get("image_size"), left_out=found.left_out, tuned=about.get("tuned"),
     )  # fmt: skip

@@ -148,9 +148,16 @@ def test_the_card_of_a_run_says_how_it_was_made(run: Path, tmp_path: Path) -> No
     command = [ROOT / "eval/export.py", "--ckpt", run, "--format", "hub", "--out", tmp_path / "hub"]
     done = run_python(*command)
     assert done.returncode == 0, done.stderr
-    # What another checkpoint of the run scored is not this one's.
+    # What another encoder scored is not this one's, and what is no result is passed over.
+    (run / "linear-notes.json").write_text("[")
     (run / "linear.json").write_text(json.dumps({**json.loads((run / "knn.json").read_text()), "protocol": "other",
-                                                 "checkpoint_sha256": "0"}))  # fmt: skip
+                                                 "encoder_sha256": "0"}))  # fmt: skip
+    done = run_python(*command[:-1], tmp_path / "again")
+    assert done.returncode == 0 and "| other" not in (tmp_path / "again/README.md").read_text(), done.stderr
+    start = run_python(*command[:-1], tmp_path / "start", "--untrained")
+    assert start.returncode == 0, start.stderr
+    card = (tmp_path / "start/README.md").read_text()
+    assert "None was measured" in card and "weights that a run began with" in card
     card = (tmp_path / "hub/README.md").read_text()
     top1 = json.loads((run / "knn.json").read_text())["k5"]["top1"]
     for word in ("8, global batch 16", "trust_coefficient 0.02", "32-16", f"| kNN, k 5 | {top1:.2f} %", "width 0.125"):

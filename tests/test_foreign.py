@@ -188,6 +188,12 @@ def test_solo_learns_small_stem_has_its_padding(tmp_path: Path) -> None:
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert found.architecture.stem == "3x3" and same_features(found.encoder, model(images), images)
+        # Somebody else's network with the same keys; and weights of another stem have no such choice.
+        model.conv1.padding = (1, 1)
+        assert same_features(load(tmp_path / "solo.ckpt", stem_padding=1), model(images), images)
+    torch.save(torchvision_resnet().state_dict(), tmp_path / "seven.pth")
+    with pytest.raises(CheckpointError, match="7x7 stem"):
+        load(tmp_path / "seven.pth", stem_padding=1)
     model.conv1 = nn.Conv2d(3, 64, 5, padding=2, bias=False)
     torch.save(solo_learn(model), tmp_path / "solo.ckpt")
     with pytest.raises(CheckpointError, match="convolution of 5 pixels"):

@@ -52,6 +52,12 @@ def test_a_look_that_a_stop_came_before_is_made_when_the_run_goes_on(packed: Pat
     (run / "knn.jsonl").unlink()
     assert pretrain(config, packed, run, *LOOKS, "--stop-after-steps", 2).returncode == 0
     assert looks(run) == first
+    # The last look of a run that is finished otherwise.
+    assert pretrain(config, packed, run, *LOOKS).returncode == 0
+    whole = looks(run)
+    (run / "knn.jsonl").write_text(json.dumps(whole[0]) + "\n")
+    late = pretrain(config, packed, run, *LOOKS)
+    assert late.returncode == 0 and "is finished" in late.stdout and looks(run) == whole
     few = pretrain(config, packed, tmp_path / "few", *LOOKS, "--set", "simclr.knn_images=20")
     assert_sentence(few, "20 images of 12 classes", "simclr.knn_images")
 

@@ -6,6 +6,7 @@ import functools
 import io
 import os
 import shutil
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,50 @@ def test_code_inside_a_file_does_not_run(old_format: bool, tmp_path: Path) -> No
     with torch.no_grad():
         assert same_features(load(tmp_path / "weights.ckpt"), model(IMAGES))
     assert victim.is_dir() and not ran.exists() and not hasattr(torch._utils._rebuild_tensor_v2, "changed")
+
+
+class Scripted(nn.Module):
+    """A TorchScript program that prints when it is loaded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.weight
+
+    @torch.jit.export
+    def __getstate__(self) -> tuple[Tensor, bool]:
+        return (self.weight, self.training)
+
+    @torch.jit.export
+    def __setstate__(self, state: tuple[Tensor, bool]) -> None:
+        print("it ran")
+        self.weight, self.training = state  # type: ignore[assignment]
+
+
+def test_a_program_is_not_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    torch.jit.script(Scripted()).save(str(tmp_path / "weights.pt"))
+    capfd.readouterr()
+    with pytest.raises(CheckpointError, match="TorchScript program"):
+        load(tmp_path / "weights.pt")
+    with tarfile.open(tmp_path / "old.pt", "w") as tar:
+        tar.add(tmp_path / "weights.pt", "storages")
+    with pytest.raises(CheckpointError, match="is a tar"):
+        load(tmp_path / "old.pt")
+    assert "it ran" not in capfd.readouterr().out
+    torch.jit.load(str(tmp_path / "weights.pt"))  # it would have
+    assert "it ran" in capfd.readouterr().out
+
+
+def test_weights_in_containers_of_other_kinds_are_found(tmp_path: Path) -> None:
+    model = torchvision_resnet()
+    for parameter in model.parameters():
+        parameter.note = "mine"  # pickles as a parameter with state
+    state = collections.defaultdict(list, model.state_dict(keep_vars=True))
+    torch.save({"state_dict": state}, tmp_path / "weights.pth")
+    with torch.no_grad():
+        assert same_features(load(tmp_path / "weights.pth"), model(IMAGES))
 
 
 def test_a_file_cannot_change_what_rebuilds_tensors(tmp_path: Path) -> None:

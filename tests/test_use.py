@@ -201,14 +201,17 @@ def test_a_damaged_classifier_is_named(probed: Path, tmp_path: Path) -> None:
     assert load_classifier(probed / "linear.pt").about["protocol"] == "fast"
 
 
-@pytest.mark.parametrize("script", ["linear", "extract", "export"])
+@pytest.mark.parametrize("script", ["linear", "linear.pt", "extract", "extract, copying", "export"])
 def test_a_full_disk_is_one_sentence(script: str, probed: Path) -> None:
     options = {
-        "linear": "--out /mnt",
+        "linear": "--features /mnt",
+        "linear.pt": "--out /mnt",
         "extract": "--map --out /mnt/out.npy",
+        "extract, copying": "--out /mnt/out.safetensors",
         "export": "--format safetensors --out /mnt/out.safetensors",
     }[script]
-    command = f"{sys.executable} {ROOT}/eval/{script}.py --ckpt {probed} {options}"
+    name = script.partition(".")[0].partition(",")[0]
+    command = f"{sys.executable} {ROOT}/eval/{name}.py --ckpt {probed} {options}"
     done = on_small_disk(16, f"{command}; code=$?; ls -A /mnt; exit $code")
     assert_sentence(done, "/mnt", "space")
     assert not done.stdout.strip(), done.stdout

@@ -58,7 +58,10 @@ class Health:
         path = self._job.run / "knn.jsonl"
 
         def lacks() -> bool:
-            return not path.is_file() or f'"step": {done - 1},' not in path.read_text()
+            try:
+                return f'"step": {done - 1},' not in path.read_text()
+            except OSError:
+                return True
 
         return self.due(done) and by_rank_0(self._job.process, lacks)
 

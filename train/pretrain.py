@@ -39,6 +39,7 @@ from shards.verify import verify_split  # noqa: E402
 from train.config import Config  # noqa: E402
 from train.config_file import load_config  # noqa: E402
 from train.engine import build_engine, start  # noqa: E402
+from train.health import Health  # noqa: E402
 from train.job import Job  # noqa: E402
 from train.lock import take  # noqa: E402
 from train.loop import train  # noqa: E402
@@ -76,6 +77,9 @@ def main() -> None:
             last_step = min(job.total_steps, step + (arguments.stop_after_steps or job.total_steps))
             train(job, engine, optimizer, stop, watchdog, step, last_step)
         else:
+            health = Health(job, watchdog)
+            if health.missing(step):  # stopped between the last checkpoint and the last look
+                health.check(engine.module, step)
             if process.rank == 0 and not finished.exists():  # killed between the last checkpoint and this
                 write_durably(finished, (json.dumps({"steps": step}) + "\n").encode())
             say(process, f"{job.run} is finished ({step} steps); nothing to do")
