@@ -53,8 +53,8 @@ class Health:
         """Whether a check belongs after ``done`` steps."""
         return bool(self._every) and done > 0 and done % self._every == 0
 
-    def missing(self, done: int) -> bool:
-        """Whether the check after ``done`` steps was due, but a stop came before it. All ranks call it together."""
+    def catch_up(self, model: Any, done: int) -> None:
+        """Make the check after ``done`` steps if it was due and a stop came before it. All ranks call it together."""
         path = self._job.run / "knn.jsonl"
 
         def lacks() -> bool:
@@ -63,7 +63,8 @@ class Health:
             except OSError:
                 return True
 
-        return self.due(done) and by_rank_0(self._job.process, lacks)
+        if self.due(done) and by_rank_0(self._job.process, lacks):
+            self.check(model, done)
 
     def check(self, model: Any, done: int) -> None:
         """All ranks call it together. ``model`` is in training mode before and after; nothing of it changes."""

@@ -49,9 +49,8 @@ def train(
     agreement = Agreement(process)
     health = Health(job, watchdog)
     engine.train()
-    if health.missing(first_step):
-        health.check(engine.module, first_step)
-        reporter.paused()
+    health.catch_up(engine.module, first_step)
+    reporter.paused()
     started = time.monotonic()
     done, leave = first_step, False
     with Saver(run, simclr.keep_checkpoints, first_step) as saver:

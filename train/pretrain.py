@@ -77,9 +77,7 @@ def main() -> None:
             last_step = min(job.total_steps, step + (arguments.stop_after_steps or job.total_steps))
             train(job, engine, optimizer, stop, watchdog, step, last_step)
         else:
-            health = Health(job, watchdog)
-            if health.missing(step):  # stopped between the last checkpoint and the last look
-                health.check(engine.module, step)
+            Health(job, watchdog).catch_up(engine.module, step)  # stopped between the last checkpoint and the last look
             if process.rank == 0 and not finished.exists():  # killed between the last checkpoint and this
                 write_durably(finished, (json.dumps({"steps": step}) + "\n").encode())
             say(process, f"{job.run} is finished ({step} steps); nothing to do")
