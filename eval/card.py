@@ -123,8 +123,14 @@ def _own_results(source: Pretrained) -> list[dict[str, Any]]:
             result = json.loads(path.read_text())
         except (OSError, ValueError):
             continue
-        current = not path.with_suffix("").suffix[1:].isdigit()  # with a number: of another setting
-        if current and all(result.get(key) == value for key, value in own.items()):
+        if not isinstance(result, dict) or any(result.get(key) != value for key, value in own.items()):
+            continue
+        name = result["protocol"]
+        if path.stem.removesuffix("-untrained") in (
+            name,
+            "linear",
+            f"linear-{name}",
+        ):  # others have a number, and are of another setting
             found.append(result)
     return found
 

@@ -191,7 +191,7 @@ def _set_aside(described: Path, weights: Path, result: dict[str, Any]) -> None:
     try:
         before = json.loads(described.read_bytes())
         same = all(before.get(key) == json.loads(json.dumps(result.get(key))) for key in _IDENTITY)
-    except ValueError:
+    except (ValueError, AttributeError):
         same = False
     if same:
         return

@@ -45,7 +45,12 @@ class Checkpoint:
     passed_over: tuple[tuple[Path, str], ...] = ()
 
     def architecture(self) -> Architecture:
-        return as_architecture(self.state["architecture"])
+        """Raises CheckpointError where the state names none that can be built."""
+        try:
+            return as_architecture(self.state["architecture"])
+        except (KeyError, TypeError, ValueError) as error:
+            reason = f"{type(error).__name__}: {error}"[:200]
+            raise CheckpointError(f"{self.path} does not name an architecture of this trainer ({reason})") from error
 
 
 def describe(architecture: Architecture) -> dict[str, Any]:
@@ -61,10 +66,17 @@ def as_architecture(described: dict[str, Any]) -> Architecture:
 def plain_values(data: bytes) -> dict[Any, Any] | None:
     """What torch.save wrote, where it is a dict of tensors and plain values; else None."""
     try:
-        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        state = _unpickle(data)
     except Exception:  # the unpickler fails on foreign bytes in a dozen ways
         return None
     return state if isinstance(state, dict) else None
+
+
+def _unpickle(data: bytes) -> Any:
+    if not data.startswith(b"PK\x03\x04"):
+        # Of torch's older format weights_only is no protection: its views of storages can be made to lie elsewhere.
+        raise ValueError("it is no zip, as torch.save writes")
+    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
 
 
 def is_ours(state: dict[Any, Any]) -> bool:
@@ -179,7 +191,7 @@ def _load_verified(folder: Path) -> Checkpoint:
 
 def _load_file(path: Path, data: bytes) -> Checkpoint:
     try:
-        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        state = _unpickle(data)
     except Exception as error:  # the unpickler fails on foreign bytes in a dozen ways; whichever, it is no checkpoint
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise CheckpointError(

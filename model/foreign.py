@@ -28,12 +28,14 @@ _STAGES = ("layer1", "layer2", "layer3", "layer4")
 _OURS = re.compile(r"(conv1|bn1|layer[1-4])\.")
 # Of two encoders of one file the one that gradients trained: the other one follows it, or is its moving average.
 _FOLLOWERS = {
-    "encoder_k": "encoder_q",
-    "momentum_encoder": "base_encoder",
-    "momentum_backbone": "backbone",
-    "backbone_momentum": "backbone",
-    "target_network": "online_network",
+    "encoder_k": ("encoder_q",),
+    "momentum_encoder": ("base_encoder", "encoder"),
+    "momentum_backbone": ("backbone",),
+    "backbone_momentum": ("backbone",),
+    "target_network": ("online_network",),
 }
+# mmpretrain's averages, of backbone and neck together: encoder_k.module.0.conv1 beside backbone.conv1.
+_AVERAGES = ("encoder_k", "momentum_encoder", "target_net", "teacher")
 _LISTED = 8  # keys in a message
 
 
@@ -52,11 +54,15 @@ class Found:
     habits: dict[str, Any]
 
 
-def find_encoder(tensors: dict[str, Tensor], name: str, prefix: str | None = None) -> Found:
+def find_encoder(
+    tensors: dict[str, Tensor], name: str, prefix: str | None = None, stem_padding: int | None = None
+) -> Found:
     """The encoder among ``tensors``, whose keys are dotted paths in a file called ``name``.
 
-    prefix: where there are several encoders, the beginning of the keys of the one that is meant.
-    Raises CheckpointError, listing keys, where there is none, are several, or one is not whole.
+    prefix: where there are several encoders, the beginning of the keys of the one that is meant. stem_padding: of a
+    3x3 stem, where the caller knows it.
+    Raises CheckpointError, listing keys, where there is none, are several, or one is not whole, and where a 3x3 stem
+    may as well be solo-learn's as not.
     """
     candidates = {
         beginning: (layout, rename) for layout, mark, rename in _LAYOUTS for beginning in _beginnings(tensors, mark)
@@ -87,8 +93,8 @@ def find_encoder(tensors: dict[str, Tensor], name: str, prefix: str | None = Non
     left_out = tuple(key for key in tensors if key not in taken)
     whose = layout(beginning, left_out)
     habits: dict[str, Any] = {"unit_range": whose == "google", "stem_relu": rename is not _LIGHTLY_CHILDREN}
-    if whose == "solo-learn" and architecture.stem == "3x3":
-        habits["stem_padding"] = 2  # solo/backbones/resnet: nn.Conv2d(3, 64, 3, stride=1, padding=2) for CIFAR
+    if architecture.stem == "3x3":
+        habits["stem_padding"] = _padding(whose, left_out, name) if stem_padding is None else stem_padding
     return Found(architecture, weights, whose, beginning, left_out, habits)
 
 
@@ -99,11 +105,16 @@ def _beginnings(tensors: Iterable[str], mark: str) -> list[str]:
 
 def _follows(beginning: str, candidates: Iterable[str]) -> bool:
     parts = beginning.split(".")
-    leaders = (
-        ".".join([*parts[:place], _FOLLOWERS[part], *parts[place + 1 :]])
+    leaders = [
+        ".".join([*parts[:place], leader, *parts[place + 1 :]])
         for place, part in enumerate(parts)
-        if part in _FOLLOWERS
-    )
+        for leader in _FOLLOWERS.get(part, ())
+    ]
+    leaders += [
+        ".".join([*parts[:place], "backbone", ""])
+        for place, part in enumerate(parts)
+        if part in _AVERAGES and parts[place + 1 :] == ["module", "0", ""]
+    ]
     return any(leader in candidates for leader in leaders)
 
 
@@ -143,9 +154,15 @@ def _whole(weights: dict[str, Tensor], architecture: Architecture, name: str, be
     missing = [key for key in expected if key not in weights and not key.endswith("num_batches_tracked")]
     unknown = [key for key in weights if key not in expected]
     other = [key for key, value in weights.items() if key in expected and value.shape != expected[key].shape]
+    short = [key for key, value in weights.items() if value.nbytes > value.untyped_storage().nbytes()]
     faults = [
         f"{what} {_some(beginning + key for key in keys)}"
-        for what, keys in (("lacks", missing), ("has besides", unknown), ("has in other shapes", other))
+        for what, keys in (
+            ("lacks", missing),
+            ("has besides", unknown),
+            ("has in other shapes", other),
+            ("repeats numbers in", short),
+        )
         if keys
     ]
     if faults:
@@ -206,19 +223,39 @@ def _google(stem: dict[str, str], block: dict[str, str]) -> Callable[[str], str]
     return rename
 
 
+def _padding(whose: str, left_out: Iterable[str], name: str) -> int:
+    """Of a 3x3 stem, which its weights do not show."""
+    if whose == "solo-learn":
+        return 2  # solo/backbones/resnet: nn.Conv2d(3, 64, 3, stride=1, padding=2) for CIFAR
+    if "classifier" in _parts(left_out):  # as beside an encoder that solo-learn evaluated
+        raise CheckpointError(
+            f"{name} has a 3x3 stem and a classifier, and its keys do not show the stem's padding; say it with "
+            "--stem-padding, or load(..., stem_padding=...): 2 for solo-learn's networks, 1 for most others"
+        )
+    return 1
+
+
+def _parts(keys: Iterable[str]) -> set[str]:
+    return {part for key in keys for part in key.split(".")[:-1]}
+
+
+# Beside the classifier that each of its methods trains along.
+_SOLO_LEARNS = {"projector", "momentum_projector", "momentum_head", "momentum_backbone", "momentum_encoder"}
+
+
 def _by_neighbours(beginning: str, others: Iterable[str]) -> str:
     """Whose a file with plain ResNet keys is: for the reader, and for the padding of a small stem (solo-learn)."""
-    parts = {part for key in others for part in key.split(".")[:-1]}
+    parts = _parts(others)
     if "_feature_blocks" in beginning:
         return "VISSL"
     if re.search(r"(encoder_q|base_encoder)\.$", beginning):
         return "moco"
+    if "classifier" in parts and beginning.endswith(("backbone.", "encoder.")) and _SOLO_LEARNS & parts:
+        return "solo-learn"
     if {"neck", "data_preprocessor"} & parts or ("head" in parts and beginning.endswith("backbone.")):
         return "mmpretrain"
     if "projection_head" in parts:
         return "lightly"
-    if {"classifier", "projector"} <= parts and beginning.endswith(("backbone.", "encoder.")):
-        return "solo-learn"
     if "projector" in parts and beginning.endswith("encoder."):
         return "simclr-dali"
     return "torchvision"

@@ -81,7 +81,7 @@ def open_pretrained(
     elif not path.is_file():
         raise CheckpointError(f"{path} does not exist; give a run folder, a folder step-*, or a file with weights")
     else:
-        opened = _of_file(path, path.read_bytes(), prefix)
+        opened = _of_file(path, path.read_bytes(), prefix, stem_padding)
         if untrained:
             raise CheckpointError(f"{path} does not say what its training began with; --untrained needs a run of ours")
     if stem_padding is not None and opened.architecture.stem != "3x3":
@@ -118,7 +118,7 @@ def _of_run(found: Checkpoint, untrained: bool) -> Pretrained:
     )  # fmt: skip
 
 
-def _of_file(path: Path, data: bytes, prefix: str | None) -> Pretrained:
+def _of_file(path: Path, data: bytes, prefix: str | None, stem_padding: int | None) -> Pretrained:
     sha256 = hashlib.sha256(data).hexdigest()
     if path.suffix != ".safetensors":
         own = checkpoint.plain_values(data)
@@ -133,7 +133,7 @@ def _of_file(path: Path, data: bytes, prefix: str | None) -> Pretrained:
                 classifier.encoder, classifier.architecture, path, sha256, "simclr-dali", about.get("checkpoint_step"),
                 classifier.image_size, about.get("data"), classifier, tuned=tuned,
             )  # fmt: skip
-    found = find_encoder(read_tensors(path, data), str(path), prefix)
+    found = find_encoder(read_tensors(path, data), str(path), prefix, stem_padding)
     encoder = build_encoder(found.architecture)
     encoder.load_state_dict(found.weights)
     about = exported_about(path) if path.suffix == ".safetensors" else {}

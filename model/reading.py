@@ -3,11 +3,11 @@
 import io
 import json
 import pickle
-import tarfile
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import safetensors
 import safetensors.torch
@@ -35,8 +35,6 @@ class _Inert(dict[Any, Any]):
     def __hash__(self) -> int:  # type: ignore[override]
         return id(self)
 
-    def __setstate__(self, _: Any) -> None: ...
-
     def append(self, _: Any) -> None: ...
 
     def extend(self, _: Any) -> None: ...
@@ -44,12 +42,14 @@ class _Inert(dict[Any, Any]):
     def add(self, _: Any) -> None: ...
 
 
-class _TensorUnpickler(pickle.Unpickler):
+class _TensorUnpickler(pickle._Unpickler):
     """Knows what tensors and their containers are made of, and nothing else.
 
-    torch.load puts storages in their place before it asks for a class. What is given out is made for the one call, so
-    that a file cannot change it for others.
+    The one in Python: that in C makes a table as long as any number in a file. What is given out is made for the one
+    call, and no state is set on anything, so that a file cannot change what others use.
     """
+
+    dispatch: ClassVar = dict(pickle._Unpickler.dispatch)
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("collections", "OrderedDict"):
@@ -64,6 +64,29 @@ class _TensorUnpickler(pickle.Unpickler):
         if (module, name) == ("torch", "Size"):
             return lambda *words: tuple(*words)
         return type(name, (_Inert,), {})
+
+    @property
+    def persistent_load(self) -> Callable[[Any], Any]:
+        """torch.load sets it, to put storages in their place; it would also write ".patch" files of classes' sources
+        that differ, and make views of storages that move when the storage grows."""
+        return self._refer
+
+    @persistent_load.setter
+    def persistent_load(self, find: Callable[[Any], Any]) -> None:
+        self._find = find
+
+    def _refer(self, saved: Any) -> Any:
+        kind = saved[0] if isinstance(saved, tuple) and len(saved) > 1 else None
+        if kind == "module":
+            return saved[1]
+        if kind != "storage" or len(saved) not in (5, 6) or saved[5:] not in ((), (None,)):
+            raise pickle.UnpicklingError("it refers to more than tensors")
+        return self._find(saved)
+
+    def _leave_state(self: Any) -> None:
+        self.stack.pop()
+
+    dispatch[pickle.BUILD[0]] = _leave_state
 
 
 def _load_plainly(file: Any, **options: Any) -> Any:
@@ -100,10 +123,10 @@ def read_tensors(path: Path, data: bytes) -> dict[str, Tensor]:
 
 
 def _refuse_programs(data: bytes) -> None:
-    """torch.load runs archives of TorchScript, and unpacks tars, before it comes to a pickle."""
+    """torch.load runs archives of TorchScript before it comes to a pickle; tars it does not know in memory."""
     if data[:4] == b"PK\x03\x04" and "constants.pkl" in torch._C.PyTorchFileReader(io.BytesIO(data)).get_all_records():
         raise ValueError("it is a TorchScript program, not weights")
-    if tarfile.is_tarfile(io.BytesIO(data)):
+    if data[257:262] == b"ustar":
         raise ValueError("it is a tar, as torch wrote before 2017")
 
 
@@ -115,21 +138,37 @@ def exported_about(path: Path) -> dict[str, Any]:
         return {}
     try:
         about = {key: json.loads(metadata[key]) for key in _OURS if key in metadata}
-        habits, size = about.get("habits", {}), about.get("image_size", 1)
-        if not (isinstance(habits, dict) and isinstance(habits.get("stem_padding", 1), int) and isinstance(size, int)):
-            raise ValueError(f"habits {habits!r}, image size {size!r}")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} has damaged metadata ({error}); export it again") from error
+    habits = about.get("habits", {})
+    sound = (
+        isinstance(habits, dict)
+        and _is_count(habits.get("stem_padding", 1))
+        and all(about.get(key) is None or _is_count(about[key]) for key in ("image_size", "step"))
+        and isinstance(about.get("tuned"), str | None)
+    )
+    if not sound:
+        raise CheckpointError(f"{path} has damaged metadata ({str(about)[:200]}); export it again")
     return about
 
 
-def _flat(value: Any, path: str = "") -> dict[str, Tensor]:
-    """{"a": {"b": tensor}} -> {"a.b": tensor}; everything else is left out."""
-    if isinstance(value, Tensor):
-        return {path: value.detach()}
-    if not isinstance(value, dict):
-        return {}
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _flat(nested: Any) -> dict[str, Tensor]:
+    """{"a": {"b": tensor}} -> {"a.b": tensor}, each dict once; everything else is left out."""
     found: dict[str, Tensor] = {}
-    for key, item in value.items():
-        found |= _flat(item, f"{path}.{key}" if path else str(key))
+    seen: set[int] = set()
+
+    def visit(value: Any, path: str) -> None:
+        if isinstance(value, Tensor):
+            found[path] = value.detach()
+        elif isinstance(value, dict) and id(value) not in seen:
+            seen.add(id(value))
+            for key, item in value.items():
+                if isinstance(key, str | int):
+                    visit(item, f"{path}.{key}" if path else str(key))
+
+    visit(nested, "")
     return found

@@ -152,8 +152,18 @@ def test_the_card_of_a_run_says_how_it_was_made(run: Path, tmp_path: Path) -> No
     (run / "linear-notes.json").write_text("[")
     (run / "linear.json").write_text(json.dumps({**json.loads((run / "knn.json").read_text()), "protocol": "other",
                                                  "encoder_sha256": "0"}))  # fmt: skip
+    (run / "linear-list.json").write_text("[]")
+    # Fine-tunings of it are, unless they were set aside with a number.
+    tuned = {key: value for key, value in json.loads((run / "knn.json").read_text()).items() if key != "k5"}
+    tuned |= json.loads((run / "knn.json").read_text())["k5"]
+    for name, top1 in (("finetune-0.1", 91.25), ("finetune-0.1.1", 92.25), ("finetune-0.01", 93.25)):
+        protocol = "finetune-0.01" if name == "finetune-0.01" else "finetune-0.1"
+        (run / f"{name}.json").write_text(json.dumps({**tuned, "protocol": protocol, "top1": top1}))
     done = run_python(*command[:-1], tmp_path / "again")
-    assert done.returncode == 0 and "| other" not in (tmp_path / "again/README.md").read_text(), done.stderr
+    assert done.returncode == 0, done.stderr
+    card = (tmp_path / "again/README.md").read_text()
+    assert "| other" not in card and "| finetune-0.1 | 91.25 %" in card and "| finetune-0.01 | 93.25 %" in card
+    assert "92.25" not in card
     start = run_python(*command[:-1], tmp_path / "start", "--untrained")
     assert start.returncode == 0, start.stderr
     card = (tmp_path / "start/README.md").read_text()

@@ -78,6 +78,19 @@ def moco_v3(model: nn.Module) -> Any:
     return {"state_dict": {**prefixed(model, "module.base_encoder."), **average}}
 
 
+def mmpretrain_moco(model: nn.Module) -> Any:
+    """models/selfsup/moco.py: the average of backbone and neck together, as a nn.Sequential."""
+    average = {key: value + 1 for key, value in prefixed(model, "encoder_k.module.0.").items()}
+    neck = {"neck.fc0.weight": torch.zeros(512, 512), "encoder_k.module.1.fc0.weight": torch.zeros(512, 512)}
+    return {"state_dict": {**average, **prefixed(model, "backbone."), **neck, "queue": torch.zeros(128, 16)}}
+
+
+def older_solo_learn(model: nn.Module) -> Any:
+    average = {key: value + 1 for key, value in prefixed(model, "momentum_encoder.").items()}
+    heads = {"projector.0.weight": torch.zeros(8, 512), "classifier.weight": torch.zeros(10, 512)}
+    return {"state_dict": {**average, **prefixed(model, "encoder."), **heads}}
+
+
 def solo_learn(model: nn.Module) -> Any:
     """solo/methods/base.py under Lightning, with hyper-parameters of a class that only it has."""
     state = prefixed(
@@ -115,10 +128,12 @@ def plain(model: nn.Module) -> Any:
 LAYOUTS: dict[str, tuple[Callable[[nn.Module], Any], str]] = {
     "torchvision": (plain, "torchvision"),
     "mmpretrain": (mmpretrain, "mmpretrain"),
+    "mmpretrain, MoCo": (mmpretrain_moco, "mmpretrain"),
     "VISSL": (vissl, "VISSL"),
     "moco": (moco, "moco"),
     "moco-v3": (moco_v3, "moco"),
     "solo-learn": (solo_learn, "solo-learn"),
+    "solo-learn, older": (older_solo_learn, "solo-learn"),
     "lightly, Sequential": (lightly_sequential, "lightly"),
     "lightly, benchmark": (lightly_benchmark, "lightly"),
     "compiled and wrapped": (compiled_ddp, "torchvision"),
@@ -194,6 +209,19 @@ def test_solo_learns_small_stem_has_its_padding(tmp_path: Path) -> None:
     torch.save(torchvision_resnet().state_dict(), tmp_path / "seven.pth")
     with pytest.raises(CheckpointError, match="7x7 stem"):
         load(tmp_path / "seven.pth", stem_padding=1)
+    # DINO has a projector of another name; what its linear evaluation writes could be anybody's.
+    model.conv1.padding = (2, 2)
+    head, classifier = {"head.mlp.0.weight": torch.zeros(8, 512)}, {"classifier.weight": torch.zeros(10, 512)}
+    average = {f"momentum_{key}": value + 1 for key, value in prefixed(model, "backbone.").items()}
+    torch.save(
+        {"state_dict": {**prefixed(model, "backbone."), **average, **head, **classifier}}, tmp_path / "dino.ckpt"
+    )
+    torch.save({"state_dict": {**prefixed(model, "backbone."), **classifier}}, tmp_path / "linear.ckpt")
+    with torch.no_grad():
+        assert same_features(load(tmp_path / "dino.ckpt"), model(images), images)
+        with pytest.raises(CheckpointError, match="--stem-padding"):
+            load(tmp_path / "linear.ckpt")
+        assert same_features(load(tmp_path / "linear.ckpt", stem_padding=2), model(images), images)
     model.conv1 = nn.Conv2d(3, 64, 5, padding=2, bias=False)
     torch.save(solo_learn(model), tmp_path / "solo.ckpt")
     with pytest.raises(CheckpointError, match="convolution of 5 pixels"):
