@@ -126,11 +126,8 @@ def _own_results(source: Pretrained) -> list[dict[str, Any]]:
         if not isinstance(result, dict) or any(result.get(key) != value for key, value in own.items()):
             continue
         name = result["protocol"]
-        if path.stem.removesuffix("-untrained") in (
-            name,
-            "linear",
-            f"linear-{name}",
-        ):  # others have a number, and are of another setting
+        names = (name, "linear", f"linear-{name}")  # others have a number, and are of another setting
+        if path.stem.removesuffix("-untrained") in names:
             found.append(result)
     return found
 
