@@ -65,8 +65,8 @@ class Subset:
 def class_balanced(labels: npt.NDArray[np.int32], classes: int, fraction: float, seed: int) -> Ids:
     """Ids, in storage order, of ``fraction`` of the samples: as many of each class, or one more.
 
-    A pure function of its arguments. A class that has fewer gives all it has. Raises UserError where that is less
-    than one per class.
+    A pure function of its arguments. A class that has fewer gives all it has, and the fraction 1 is all samples, of
+    whatever class. Raises UserError where that is less than one per class.
     """
     total = round(fraction * len(labels))
     each, more = divmod(total, classes)
