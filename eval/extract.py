@@ -42,7 +42,7 @@ from pipeline.draws import center_fraction  # noqa: E402
 from pipeline.loader import Setting, labelled  # noqa: E402
 from pipeline.pictures import PictureFiles, find_pictures, refuse_failures, views_of  # noqa: E402
 from pipeline.subset import keys  # noqa: E402
-from shards.durable import refusals_named, write_durably  # noqa: E402
+from shards.durable import refusals_named, write_durably, writing  # noqa: E402
 from shards.errors import UserError, run_main  # noqa: E402
 from shards.source import SPLITS  # noqa: E402
 
@@ -177,19 +177,12 @@ def write_safetensors(path: Path, rows: dict[str, RowFile], labels: Tensor | Non
         header["labels"] = {"dtype": "I64", "shape": [len(labels)], "data_offsets": [at, at + 8 * len(labels)]}
     text = json.dumps(header).encode()
     text = text.ljust(-(-len(text) // 8) * 8)
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        with temporary.open("wb") as target:
-            target.write(len(text).to_bytes(8, "little") + text)
-            for file in rows.values():
-                file.copy_rows(target)
-            if labels is not None:
-                target.write(labels.numpy().tobytes())
-            target.flush()
-            os.fsync(target.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with writing(path) as target:
+        target.write(len(text).to_bytes(8, "little") + text)
+        for file in rows.values():
+            file.copy_rows(target)
+        if labels is not None:
+            target.write(labels.numpy().tobytes())
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -25,7 +25,7 @@ from pipeline.features import Features, extract, share
 from pipeline.files import Files
 from pipeline.loader import Setting
 from pipeline.remote import Cache, is_remote, open_split
-from shards.durable import refusals_named, write_durably
+from shards.durable import refusals_named, write_durably, writing
 from shards.errors import UserError, positive_int
 from shards.manifest import ShardSet
 
@@ -206,17 +206,10 @@ def _set_aside(described: Path, weights: Path, result: dict[str, Any]) -> None:
 
 
 def _keep(path: Path, found: Features) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # another evaluation may be keeping the same
     with refusals_named(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with temporary.open("wb") as file:
-                np.savez(file, features=found.features.cpu().numpy(), labels=found.labels.cpu().numpy())
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    with writing(path, f".{os.getpid()}") as file:  # another evaluation may be keeping the same
+        np.savez(file, features=found.features.cpu().numpy(), labels=found.labels.cpu().numpy())
 
 
 def home(path: Path) -> Path:

@@ -4,20 +4,34 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from shards.errors import UserError
 
 
+@contextmanager
+def writing(path: Path, tag: str = "") -> Iterator[BinaryIO]:
+    """A file to write, which gets its name when it is complete and on disk; nothing stays of one that does not.
+
+    tag: in its name until then, where several may be writing the same.
+    """
+    temporary = path.with_name(f"{path.name}{tag}.tmp")
+    with refusals_named(path):
+        try:
+            with temporary.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        sync_folder(path.parent)
+
+
 def write_durably(path: Path, data: bytes) -> None:
     """Write a whole file so that it is either there, complete and on disk, or not there."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    with refusals_named(path):
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        sync_folder(path.parent)
+    with writing(path) as file:
+        file.write(data)
 
 
 def sync_folder(folder: Path) -> None:
