@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -123,10 +124,28 @@ def wait_until(
     """Wait for ``condition``; fail where it does not come true, or ``process`` ends before."""
     limit = time.monotonic() + seconds
     while not condition():
-        if process is not None and process.poll() is not None:
+        if process is not None and process.poll() is not None and not condition():
             raise AssertionError(f"the process ended with {process.returncode}: {process.communicate()}")
         assert time.monotonic() < limit, "it took too long"
         time.sleep(0.02)
+
+
+def kill_between(state: Path, result: Path, command: list[Any], tries: int = 10) -> None:
+    """Kill ``command``, which writes both files into one folder, when there is ``state`` and no ``result`` yet.
+
+    Where it was faster than its killer, the folder is removed and it starts anew.
+    """
+    for _ in range(tries):
+        with running(command) as process:
+            while process.poll() is None and not state.is_file():
+                time.sleep(0.005)
+            process.kill()
+            out, err = process.communicate()
+        assert process.returncode in (0, -signal.SIGKILL), out + err
+        if state.is_file() and not result.exists():
+            return
+        shutil.rmtree(state.parent)
+    raise AssertionError(f"it was done before it could be killed, {tries} times")
 
 
 def reached(run: Path, step: int) -> Callable[[], bool]:

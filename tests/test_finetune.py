@@ -1,7 +1,6 @@
 """Few labels: which, and that the whole network is trained on them and on nothing else."""
 
 import json
-import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from pipeline.subset import Subset, class_balanced, keys, listed
 from shards.errors import UserError
 from shards.manifest import ShardSet, load_split
 from tests.conftest import ROOT, assert_sentence, run_python
-from tests.runs import launch_script, running, wait_until
+from tests.runs import kill_between, launch_script
 
 
 @settings(max_examples=60, deadline=None)
@@ -116,10 +115,8 @@ def test_a_killed_fine_tuning_ends_as_if_undisturbed(run: Path, packed: Path, tm
     quiet = run_python(*command, "--out", tmp_path / "quiet")
     assert quiet.returncode == 0, quiet.stderr
     killed = tmp_path / "killed"
-    with running([sys.executable, *command, "--out", killed]) as process:
-        wait_until((killed / "finetune-0.2.state.pt").is_file, process)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+    state, result = killed / "finetune-0.2.state.pt", killed / "finetune-0.2.json"
+    kill_between(state, result, [sys.executable, *command, "--out", killed])
     again = run_python(*command, "--out", killed)
     assert again.returncode == 0 and "going on from step" in again.stdout, again.stderr
     models = [load_classifier(folder / "finetune-0.2.pt") for folder in (tmp_path / "quiet", killed)]

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +47,7 @@ def test_killed_pack_goes_on_and_ends_byte_identical(pictures: Path, tmp_path: P
             os.kill(process.pid, signal.SIGKILL)
             kills += 1
         process.wait()
-        finished = len(list(tmp_path.rglob("*.part.npz")))
+        finished = _finished_shards(tmp_path)
         if (tmp_path / "killed").exists():
             assert verify(tmp_path / "killed", full=True) == []
             shutil.rmtree(tmp_path / "killed")
@@ -61,19 +62,23 @@ def test_killed_pack_goes_on_and_ends_byte_identical(pictures: Path, tmp_path: P
 
 
 def _files(folder: Path) -> set[tuple[str, int]]:
+    """Names and times of all in a folder that a process moves and removes meanwhile, where Path.rglob may raise."""
     found = set()
-    for path in folder.rglob("*"):
-        try:
-            found.add((path.name, path.stat().st_mtime_ns))
-        except FileNotFoundError:
-            continue
+    for parent, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            with suppress(FileNotFoundError):
+                found.add((name, Path(parent, name).stat().st_mtime_ns))
     return found
+
+
+def _finished_shards(folder: Path) -> int:
+    return sum(name.endswith(".part.npz") for name, _ in _files(folder))
 
 
 def test_workers_end_with_a_killed_parent(pictures: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "shards.pack", str(pictures), str(tmp_path / "out"), "--workers", "2"]
     process = subprocess.Popen([*command, "--samples-per-shard", "2"], cwd=ROOT, stderr=subprocess.DEVNULL)
-    while process.poll() is None and not list(tmp_path.rglob("*.part.npz")):
+    while process.poll() is None and not _finished_shards(tmp_path):
         time.sleep(0.005)
     workers = _children(process.pid)
     process.kill()

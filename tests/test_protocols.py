@@ -1,7 +1,6 @@
 """The linear protocols: the same on any number of processes, resumable to the bit, and what their sources say."""
 
 import json
-import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from pipeline.features import share
 from shards.errors import UserError
 from shards.manifest import ShardSet
 from tests.conftest import ROOT, assert_sentence, run_python, run_ranks
-from tests.runs import launch_script, running, torchrun, wait_until
+from tests.runs import kill_between, launch_script, torchrun
 from tests.test_linear import problem
 
 CLASSES = 4
@@ -189,11 +188,7 @@ def test_a_killed_probe_ends_as_if_undisturbed(run: Path, tmp_path: Path) -> Non
     assert quiet.returncode == 0, quiet.stderr
     killed = tmp_path / "killed"
     state = killed / "linear-moco-sgd-90e.state.pt"
-    with running([sys.executable, *command, "--out", killed]) as process:
-        wait_until(state.is_file, process)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    assert state.is_file() and not (killed / "linear-moco-sgd-90e.json").exists()
+    kill_between(state, killed / "linear-moco-sgd-90e.json", [sys.executable, *command, "--out", killed])
     other = run_python(*command, "--out", killed, "--seed", 1)
     assert_sentence(other, "seed", "remove the file")
     again = run_python(*command, "--out", killed)
