@@ -195,33 +195,40 @@ class RemoteFiles:
 
     def _reserve(self, shard: int, partial: Path, fetch: _Fetch) -> bool:
         """Make room for a shard and take it with a file of its size; False if it can wait and there is none."""
-        size, urgency = self._shards.shards[shard].bytes, fetch.urgency
-        with self._room_locked():
-            kept = kept_in(self._cache.folder)
-            total = sum(stat.st_size for stat in kept.values())
-            # Shards that nobody here waits for go first, the longest unused of them first; those of the current
-            # windows of this process never go; those of other processes are the youngest of the rest.
-            worth = {self._path(number): 1 for number in self._after}
-            worth |= {self._path(number): 2 for numbers in tuple(self._before) for number in numbers}
-            worth |= {self._path(number): 3 for number in self._now}
-            most = 2 if urgency == _URGENT else 0
-            may_go = [path for path in kept if path.suffix == ".tar" and worth.get(path, 0) <= most]
-            may_go.sort(key=lambda path: (worth.get(path, 0), kept[path].st_mtime))
-            for path in may_go:
-                if total + size <= self._cache.limit:
-                    break
-                path.unlink(missing_ok=True)
-                total -= kept[path].st_size
+        size = self._shards.shards[shard].bytes
+        while True:
+            with self._room_locked():
+                kept = kept_in(self._cache.folder)
+                if self._make_room(shard, size, fetch.urgency, kept):
+                    with partial.open("wb") as file:
+                        file.truncate(size)
+                    return True
+            if fetch.urgency == _AHEAD:
+                return False
+            if all(path.suffix == ".tar" for path in kept):
+                raise UserError(
+                    f"the cache in {self._cache.folder} has no room for {size:,} more bytes within its "
+                    f"{self._cache.limit:,}; allow it more"
+                )
+            if self._stop.wait(_PAUSE / 10):  # what is on its way may go once it is here
+                raise UserError("the loader was closed")
+
+    def _make_room(self, shard: int, size: int, urgency: int, kept: dict[Path, os.stat_result]) -> bool:
+        # Shards that nobody here waits for go first, the longest unused of them first; those of other processes are
+        # the youngest of these. Those of the current windows go only for a batch that was begun before them.
+        worth = {self._path(number): 1 for number in self._after}
+        worth |= {self._path(number): 2 for numbers in tuple(self._before) for number in numbers}
+        worth |= {self._path(number): 3 for number in self._now}
+        most = 0 if urgency == _AHEAD else 2 if shard in self._now else 3
+        may_go = [path for path in kept if path.suffix == ".tar" and worth.get(path, 0) <= most]
+        may_go.sort(key=lambda path: (worth.get(path, 0), kept[path].st_mtime))
+        total = sum(stat.st_size for stat in kept.values())
+        for path in may_go:
             if total + size <= self._cache.limit:
-                with partial.open("wb") as file:
-                    file.truncate(size)
-                return True
-        if urgency == _AHEAD:
-            return False
-        raise UserError(
-            f"the cache in {self._cache.folder} has no room for {size:,} more bytes within its {self._cache.limit:,}: "
-            f"all the rest is in use; allow it more"
-        )
+                break
+            path.unlink(missing_ok=True)
+            total -= kept[path].st_size
+        return total + size <= self._cache.limit
 
     def _room_locked(self) -> AbstractContextManager[None]:
         return _locked(self._cache.folder / "room.lock")
