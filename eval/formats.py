@@ -9,6 +9,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eval.card import model_card
@@ -57,7 +58,11 @@ def safetensors_file(source: Pretrained, path: Path, size: int, images: Tensor) 
     """The same keys for every architecture; model.load reads the rest from the metadata."""
     about = {key: json.dumps(value) for key, value in described(source, size).items()}
     path.write_bytes(safetensors.torch.save(weights(source), metadata=about))
-    return {FEATURES: load(path)(images)}
+    features = load(path)(images)
+    if source.classifier is None:
+        return {FEATURES: features}
+    state = safetensors.torch.load_file(path)
+    return {FEATURES: features, SCORES: F.linear(features, state["fc.weight"], state["fc.bias"])}
 
 
 def timm_file(source: Pretrained, path: Path, size: int, images: Tensor) -> Written:

@@ -313,7 +313,10 @@ def add_encoder_arguments(parser: argparse.ArgumentParser, *, batch: bool = True
         "google-research/simclr (default: as their keys say; tonylins/simclr-converter's do not)",
     )  # fmt: skip
     parser.add_argument(
-        "--image-size", type=positive_int, metavar="PX", help="side of the central view (default: as pre-trained)"
+        "--image-size",
+        type=positive_int,
+        metavar="PX",
+        help="side of the central view (default: as pre-trained; of other libraries 224, or 32 with the 3x3 stem)",
     )
     if batch:
         parser.add_argument("--batch", type=positive_int, default=256, help="images embedded at a time (default: 256)")
@@ -323,7 +326,11 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     """Which data, and where remote shards are kept."""
     parser.add_argument("--data", help="folder or address of packed shards (default: what the run was trained on)")
     parser.add_argument(
-        "--cache", type=Path, default=Path("~/.cache/simclr-dali"), metavar="FOLDER", help="keeps remote shards"
+        "--cache",
+        type=Path,
+        default=Path("~/.cache/simclr-dali"),
+        metavar="FOLDER",
+        help="keeps remote shards (default: ~/.cache/simclr-dali)",
     )
     parser.add_argument("--cache-gb", type=float, default=200.0, metavar="GB", help="how much of them (default: 200)")
 

@@ -44,7 +44,7 @@ class Order:
         if self.steps_per_epoch < 1:
             raise UserError(
                 f"a global batch of {self.global_batch} does not fit the {self.samples} samples of the data set; "
-                f"lower train_batch_size"
+                f"choose a smaller one"
             )
 
     @property

@@ -23,7 +23,7 @@ from shards.find import find_sources  # noqa: E402
 
 FOLDER = Path("runs/quickstart")
 TOOLS = Path(sys.executable).parent  # of the virtual environment
-# Images that pre-training sees in all, whatever the set: 20 passes over the drawn one, 3 minutes on 2 cores.
+# Images that pre-training sees in all, whatever the set: 20 passes over the drawn one, 2 minutes on 2 cores.
 IMAGES_SEEN = 48_000
 
 

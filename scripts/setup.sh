@@ -7,7 +7,7 @@ wanted=$(cat setup.cfg pyproject.toml scripts/constraints.txt scripts/setup.sh |
 if [ -f .venv/installed ] && [ "$(cat .venv/installed)" = "$wanted $PWD" ]; then
   exit 0
 fi
-echo "setup: installing into $PWD/.venv (about 2 to 10 minutes, up to 5 GB with CUDA; log: .venv/setup.log)"
+echo "setup: installing into $PWD/.venv (about 1 to 10 minutes, up to 5 GB with CUDA; log: .venv/setup.log)"
 started=$SECONDS
 [ -x .venv/bin/python ] || "${PYTHON:-python3}" -m venv .venv
 # The constraints hold inside build environments too, or a package that builds with torch would fetch another one.

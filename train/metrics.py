@@ -23,10 +23,11 @@ class Reporter:
     """Collects each step's numbers on the device and writes them when drained, so that no step waits for the device.
 
     metrics.jsonl has one line per step: step, epoch, lr, loss, and of the embeddings (model.ntxent.Contrast) positive,
-    hardest_negative, top1, alignment (mean squared distance of two views of an image) and uniformity (the last two as
-    in Wang and Isola 2020); gradient_norm is that of all parameters together, after averaging. speed.jsonl has one per
-    drain: step, images_per_s (images, each of which gives two views) and wait_share (share of the host's time spent
-    waiting for input, which on a GPU leaves out what the device itself waits).
+    hardest_negative, top1, alignment (mean squared distance of two views of an image) and uniformity (both of Wang and
+    Isola 2020, uniformity at the run's temperature, where theirs is 0.25); gradient_norm is that of all parameters
+    together, after averaging. speed.jsonl has one per drain: step, images_per_s (images, each of which gives two views)
+    and wait_share (share of the host's time spent waiting for input, which on a GPU leaves out what the device itself
+    waits).
     """
 
     def __init__(

@@ -114,7 +114,9 @@ def main() -> None:
                 runs[name] = None if row is None or found is None else [*row, found]
         results[str(pairs)] = report(pairs, runs)
         if given.json:
-            given.json.write_text(json.dumps({"pairs": results, "rounds": given.rounds, **on}, indent=1) + "\n")
+            limits = {} if given.device == "gpu" else {"limit_gb": given.limit_gb}
+            figures = {"pairs": results, "rounds": given.rounds, **limits, **on}
+            given.json.write_text(json.dumps(figures, indent=1) + "\n")
 
 
 def measure(given: argparse.Namespace, name: str, pairs: int) -> dict[str, float] | None:
@@ -212,7 +214,9 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--rounds", type=positive_int, default=5, help="default: 5")
     parser.add_argument("--seconds", type=float, default=2.0, help="of measuring a contender a round (default: 2)")
-    parser.add_argument("--limit-gb", type=float, default=16.0, help="memory a contender may take on the CPU")
+    parser.add_argument(
+        "--limit-gb", type=float, default=16.0, help="memory a contender may take on the CPU (default: 16)"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     parser.add_argument("--contender", choices=list(CONTENDERS), help=argparse.SUPPRESS)
     return parser.parse_args()
