@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -45,7 +46,7 @@ def tiny_config(folder: Path) -> Path:
 def pretrain(config: Path, data: Path | str, run: Path, *words: Any) -> subprocess.CompletedProcess[str]:
     """One process, without the launcher."""
     arguments = ["--config", config, "--data", data, "--run", run, *words]
-    return run_python(ROOT / "train/pretrain.py", *arguments, env={"DS_ACCELERATOR": "cpu"})
+    return run_python(ROOT / "train/pretrain.py", *arguments)
 
 
 def launch(processes: int, config: Path, data: Path, run: Path, *words: Any) -> subprocess.CompletedProcess[str]:
@@ -54,12 +55,18 @@ def launch(processes: int, config: Path, data: Path, run: Path, *words: Any) -> 
     return launch_script(processes, ROOT / "train/pretrain.py", *arguments)
 
 
+def free_port() -> int:
+    """Below those that the system gives to whoever connects, so that none takes it before it is used."""
+    while True:
+        port = random.randrange(20_000, 32_000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
 def launcher(processes: int, *words: Any) -> list[Any]:
     """The deepspeed command on a free port."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    return [TOOLS / "deepspeed", "--quiet", "--num_gpus", processes, "--master_port", port, *words]
+    return [TOOLS / "deepspeed", "--quiet", "--num_gpus", processes, "--master_port", free_port(), *words]
 
 
 def launch_script(processes: int, script: Path, *words: Any) -> subprocess.CompletedProcess[str]:
@@ -78,7 +85,7 @@ def launch_script(processes: int, script: Path, *words: Any) -> subprocess.Compl
 def torchrun(processes: int, script: Path, *words: Any) -> subprocess.CompletedProcess[str]:
     """Run any script of ours by torch's launcher on the CPU."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
-    return run_python(*launcher, script, *words, env={"DS_ACCELERATOR": "cpu"})
+    return run_python(*launcher, script, *words)
 
 
 @contextmanager
@@ -119,7 +126,7 @@ def family(pid: int) -> list[psutil.Process]:
 
 
 def wait_until(
-    condition: Callable[[], bool], process: subprocess.Popen[str] | None = None, seconds: float = 90
+    condition: Callable[[], bool], process: subprocess.Popen[str] | None = None, seconds: float = 240
 ) -> None:
     """Wait for ``condition``; fail where it does not come true, or ``process`` ends before."""
     limit = time.monotonic() + seconds

@@ -4,7 +4,6 @@ A change that should not touch the numbers must leave tests/golden/curve.json as
 python -m tests.test_curve, and says why in its commit.
 """
 
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -33,10 +32,10 @@ def machine() -> dict[str, str]:
         platform.machine(),
     )
     packages = ("torch", "nvidia-dali-cuda120", "nvidia-nvimgcodec-cu12", "numpy", "Pillow", "deepspeed")
-    # Virtual machines share a name and differ in instruction sets.
-    flags = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")), "")
-    digest = hashlib.sha256(flags.encode()).hexdigest()[:16]
-    return {"processor": model, "flags": digest, **{name: importlib.metadata.version(name) for name in packages}}
+    # Virtual machines share a name and differ in the instructions that compute.
+    known = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")), "")
+    vector = " ".join(sorted(flag for flag in known.split() if flag.startswith(("sse", "avx", "amx", "fma", "f16c"))))
+    return {"processor": model, "vector": vector, **{name: importlib.metadata.version(name) for name in packages}}
 
 
 def curve(folder: Path) -> list[dict[str, Any]]:

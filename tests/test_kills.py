@@ -1,5 +1,6 @@
 """Killed and gone on with: as if it had not been, on the same number of processes to the bit."""
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -16,7 +17,7 @@ import torch.distributed as dist
 from model import checkpoint
 from model.ntxent import Contrast
 from model.process import Process
-from tests.conftest import assert_sentence, run_python
+from tests.conftest import ROOT, assert_sentence, run_python
 from tests.runs import launch, metrics, pretrain, reached, running, tiny_config, trainer, wait_until
 from train.metrics import Reporter
 from train.saver import Saver
@@ -70,12 +71,13 @@ def save_every_step(run: str, ready: Any) -> None:
         folder, process, batch=2, steps_per_epoch=10, total_steps=10**6, first_step=step, keep_batch=lambda *_: []
     )
     saver = Saver(folder, keep=2)
-    ready.set()
-    while True:
+    for saved in itertools.count():
         numbers = [torch.tensor(float(step))] * 5
         reporter.add(step, 0.1, StepResult(Contrast(*numbers), torch.tensor(1.0)))
         step += 1
         saver.wait()
+        if saved == 1:  # and that is on disk
+            ready.set()
         reporter.drain(lambda: "some step", durably=True)
         saver.save({"step": step, "model": {"w": weights(step)}, "architecture": {}, "image_size": 1})
 
@@ -84,8 +86,9 @@ def weights(step: int) -> torch.Tensor:
     return torch.full((50_000,), float(step))
 
 
-def test_two_hundred_kills_lose_at_most_one_interval(tmp_path: Path) -> None:
+def test_two_hundred_kills_lose_at_most_one_interval(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each kill comes at a random instant while every step is saved."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # for the fork server, wherever pytest was started
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.test_kills"])
     random, before = np.random.default_rng(1), 0
@@ -107,7 +110,7 @@ def test_two_hundred_kills_lose_at_most_one_interval(tmp_path: Path) -> None:
         assert kept >= before and len(steps) - 1 <= kept <= len(steps)
         assert not found or not found.passed_over
         before = kept
-    assert before > 200
+    assert before >= 200
 
 
 @pytest.mark.launch

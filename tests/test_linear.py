@@ -107,14 +107,15 @@ def test_untrained_is_kept_apart(run: Path, tmp_path: Path) -> None:
 def test_an_encoder_that_changes_is_noticed(run: Path, packed: Path) -> None:
     parser = argparse.ArgumentParser()
     add_arguments(parser)
-    job = open_evaluation(parser.parse_args(["--ckpt", str(run), "--data", str(packed)]))
     try:
+        job = open_evaluation(parser.parse_args(["--ckpt", str(run), "--data", str(packed)]))
         job.refuse_change()
         job.encoder.layer1[0].bn1.num_batches_tracked += 1
         with pytest.raises(RuntimeError, match="the encoder changed"):
             job.refuse_change()
     finally:
-        torch.distributed.destroy_process_group()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
             os.environ.pop(name, None)
 

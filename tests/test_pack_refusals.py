@@ -19,7 +19,7 @@ from shards.piece import Piece, write_piece
 from shards.plan import Options, cut
 from shards.source import Item
 from shards.verify import verify
-from tests.conftest import assert_sentence, on_small_disk, run_python, tree
+from tests.conftest import assert_sentence, later, on_small_disk, run_python, tree
 
 
 def broken_sources(folder: Path) -> dict[str, tuple[Path, str]]:
@@ -75,10 +75,12 @@ def test_source_that_changes_while_it_is_packed_is_refused(
     def disturbed(one: Piece) -> tuple[int, int]:
         if len(calls) == 1 and change == "added":
             shutil.copy(victim, victim.with_stem("new"))
+            later(victim.parent)
         elif len(calls) == 1 and change == "removed":
             victim.unlink()
         elif len(calls) == 1:
             victim.write_bytes(victim.read_bytes() + (b"x" if change == "grown" else b""))
+            later(victim)
         calls.append(one)
         return original(one)
 

@@ -113,10 +113,16 @@ def test_turned_pictures_are_stored_upright(orientation: int, order: str) -> Non
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
-@given(cut=st.integers(0, 600), flips=st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 7)), max_size=4))
+@given(
+    orientation=st.sampled_from([1, 6]),
+    cut=st.integers(0, 600),
+    flips=st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 7)), max_size=4),
+)
 @settings(max_examples=400, deadline=None)
-def test_damaged_headers_never_crash_and_agree_with_pillow(cut: int, flips: list[tuple[int, int]]) -> None:
-    data = bytearray(turned(6))
+def test_damaged_headers_never_crash_and_agree_with_pillow(
+    orientation: int, cut: int, flips: list[tuple[int, int]]
+) -> None:
+    data = bytearray(turned(orientation))
     for at, bit in flips:
         data[at % len(data)] ^= 1 << bit
     damaged = bytes(data[: len(data) - cut])

@@ -224,10 +224,10 @@ def test_two_processes_find_what_one_does(words: list[Any], run: Path, tmp_path:
     results = [json.loads(next((tmp_path / n).glob("linear*.json")).read_text()) for n in "12"]
     assert results[1]["processes"] == 2 and results[0]["encoder_sha256"] == results[1]["encoder_sha256"]
     assert results[0]["val_images"] == results[1]["val_images"] == 48
-    # Rounding may tip a picture or two.
-    assert abs(results[0]["top1"] - results[1]["top1"]) < 100 * 2.5 / 48
     models = [load_classifier(next((tmp_path / n).glob("linear*.pt"))) for n in "12"]
-    if "sweep" not in words:  # whose batches are made up of the shares
+    if "sweep" not in words:  # whose batches are made up of the shares, and which may choose another point
+        # Rounding may tip a picture or two.
+        assert abs(results[0]["top1"] - results[1]["top1"]) < 100 * 2.5 / 48
         assert torch.allclose(models[0].head.weight, models[1].head.weight, rtol=5e-3, atol=2e-2)
 
 

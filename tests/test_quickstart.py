@@ -39,7 +39,7 @@ def test_every_class_is_drawn_from_the_seed_alone() -> None:
 @pytest.mark.launch
 def test_a_folder_becomes_a_table(pictures: Path, tmp_path: Path) -> None:
     words = [ROOT / "scripts/quickstart.py", pictures, "--images-seen", 240]
-    done = run_python(*words, env={"DS_ACCELERATOR": "cpu"}, cwd=tmp_path)
+    done = run_python(*words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "runs/quickstart/summary.json").read_text())
     assert summary["chance"] == pytest.approx(100 / 12, abs=1e-3)

@@ -11,7 +11,7 @@ from typing import Any
 import PIL.Image
 import pytest
 import webdataset
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from nvidia.dali import fn, pipeline_def
 
@@ -76,6 +76,7 @@ def test_dali_reads_the_shards_by_our_index(packed: Path, pictures: Path) -> Non
     assert found == originals(pictures, "train")
 
 
+@settings(deadline=None)
 @given(
     name=st.text(
         st.characters(codec="ascii", exclude_categories=["Cc"], exclude_characters="/"), min_size=1, max_size=100

@@ -17,7 +17,7 @@ from shards.manifest import ShardSet, load_split
 from shards.pack import pack
 from shards.plan import Options
 from shards.source import Source, read_item
-from tests.conftest import originals
+from tests.conftest import later, originals
 
 WORDNET_IDS = ["n01440764", "n02102040", "n03000684"]
 # The devkit counts classes in another order than the sorted WordNet ids, and hypernyms behind them.
@@ -218,6 +218,7 @@ def test_an_archive_that_is_replaced_after_it_was_listed_is_refused(unpacked: Pa
     source: Source = find_sources(archives)[0]
     assert read_item(source.root, source.items[0]) in originals(unpacked, "train")
     (archives / TRAIN).write_bytes((archives / TRAIN).read_bytes())
+    later(archives / TRAIN)
     with pytest.raises(UserError, match="changed while it was packed"):
         read_item(source.root, source.items[0])
     with pytest.raises(UserError, match="changed while it was packed"):
