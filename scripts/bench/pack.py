@@ -17,7 +17,6 @@ warm. Figures are medians over the rounds with the extremes; ratios are taken wi
 import argparse
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -30,10 +29,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
-from scripts.bench.figures import extremes, spread  # noqa: E402
+from scripts.bench.figures import extremes, machine, spread  # noqa: E402
 from shards.errors import UserError, positive_int, run_main  # noqa: E402
 from shards.folder import scan  # noqa: E402
 
+PACKAGES = ("nvidia-dali-cuda120", "webdataset", "numpy")
 BASES = ("tar", "decode", "ShardWriter")
 SHARD_WRITER = """
 import sys, pathlib, webdataset
@@ -126,10 +126,7 @@ def main() -> None:
             for who, run in runs.items():
                 taken[who].append(run())
     megabytes = sum(sizes) / 1e6
-    print(
-        f"{len(sizes):,} files, {megabytes:,.0f} MB, {given.workers} workers, {given.rounds} rounds, "
-        f"{platform.processor() or platform.machine()}"
-    )
+    print(f"{len(sizes):,} files, {megabytes:,.0f} MB, {given.workers} workers, {given.rounds} rounds")
     print(f"{'':12} {'seconds':>24} {'images/s':>28} {'MB/s':>24} {'x tar':>20} {'x decode':>20} {'x ShardWriter':>22}")
     ratios = {}
     for who, times in taken.items():
@@ -141,7 +138,8 @@ def main() -> None:
             f"{spread(against['decode'], 2):>20} {spread(against['ShardWriter'], 2):>22}"
         )
     if given.json:
-        figures = {"files": len(sizes), "megabytes": megabytes, "seconds": taken, "ratios": ratios}
+        figures = {"files": len(sizes), "megabytes": megabytes, "workers": given.workers, "rounds": given.rounds}
+        figures |= {"seconds": taken, "ratios": ratios, **machine("cpu", PACKAGES)}
         given.json.write_text(json.dumps(figures, indent=1) + "\n")
 
 
