@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -20,16 +21,18 @@ from model.collectives import all_sum
 from model.encoder import SMALLEST_SIZE_FOR_7X7, Encoder
 from model.pretrained import Pretrained, fingerprint, open_pretrained
 from model.process import Process, by_rank_0, join, on_gpu, say
+from pipeline.cache import Cache
 from pipeline.draws import center_fraction
 from pipeline.features import Features, extract, share
 from pipeline.files import Files
 from pipeline.loader import Setting
-from pipeline.remote import Cache, is_remote, open_split
+from pipeline.remote import is_remote, open_split
 from shards.durable import refusals_named, write_durably, writing
 from shards.errors import UserError, positive_int
 from shards.manifest import ShardSet
 
 _PATIENCE = timedelta(hours=2)  # ranks wait for the one with the slowest disk
+_ABANDONED = 3600  # seconds without a write after which a file that was being written is a leftover
 
 
 @dataclass(frozen=True)
@@ -208,6 +211,9 @@ def _set_aside(described: Path, weights: Path, result: dict[str, Any]) -> None:
 def _keep(path: Path, found: Features) -> None:
     with refusals_named(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        for leftover in path.parent.glob(f"{path.name}.*.tmp"):
+            if time.time() - leftover.stat().st_mtime > _ABANDONED:  # by a process that was killed
+                leftover.unlink(missing_ok=True)
     with writing(path, f".{os.getpid()}") as file:  # another evaluation may be keeping the same
         np.savez(file, features=found.features.cpu().numpy(), labels=found.labels.cpu().numpy())
 

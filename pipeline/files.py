@@ -6,6 +6,7 @@ import resource
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Protocol
 
 from shards.errors import UserError
@@ -37,7 +38,8 @@ class LocalFiles:
     """
 
     def __init__(self, shards: ShardSet) -> None:
-        _allow_open_files(len(shards.shards) + _SPARE_FILES)
+        # Other sets may be open in this process, as while an evaluation interrupts training.
+        _allow_open_files(len(list(Path("/proc/self/fd").iterdir())) + len(shards.shards) + _SPARE_FILES)
         self._sizes = [shard.bytes for shard in shards.shards]
         try:
             self._descriptors = [os.open(shards.folder / shard.name, os.O_RDONLY) for shard in shards.shards]

@@ -4,14 +4,14 @@ Shards come whole, ahead of their use, and are checked against the manifest's sh
 processes may share the folder: each shard is fetched once, and the one that was used longest ago makes room.
 """
 
-import fcntl
 import hashlib
 import itertools
+import logging
 import os
 import queue
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -21,6 +21,7 @@ from typing import Any
 
 import fsspec
 
+from pipeline.cache import LOOK_AGAIN, Cache, closed, kept_in, locked, remove_leftovers
 from pipeline.files import Files, LocalFiles
 from shards.durable import refusals_named, write_durably
 from shards.errors import UserError
@@ -33,6 +34,9 @@ _SILENCE = 20  # seconds without a byte after which an http answer counts as fai
 _THREADS = 4  # shards that come at a time
 _STILL_READ = 16  # changes of the windows; batches made ahead may still read what was current that long ago
 _URGENT, _AHEAD, _END = 0, 1, -1
+_TOO_OFTEN = 3  # times that a shard of the current windows is fetched
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -42,11 +46,12 @@ class _Fetch:
 
 
 @dataclass(frozen=True)
-class Cache:
-    """Where remote shards are kept on the local disk, and how many bytes of them at most, over all processes."""
+class _Windows:
+    """Shards that are read now, after that, and were before; replaced as a whole, so that a thread sees one state."""
 
-    folder: Path
-    limit: int
+    now: frozenset[int] = frozenset()
+    after: frozenset[int] = frozenset()
+    before: frozenset[int] = frozenset()
 
 
 def is_remote(data: str | Path) -> bool:
@@ -67,7 +72,7 @@ def open_split(data: str | Path, split: str, cache: Cache) -> tuple[ShardSet, Ca
     folder = cache.folder / hashlib.sha256(manifest).hexdigest()[:16] / split
     with refusals_named(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder / "description.lock"):
+    with locked(folder / "description.lock"):
         write_durably(folder / MANIFEST, manifest)
         if not (folder / TABLE).is_file():
             write_durably(folder / TABLE, _download_small(url, TABLE))
@@ -88,19 +93,19 @@ class RemoteFiles:
         self._lock = threading.Lock()
         self._fetches: dict[int, _Fetch] = {}
         self._before: deque[frozenset[int]] = deque(maxlen=_STILL_READ)
-        self._now: frozenset[int] = frozenset()
-        self._after: frozenset[int] = frozenset()
+        self._windows = _Windows()
+        self._arrivals: Counter[int] = Counter()  # of the shards of the current windows
         self._queue: queue.PriorityQueue[tuple[int, int, int]] = queue.PriorityQueue()
         self._turn = itertools.count()
         self._stop = threading.Event()
-        self._remove_leftovers()
+        remove_leftovers(self._cache.folder)
         self._threads = [threading.Thread(target=self._work, name="fetch", daemon=True) for _ in range(_THREADS)]
         for thread in self._threads:
             thread.start()
 
     def expect(self, now: Sequence[int], after: Sequence[int]) -> None:
         """Raises UserError where the cache cannot hold what this process alone reads at one time."""
-        if (frozenset(now), frozenset(after)) == (self._now, self._after):
+        if (frozenset(now), frozenset(after)) == (self._windows.now, self._windows.after):
             return
         needed = sum(self._shards.shards[shard].bytes for shard in now)
         if needed > self._cache.limit:
@@ -108,8 +113,10 @@ class RemoteFiles:
                 f"the shards of the current windows take {needed:,} bytes, the cache in {self._cache.folder} may "
                 f"hold {self._cache.limit:,}; allow it more, or lower simclr.shuffle_window"
             )
-        self._before.append(self._now)
-        self._now, self._after = frozenset(now), frozenset(after)
+        self._before.append(self._windows.now)
+        self._windows = _Windows(frozenset(now), frozenset(after), frozenset().union(*self._before))
+        with self._lock:
+            self._arrivals = Counter({shard: self._arrivals[shard] for shard in now})
         for shard in now:
             with suppress(OSError):  # not there yet, or not anymore
                 os.utime(self._path(shard))  # used last: the last to make room
@@ -131,6 +138,10 @@ class RemoteFiles:
             self._queue.put((_END, 0, 0))
         for thread in self._threads:
             thread.join()
+        with self._lock:
+            for fetch in self._fetches.values():
+                if not fetch.done.done():
+                    fetch.done.set_exception(closed())
 
     def _open(self, shard: int) -> int:
         while True:
@@ -144,8 +155,11 @@ class RemoteFiles:
 
     def _fetch(self, shard: int, urgency: int) -> "Future[None]":
         with self._lock:
+            if self._stop.is_set():
+                raise closed()
             fetch = self._fetches.get(shard)
-            if fetch is None or (fetch.done.done() and not self._path(shard).is_file()):
+            over = fetch is not None and fetch.done.done()
+            if fetch is None or (over and (fetch.done.exception() or not self._path(shard).is_file())):
                 fetch = self._fetches[shard] = _Fetch(Future(), urgency)
                 self._queue.put((urgency, next(self._turn), shard))
             elif urgency < fetch.urgency and not fetch.done.done():
@@ -172,11 +186,12 @@ class RemoteFiles:
     def _bring(self, shard: int, fetch: _Fetch) -> None:
         """Have the shard in the cache, whole and checked, unless it is only expected and there is no room for it."""
         described, path = self._shards.shards[shard], self._path(shard)
-        with _locked(path.with_suffix(".lock")):
+        with locked(path.with_suffix(".lock"), self._stop):
             if path.is_file():
                 return
             partial = path.with_suffix(".partial")
             with refusals_named(path):
+                partial.unlink(missing_ok=True)  # of a process that was killed, or it could not be locked
                 if not self._reserve(shard, partial, fetch):
                     return
                 try:
@@ -185,6 +200,7 @@ class RemoteFiles:
                         if _sha256(partial) == described.sha256:
                             with self._room_locked():  # or it could be missed by who counts just then
                                 partial.replace(path)
+                            self._count_arrival(shard)
                             return
                 finally:
                     partial.unlink(missing_ok=True)
@@ -193,54 +209,62 @@ class RemoteFiles:
             f"it again"
         )
 
+    def _count_arrival(self, shard: int) -> None:
+        with self._lock:
+            if shard in self._windows.now:
+                self._arrivals[shard] += 1
+            often = self._arrivals[shard] == _TOO_OFTEN
+        if often:
+            _log.warning(
+                "%s was fetched %d times while it is read: %s may hold %s bytes, too little for all processes that "
+                "share it; allow it more, or lower simclr.shuffle_window",
+                self._shards.shards[shard].name, _TOO_OFTEN, self._cache.folder, f"{self._cache.limit:,}",
+            )  # fmt: skip
+
     def _reserve(self, shard: int, partial: Path, fetch: _Fetch) -> bool:
         """Make room for a shard and take it with a file of its size; False if it can wait and there is none."""
         size = self._shards.shards[shard].bytes
+        if size > self._cache.limit:
+            raise UserError(
+                f"{self._shards.shards[shard].name} has {size:,} bytes, the cache in {self._cache.folder} may hold "
+                f"{self._cache.limit:,}; allow it more"
+            )
         while True:
+            urgency = fetch.urgency  # another thread may raise it
             with self._room_locked():
-                kept = kept_in(self._cache.folder)
-                if self._make_room(shard, size, fetch.urgency, kept):
+                if self._make_room(shard, size, urgency):
                     with partial.open("wb") as file:
                         file.truncate(size)
                     return True
-            if fetch.urgency == _AHEAD:
+            if urgency == fetch.urgency == _AHEAD:
                 return False
-            if all(path.suffix == ".tar" for path in kept):
-                raise UserError(
-                    f"the cache in {self._cache.folder} has no room for {size:,} more bytes within its "
-                    f"{self._cache.limit:,}; allow it more"
-                )
-            if self._stop.wait(_PAUSE / 10):  # what is on its way may go once it is here
-                raise UserError("the loader was closed")
+            # Shards that are on their way may go once they are here, or belong to a process that was killed.
+            if self._stop.wait(LOOK_AGAIN):
+                raise closed()
+            remove_leftovers(self._cache.folder)
 
-    def _make_room(self, shard: int, size: int, urgency: int, kept: dict[Path, os.stat_result]) -> bool:
+    def _make_room(self, shard: int, size: int, urgency: int) -> bool:
+        kept, windows = kept_in(self._cache.folder), self._windows
         # Shards that nobody here waits for go first, the longest unused of them first; those of other processes are
         # the youngest of these. Those of the current windows go only for a batch that was begun before them.
-        worth = {self._path(number): 1 for number in self._after}
-        worth |= {self._path(number): 2 for numbers in tuple(self._before) for number in numbers}
-        worth |= {self._path(number): 3 for number in self._now}
-        most = 0 if urgency == _AHEAD else 2 if shard in self._now else 3
+        worth = {self._path(number): 1 for number in windows.after}
+        worth |= {self._path(number): 2 for number in windows.before}
+        worth |= {self._path(number): 3 for number in windows.now}
+        most = 0 if urgency == _AHEAD else 2 if shard in windows.now else 3
         may_go = [path for path in kept if path.suffix == ".tar" and worth.get(path, 0) <= most]
         may_go.sort(key=lambda path: (worth.get(path, 0), kept[path].st_mtime))
-        total = sum(stat.st_size for stat in kept.values())
+        excess = sum(stat.st_size for stat in kept.values()) + size - self._cache.limit
+        if excess > sum(kept[path].st_size for path in may_go):
+            return False  # and nobody loses a shard for it
         for path in may_go:
-            if total + size <= self._cache.limit:
+            if excess <= 0:
                 break
             path.unlink(missing_ok=True)
-            total -= kept[path].st_size
-        return total + size <= self._cache.limit
+            excess -= kept[path].st_size
+        return True
 
     def _room_locked(self) -> AbstractContextManager[None]:
-        return _locked(self._cache.folder / "room.lock")
-
-    def _remove_leftovers(self) -> None:
-        """Free what a killed process was fetching."""
-        for partial in kept_in(self._cache.folder):
-            if partial.suffix != ".partial":
-                continue
-            with partial.with_suffix(".lock").open("a") as file, suppress(BlockingIOError):
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                partial.unlink(missing_ok=True)
+        return locked(self._cache.folder / "room.lock")
 
     def _copy(self, name: str, target: Path, size: int) -> None:
         """Copy a remote file into ``target``, going on where an attempt broke off."""
@@ -257,7 +281,7 @@ class RemoteFiles:
                         file.seek(at)
                         while chunk := remote.read(min(_CHUNK, size - at)):
                             if self._stop.is_set():
-                                raise UserError("the loader was closed")
+                                raise closed()
                             with refusals_named(target):
                                 at += file.write(chunk)
                     if at < size:
@@ -274,17 +298,9 @@ class RemoteFiles:
                     if failures == _ATTEMPTS:
                         raise _unreachable(f"{self._shards.source}/{name}", error) from error
                     self._stop.wait(_PAUSE * 2**failures)
-
-
-def kept_in(folder: Path) -> dict[Path, os.stat_result]:
-    """The shards that a cache holds, whole or on their way."""
-    kept = {}
-    # Only below folders that are named by a manifest: a cache folder may hold tars of its owner too.
-    for path in folder.glob(f"{'[0-9a-f]' * 16}/*/*"):
-        if path.suffix in (".tar", ".partial"):
-            with suppress(FileNotFoundError):  # another process let go of it
-                kept[path] = path.stat()
-    return kept
+            # Its name says that it is whole and checked, after a loss of power too.
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def _download_small(url: str, name: str) -> bytes:
@@ -333,13 +349,3 @@ def _sha256(path: Path) -> str:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
         return digest.hexdigest()
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock that all processes of this machine respect; it goes with the process that holds it."""
-    with refusals_named(path):
-        file = path.open("a")
-    with file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

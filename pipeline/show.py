@@ -17,13 +17,14 @@ import PIL.Image
 import PIL.ImageDraw
 import torch
 
+from pipeline.cache import Cache
 from pipeline.draws import BRIGHTNESS, CONTRAST, HUE, SATURATION, Draws, Recipe
 from pipeline.files import Files
 from pipeline.graph import MEAN, STD
 from pipeline.loader import Setting, chosen
 from pipeline.order import Order
 from pipeline.reading import SampleReader
-from pipeline.remote import Cache, open_split
+from pipeline.remote import open_split
 from pipeline.replay import Replay, read
 from shards.errors import UserError, positive_int, run_main
 from shards.manifest import ShardSet

@@ -1,5 +1,6 @@
 """The loaders: complete, ordered, the same for every number of processes, threads and depths, strict about damage."""
 
+import resource
 import time
 from pathlib import Path
 
@@ -226,6 +227,20 @@ def test_reader_gives_the_asked_order(train_split: ShardSet) -> None:
     assert np.array_equal(shown, ids)
     reader.close()
     assert [len(image) for image in images] == train_split.samples["length"][ids].tolist()
+
+
+def test_many_open_sets_raise_the_limit_of_open_files(train_split: ShardSet) -> None:
+    """As where an evaluation opens the shards that training holds open."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    opened: list[LocalFiles] = []
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (len(list(Path("/proc/self/fd").iterdir())) + 300, limits[1]))
+        for _ in range(60):
+            opened.append(LocalFiles(train_split))
+    finally:
+        for files in opened:
+            files.close()
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 def test_ahead_keeps_order_bounds_its_depth_and_passes_errors_on() -> None:

@@ -1,6 +1,7 @@
 """The linear protocols: the same on any number of processes, resumable to the bit, and what their sources say."""
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -243,10 +244,16 @@ def test_kept_features_are_used_again(run: Path, tmp_path: Path) -> None:
     after = json.loads((tmp_path / "linear.json").read_text())
     assert again.returncode == 0 and after["top1"] == before["top1"]
     assert before["seconds_extraction"] > 0 and after["seconds_extraction"] == 0
-    # A torn file is extracted anew.
+    # A torn file is extracted anew, and what a killed process was writing long ago goes.
+    left, fresh = (kept[0].with_name(f"{kept[0].name}.{number}.tmp") for number in (77, 78))
+    left.write_bytes(b"x")
+    os.utime(left, (0, 0))
+    fresh.write_bytes(b"x")
     kept[0].write_bytes(kept[0].read_bytes()[:100])
     torn = run_python(ROOT / "eval/linear.py", *words)
     assert torn.returncode == 0 and "cannot be read" in torn.stderr
+    assert fresh.exists() and not left.exists()
+    fresh.unlink()
     assert json.loads((tmp_path / "linear.json").read_text())["top1"] == before["top1"]
     # Another size is other features.
     assert run_python(ROOT / "eval/linear.py", *words, "--image-size", 40).returncode == 0

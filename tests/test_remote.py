@@ -1,7 +1,6 @@
 """Remote shards: the same batches as from the disk, in a bounded cache, through slow and failing servers."""
 
 import http.client
-import os
 import shutil
 import threading
 import time
@@ -15,10 +14,11 @@ import pytest
 import torch
 
 from pipeline import remote
+from pipeline.cache import Cache, kept_in
 from pipeline.draws import Recipe
 from pipeline.loader import Batch, Setting, labelled, two_views
 from pipeline.order import Order
-from pipeline.remote import Cache, RemoteFiles, kept_in, open_split
+from pipeline.remote import RemoteFiles, open_split
 from shards.errors import UserError
 from shards.manifest import ShardSet, load_split
 from tests.conftest import run_python
@@ -36,6 +36,10 @@ def stream(shards: ShardSet, files: Any, epochs: int = 2) -> list[Batch]:
 def assert_same(ours: list[Batch], expected: list[Batch]) -> None:
     for a, b in zip(ours, expected, strict=True):
         assert torch.equal(a.ids, b.ids) and torch.equal(a.views, b.views)
+
+
+def fits(shards: ShardSet, folder: Path, count: int) -> Cache:
+    return Cache(folder, count * max(shard.bytes for shard in shards.shards))
 
 
 def cached(cache: Cache) -> int:
@@ -288,40 +292,6 @@ def test_a_cache_folder_with_tars_of_the_user_leaves_them_alone(web: str, packed
     cache = fits(load_split(packed, "train"), tmp_path, 4)
     stream(*open_split(web, "train", cache), epochs=3)
     assert all(path.stat().st_size == 1_000_000 for path in mine)
-
-
-def fits(shards: ShardSet, folder: Path, count: int) -> Cache:
-    return Cache(folder, count * max(shard.bytes for shard in shards.shards))
-
-
-def test_a_batch_that_was_begun_before_the_current_windows_finds_room(web: str, packed: Path, tmp_path: Path) -> None:
-    cache = fits(load_split(packed, "train"), tmp_path, 2)
-    files = RemoteFiles(open_split(web, "train", cache)[0], cache)
-    try:
-        files.expect([0, 1], [])
-        for shard in (0, 1, 5, 0, 1):  # of which 5 is no longer expected
-            with files.opened(shard) as descriptor:
-                assert os.fstat(descriptor).st_size == load_split(packed, "train").shards[shard].bytes
-            assert cached(cache) <= cache.limit
-    finally:
-        files.close()
-
-
-def test_what_is_needed_now_waits_for_the_room_of_what_is_on_its_way(web: str, packed: Path, tmp_path: Path) -> None:
-    proxy = Proxy(web, lambda number, path: "slow" if path.endswith("1.tar") else None)
-    cache = fits(load_split(packed, "train"), tmp_path, 1)
-    try:
-        shards, _ = open_split(proxy.url, "train", cache)
-        files = RemoteFiles(shards, cache)
-        files.expect([], [1])
-        while not (shards.folder / "train-000001.partial").exists():
-            time.sleep(0.005)
-        files.expect([0], [1])
-        with files.opened(0) as descriptor:
-            assert os.fstat(descriptor).st_size == shards.shards[0].bytes
-        files.close()
-    finally:
-        proxy.close()
 
 
 def test_what_cannot_be_reached_is_named(web: str, tmp_path: Path, fast_retries: None) -> None:

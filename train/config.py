@@ -12,9 +12,9 @@ from pydantic import Field
 
 from model.encoder import ARCHITECTURES, SMALLEST_SIZE_FOR_7X7, Architecture
 from model.ntxent import SMALLEST_TEMPERATURE
+from pipeline.cache import Cache
 from pipeline.draws import Recipe
 from pipeline.loader import MAX_BAD_FRACTION
-from pipeline.remote import Cache
 from shards.errors import UserError
 from train.schedule import LR_RULES
 

@@ -1,0 +1,77 @@
+"""A folder of bounded size in which the processes of a machine keep remote shards.
+
+A shard lies there under its name when it is whole, and as ``.partial`` of its full size while it comes; whoever brings
+it holds its ``.lock``.
+"""
+
+import fcntl
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from shards.durable import refusals_named
+from shards.errors import UserError
+
+LOOK_AGAIN = 0.05  # seconds after which what another process holds is asked for once more
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Where remote shards are kept on the local disk, and how many bytes of them at most, over all processes."""
+
+    folder: Path
+    limit: int
+
+
+def kept_in(folder: Path) -> dict[Path, os.stat_result]:
+    """The shards that a cache holds, whole or on their way."""
+    kept = {}
+    # Only below folders that are named by a manifest: a cache folder may hold tars of its owner too.
+    for path in folder.glob(f"{'[0-9a-f]' * 16}/*/*"):
+        if path.suffix in (".tar", ".partial"):
+            with suppress(FileNotFoundError):  # another process let go of it
+                kept[path] = path.stat()
+    return kept
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Free what a killed process was fetching: nobody holds its lock any more."""
+    for partial in kept_in(folder):
+        if partial.suffix != ".partial":
+            continue
+        with partial.with_suffix(".lock").open("a") as file:
+            if _try_lock(file):
+                partial.unlink(missing_ok=True)
+
+
+def closed() -> UserError:
+    return UserError("the loader was closed")
+
+
+@contextmanager
+def locked(path: Path, stop: threading.Event | None = None) -> Iterator[None]:
+    """Hold a lock that all processes of this machine respect; it goes with the process that holds it.
+
+    Raises UserError where ``stop`` is set while another process holds it.
+    """
+    with refusals_named(path):
+        file = path.open("a")
+    with file:
+        while stop and not _try_lock(file):
+            if stop.wait(LOOK_AGAIN):
+                raise closed()
+        if not stop:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _try_lock(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
