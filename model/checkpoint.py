@@ -169,6 +169,8 @@ def _steps(folder: Path) -> list[Path]:
 def _is_for_good(folder: Path) -> bool:
     try:
         return bool(json.loads((folder / _DESCRIPTION).read_text()).get("for_good"))
+    except FileNotFoundError:
+        return False  # its removal was interrupted
     except OSError:
         return True  # not to be told now
     except ValueError:

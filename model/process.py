@@ -1,10 +1,11 @@
 """This process among those of a launcher (deepspeed, torchrun), or alone."""
 
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -85,4 +86,19 @@ def by_rank_0(process: Process, action: Callable[[], T]) -> T:
 def say(process: Process, text: str) -> None:
     """Print on rank 0."""
     if process.rank == 0:
-        print(text, flush=True)
+        show(text)
+
+
+def show(text: str, *, end: str = "\n", file: TextIO | None = None) -> None:
+    """Print at once, to stdout unless ``file`` is another stream.
+
+    Where nobody reads that any more (a closed pipe, a terminal that is gone) it is dropped, and all that follows: that
+    must not end a run.
+    """
+    stream = file or sys.stdout
+    try:
+        print(text, end=end, file=stream, flush=True)
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)

@@ -6,6 +6,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 EXIT_CODE = 2
 SECONDS_FOR_RANK_0_TO_SPEAK = 4.0
@@ -37,8 +38,10 @@ def run_main(main: Callable[[], None], *also: type[Exception]) -> None:
         if rank:
             time.sleep(SECONDS_FOR_RANK_0_TO_SPEAK)
         speaker = f"rank {rank}: " if rank else ""
-        sys.stdout.flush()
-        print(f"error: {speaker}{' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        with suppress(OSError):  # nobody reads it any more
+            sys.stdout.flush()
+        with suppress(OSError):
+            print(f"error: {speaker}{' '.join(str(error).split())}", file=sys.stderr, flush=True)
         # Not sys.exit: a process group or a reader thread that is still up must not hold the exit back.
         os._exit(EXIT_CODE)
 

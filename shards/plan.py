@@ -137,8 +137,9 @@ def claimed(out: Path, made_with: dict[str, Any], sources: list[Source], part: i
     mine = [part] if part else range(1, parts + 1)
     with ExitStack() as stack, refusals_named(partial):
         partial.mkdir(parents=True, exist_ok=True)
+        found = list(partial.iterdir())  # before the plans: another machine may be writing its own just now
         begun = list(partial.glob("plan-*-of-*.json"))
-        if not begun and any(not entry.name.endswith((".lock", ".json.tmp")) for entry in partial.iterdir()):
+        if not begun and any(not entry.name.endswith((".lock", ".json.tmp")) for entry in found):
             raise UserError(f"{partial} exists and is not a half-done pack; remove it")
         for number in mine:
             stack.enter_context(_lock(partial / f"part-{number}-of-{parts}.lock", out))
@@ -178,7 +179,7 @@ def remove_claims(folder: Path) -> None:
     with refusals_named(folder):
         for pattern in ("*/*.part.npz", "plan-*.json", "part-*.lock"):
             for path in folder.glob(pattern):
-                path.unlink()
+                path.unlink(missing_ok=True)  # the same command may be doing it too
 
 
 def finish(partial: Path, out: Path) -> None:
@@ -186,5 +187,5 @@ def finish(partial: Path, out: Path) -> None:
     with refusals_named(out):
         sync_folder(partial)
         partial.rename(out)
-        remove_claims(out)
         sync_folder(out.parent)
+        remove_claims(out)

@@ -42,6 +42,14 @@ def test_what_is_saved_comes_back(tmp_path: Path) -> None:
     assert (tmp_path / "checkpoints" / "latest").read_text() == path.name
 
 
+def test_an_old_one_whose_removal_was_interrupted_goes_the_next_time(tmp_path: Path) -> None:
+    for step in (1, 2):
+        path = checkpoint.save(tmp_path, state(step), keep=2)
+    (path.parent / "step-00000001" / "checkpoint.json").unlink()
+    checkpoint.save(tmp_path, state(3), keep=2)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").glob("step-*")) == ["step-00000002", "step-00000003"]
+
+
 def test_newest_wins_and_old_ones_go(tmp_path: Path) -> None:
     for step in (1, 20, 3, 100):
         checkpoint.save(tmp_path, state(step), keep=2)

@@ -87,6 +87,27 @@ def test_a_signal_saves_and_leaves_with_0(number: signal.Signals, packed: Path, 
     assert_goes_on(run, config, packed)
 
 
+@pytest.mark.parametrize("words", [[], ["--set", "simclr.checkpoint_every=2"]], ids=["stop", "go on"])
+def test_output_that_nobody_reads_any_more_ends_no_run(words: list[Any], packed: Path, tmp_path: Path) -> None:
+    """As where Ctrl-C ends a ``tee`` too, or a terminal is gone: what is written in between has no reader."""
+    config, run = tiny_config(tmp_path), tmp_path / "run"
+    reader, writer = os.pipe()
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
+    command = [str(word) for word in [*trainer(0, config, packed, run, *LONG), *words]]
+    process = subprocess.Popen(command, stdout=writer, stderr=writer, env=environment, text=True)
+    try:
+        os.close(writer)
+        wait_until(reached(run, 3), process)
+        os.close(reader)
+        wait_until(reached(run, 12), process)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(SECONDS_TO_LEAVE) == 0
+    finally:
+        process.kill()
+        process.wait()
+    assert kept_step(run) > 12
+
+
 @pytest.mark.parametrize("target", ["launcher", "starter", "one rank", "group"])
 def test_sigterm_under_the_launcher_saves_whoever_gets_it(target: str, packed: Path, tmp_path: Path) -> None:
     """The launcher itself passes nothing on: its ranks notice that it is gone."""

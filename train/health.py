@@ -11,7 +11,7 @@ import torch
 
 from model.collectives import all_rows
 from model.neighbours import accuracies
-from model.process import by_rank_0
+from model.process import by_rank_0, show
 from pipeline.features import Features, extract, share
 from pipeline.loader import Setting
 from pipeline.subset import Ids, class_balanced
@@ -99,10 +99,9 @@ class Health:
         }
         if job.process.rank == 0:
             _append(job.run / "knn.jsonl", line)
-            print(
+            show(
                 f"kNN after epoch {line['epoch'] + 1}: {line['top1']:.2f} % of {line['queries']:,} images of train "
                 f"(k {k}, against {line['bank']:,} others)",
-                flush=True,
             )
 
     def _features(self, encoder: Callable[[torch.Tensor], torch.Tensor], ids: Ids) -> Features:

@@ -6,6 +6,7 @@ import socket
 from pathlib import Path
 from typing import TextIO
 
+from model.process import show
 from shards.durable import refusals_named
 from shards.errors import UserError
 
@@ -26,9 +27,7 @@ def take(run: Path) -> TextIO:
         holder = path.read_text().strip() or "another process"
         raise UserError(f"{run} is in use by {holder}; wait for it to end, stop it, or give another --run") from error
     except OSError as error:  # some network file systems have no locks
-        print(
-            f"warning: {path} cannot be locked ({error.strerror}); see to it that no other run uses {run}", flush=True
-        )
+        show(f"warning: {path} cannot be locked ({error.strerror}); see to it that no other run uses {run}")
     with refusals_named(path):
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")

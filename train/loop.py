@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from model.process import say
+from model.process import say, show
 from model.schedule import learning_rate
 from shards.durable import write_durably
 from train.health import Health
@@ -86,7 +86,7 @@ def train(
         agreement.finish()
         watchdog.at(f"the end after step {done}, writing the last checkpoint")
     if damaged := batches.damaged():
-        print(f"rank {process.rank} replaced {len(damaged)} damaged samples, named above", file=sys.stderr, flush=True)
+        show(f"rank {process.rank} replaced {len(damaged)} damaged samples, named above", file=sys.stderr)
     batches.close()
     if sys.stdout.isatty():
         say(process, "")

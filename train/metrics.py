@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from model.process import Process
+from model.process import Process, show
 from shards.durable import refusals_named, write_durably
 from shards.errors import UserError
 from train.step import StepResult
@@ -135,7 +135,7 @@ class Reporter:
         if self._pending[0][0] == 0:
             # What no information gives; embeddings that point anywhere begin a little above it.
             others = 2 * self._batch - 1
-            print(f"the first loss is {rows[0][0]:.3f}; chance is ln({others}) = {math.log(others):.3f}", flush=True)
+            show(f"the first loss is {rows[0][0]:.3f}; chance is ln({others}) = {math.log(others):.3f}")
         step, lr, _ = self._pending[-1]
         with (self._run / "speed.jsonl").open("a") as speed:
             line = {"step": step, "images_per_s": round(images_per_s, 2), "wait_share": round(wait_share, 4)}
@@ -147,7 +147,7 @@ class Reporter:
             f"loss {rows[-1][0]:.4f}  lr {lr:.3g}  {images_per_s:,.0f} images/s  waiting for input {wait_share:.1%}  "
             f"ETA {_duration(left)}"
         )
-        print(f"\r\033[K{text}" if sys.stdout.isatty() else text, end="" if sys.stdout.isatty() else "\n", flush=True)
+        show(f"\r\033[K{text}" if sys.stdout.isatty() else text, end="" if sys.stdout.isatty() else "\n")
 
     def _line(
         self,
@@ -187,7 +187,7 @@ def _tell_missing_lines(path: Path, first_step: int) -> None:
     steps = map(_step_of, path.read_text().splitlines() if path.exists() else [])
     missing = sorted(set(range(first_step)) - set(steps))
     if missing:
-        print(f"warning: {path} lacks {len(missing)} steps before {first_step}: {_some(missing)}", file=sys.stderr)
+        show(f"warning: {path} lacks {len(missing)} steps before {first_step}: {_some(missing)}", file=sys.stderr)
 
 
 def _step_of(line: str) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from model import checkpoint
-from model.process import Process, by_rank_0
+from model.process import Process, by_rank_0, show
 from pipeline.remote import is_remote
 from shards.durable import refusals_named
 from shards.errors import UserError
@@ -82,7 +82,7 @@ def _state_to_go_on_with(run: Path, config: Config, shards: ShardSet) -> dict[st
         aside = folder.with_name(f"damaged-{folder.name}")
         while aside.exists():  # the same step was damaged before
             aside = aside.with_name(f"{aside.name}+")
-        print(f"warning: {sentence}; it is now {aside.name}, and the run goes on from {found.path.parent.name}")
+        show(f"warning: {sentence}; it is now {aside.name}, and the run goes on from {found.path.parent.name}")
         with refusals_named(aside):
             folder.rename(aside)
     return state

@@ -10,7 +10,7 @@ from contextlib import suppress
 
 import torch.distributed as dist
 
-from model.process import Process
+from model.process import Process, show
 
 EXIT_CODE = 3
 _REPORT_EVERY = 1.0  # seconds
@@ -92,4 +92,4 @@ class Watchdog:
 
 
 def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    show(text, file=sys.stderr)
