@@ -14,7 +14,7 @@
                  timm.create_model("local-dir:OUT", pretrained=True)
 
 A classifier (linear.pt, finetune-F.pt) is written with its head: as fc, or as a second output "scores". What was
-written is read back by the program it is for (safetensors and hub by model.load), and must compute the same within 1e-4
+written is read back by the program it is for (safetensors and hub by ours), and must compute the same within 1e-4
 of the largest number; only then it gets its name. Images are RGB, normalised by ImageNet's mean and standard deviation.
 """
 

@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -211,9 +212,10 @@ def _set_aside(described: Path, weights: Path, result: dict[str, Any]) -> None:
 def _keep(path: Path, found: Features) -> None:
     with refusals_named(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        for leftover in path.parent.glob(f"{path.name}.*.tmp"):
+    for leftover in path.parent.glob(f"{path.name}.*.tmp"):
+        with suppress(OSError):  # it is complete now, or somebody else's
             if time.time() - leftover.stat().st_mtime > _ABANDONED:  # by a process that was killed
-                leftover.unlink(missing_ok=True)
+                leftover.unlink()
     with writing(path, f".{os.getpid()}") as file:  # another evaluation may be keeping the same
         np.savez(file, features=found.features.cpu().numpy(), labels=found.labels.cpu().numpy())
 

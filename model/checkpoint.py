@@ -9,6 +9,7 @@ import io
 import json
 import os
 import shutil
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -93,8 +94,8 @@ def save(run: Path, state: dict[str, Any], keep: int, *, for_good: bool = False)
     assert state.keys() >= _REQUIRED
     folder = run / _FOLDER
     folder.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.glob("*.tmp"):
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    for leftover in folder.glob("*.tmp"):  # of a save or a removal that was interrupted
+        shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink()
     final = folder / f"step-{state['step']:08d}"
     temporary = final.with_name(f"{final.name}.tmp")
     buffer = io.BytesIO()
@@ -119,7 +120,10 @@ def save(run: Path, state: dict[str, Any], keep: int, *, for_good: bool = False)
     _sync(folder)
     for old in _steps(folder)[:-keep]:
         if not _is_for_good(old):
-            shutil.rmtree(old, ignore_errors=True)  # somebody may be reading it; the next time will do
+            gone = old.with_name(f"{old.name}.tmp")
+            with suppress(OSError):  # the next time will do
+                old.rename(gone)
+                shutil.rmtree(gone, ignore_errors=True)
     return final
 
 
@@ -169,8 +173,6 @@ def _steps(folder: Path) -> list[Path]:
 def _is_for_good(folder: Path) -> bool:
     try:
         return bool(json.loads((folder / _DESCRIPTION).read_text()).get("for_good"))
-    except FileNotFoundError:
-        return False  # its removal was interrupted
     except OSError:
         return True  # not to be told now
     except ValueError:

@@ -1,5 +1,6 @@
 """This process among those of a launcher (deepspeed, torchrun), or alone."""
 
+import errno
 import os
 import sys
 from collections.abc import Callable
@@ -92,13 +93,15 @@ def say(process: Process, text: str) -> None:
 def show(text: str, *, end: str = "\n", file: TextIO | None = None) -> None:
     """Print at once, to stdout unless ``file`` is another stream.
 
-    Where nobody reads that any more (a closed pipe, a terminal that is gone) it is dropped, and all that follows: that
-    must not end a run.
+    What cannot be written must not end a run and is dropped; where nobody reads any more (a closed pipe, a terminal
+    that is gone) all that follows is dropped too.
     """
     stream = file or sys.stdout
     try:
         print(text, end=end, file=stream, flush=True)
-    except OSError:
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.EIO):
+            return
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())
         os.close(nowhere)

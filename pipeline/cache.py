@@ -43,7 +43,7 @@ def remove_leftovers(folder: Path) -> None:
     for partial in kept_in(folder):
         if partial.suffix != ".partial":
             continue
-        with partial.with_suffix(".lock").open("a") as file:
+        with refusals_named(partial), partial.with_suffix(".lock").open("a") as file:
             if _try_lock(file):
                 partial.unlink(missing_ok=True)
 

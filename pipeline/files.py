@@ -12,7 +12,7 @@ from typing import Protocol
 from shards.errors import UserError
 from shards.manifest import ShardSet
 
-_SPARE_FILES = 256  # descriptors left to everything else in the process
+_FEW_FILES, _SPARE_FILES = 16, 256  # descriptors that the rest of the process will need at least, and in comfort
 _PIECE = 1 << 20  # bytes; the kernel reads no more than about this ahead on one request
 
 
@@ -25,8 +25,11 @@ class Files(Protocol):
     def opened(self, shard: int) -> AbstractContextManager[int]:
         """A descriptor to read the shard with; waits for it where it still has to be fetched."""
 
+    def stop(self) -> None:
+        """Let nobody wait for a shard any more; who does gets an error."""
+
     def close(self) -> None:
-        """End the threads and close what is open."""
+        """End the threads and close what is open; nobody may be reading."""
 
 
 class LocalFiles:
@@ -38,8 +41,7 @@ class LocalFiles:
     """
 
     def __init__(self, shards: ShardSet) -> None:
-        # Other sets may be open in this process, as while an evaluation interrupts training.
-        _allow_open_files(len(list(Path("/proc/self/fd").iterdir())) + len(shards.shards) + _SPARE_FILES)
+        _allow_open_files(len(shards.shards))
         self._sizes = [shard.bytes for shard in shards.shards]
         try:
             self._descriptors = [os.open(shards.folder / shard.name, os.O_RDONLY) for shard in shards.shards]
@@ -62,8 +64,11 @@ class LocalFiles:
     def opened(self, shard: int) -> Iterator[int]:
         yield self._descriptors[shard]
 
-    def close(self) -> None:
+    def stop(self) -> None:
         self._stop.set()
+
+    def close(self) -> None:
+        self.stop()
         self._queue.put(None)
         self._thread.join()
         for descriptor in self._descriptors:
@@ -78,12 +83,17 @@ class LocalFiles:
                 os.posix_fadvise(self._descriptors[shard], at, _PIECE, os.POSIX_FADV_WILLNEED)
 
 
-def _allow_open_files(count: int) -> None:
+def _allow_open_files(shards: int) -> None:
+    # Other sets may be open in this process, as while an evaluation interrupts training.
+    needed = len(list(Path("/proc/self/fd").iterdir())) + shards + _FEW_FILES
+    wanted = needed + _SPARE_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < count:
-        if hard != resource.RLIM_INFINITY and hard < count:
-            raise UserError(
-                f"the data set needs {count} open files, the limit is {hard}; raise it (ulimit -n {count}) or pack "
-                f"larger shards"
-            )
-        resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return
+    limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if limit < needed:
+        raise UserError(
+            f"this process needs {needed} open files, {shards} of them for a set of shards, and its limit is {hard}; "
+            f"raise it (ulimit -n {wanted}) or pack larger shards"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))

@@ -367,5 +367,6 @@ def run_graph(
     finally:
         if copies is not None:
             copies.synchronize()  # before DALI's outputs are let go
+        reader.stop()
         prepared.close()
         reader.close()

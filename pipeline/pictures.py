@@ -49,6 +49,9 @@ class PictureFiles:
         """The pictures of ``ids`` as JPEG; a gray one stands for each that cannot be used."""
         return [np.frombuffer(self._one(int(place)), np.uint8) for place in ids], ids
 
+    def stop(self) -> None:
+        pass
+
     def close(self) -> None:
         pass
 

@@ -35,6 +35,8 @@ class Reader(Protocol):
 
     def read(self, ids: Ids) -> tuple[list[Encoded], Ids]: ...
 
+    def stop(self) -> None: ...
+
     def close(self) -> None: ...
 
 
@@ -72,6 +74,9 @@ class SampleReader:
     def expect(self, now: Sequence[int], after: Sequence[int]) -> None:
         """Name the shards that are read now and those that come after; fetching them begins in the background."""
         self._files.expect(now, after)
+
+    def stop(self) -> None:
+        self._files.stop()
 
     def close(self) -> None:
         self._files.close()

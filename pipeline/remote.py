@@ -1,7 +1,8 @@
 """Shards on s3://, gs:// or http(s)://, through a cache folder of bounded size.
 
 Shards come whole, ahead of their use, and are checked against the manifest's sha256 before anything reads them. Several
-processes may share the folder: each shard is fetched once, and the one that was used longest ago makes room.
+processes may share the folder: where it has room for what they read, each shard is fetched once, and the one that was
+used longest ago makes room.
 """
 
 import hashlib
@@ -95,6 +96,7 @@ class RemoteFiles:
         self._before: deque[frozenset[int]] = deque(maxlen=_STILL_READ)
         self._windows = _Windows()
         self._arrivals: Counter[int] = Counter()  # of the shards of the current windows
+        self._told = False
         self._queue: queue.PriorityQueue[tuple[int, int, int]] = queue.PriorityQueue()
         self._turn = itertools.count()
         self._stop = threading.Event()
@@ -132,16 +134,19 @@ class RemoteFiles:
         finally:
             os.close(descriptor)
 
-    def close(self) -> None:
+    def stop(self) -> None:
         self._stop.set()
+        with self._lock:
+            for fetch in self._fetches.values():
+                if not (fetch.done.running() or fetch.done.done()):  # what runs notices by itself
+                    fetch.done.set_exception(closed())
+
+    def close(self) -> None:
+        self.stop()
         for _ in self._threads:
             self._queue.put((_END, 0, 0))
         for thread in self._threads:
             thread.join()
-        with self._lock:
-            for fetch in self._fetches.values():
-                if not fetch.done.done():
-                    fetch.done.set_exception(closed())
 
     def _open(self, shard: int) -> int:
         while True:
@@ -213,8 +218,9 @@ class RemoteFiles:
         with self._lock:
             if shard in self._windows.now:
                 self._arrivals[shard] += 1
-            often = self._arrivals[shard] == _TOO_OFTEN
-        if often:
+            tell = self._arrivals[shard] == _TOO_OFTEN and not self._told
+            self._told = self._told or tell
+        if tell:
             _log.warning(
                 "%s was fetched %d times while it is read: %s may hold %s bytes, too little for all processes that "
                 "share it; allow it more, or lower simclr.shuffle_window",

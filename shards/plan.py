@@ -22,6 +22,7 @@ from shards.errors import UserError
 from shards.manifest import unseal
 from shards.source import SPLITS, Item, Source
 
+_FINISHED = "another process has just finished {out}; look at it with python -m shards.show {out}"
 DECODERS = ("cpu", "gpu", "none")
 _HEADERS = 3 * 512  # bytes a sample takes in its tar beside the picture: two headers and the label's block
 _MEGABYTE = 1_000_000
@@ -140,6 +141,8 @@ def claimed(out: Path, made_with: dict[str, Any], sources: list[Source], part: i
         found = list(partial.iterdir())  # before the plans: another machine may be writing its own just now
         begun = list(partial.glob("plan-*-of-*.json"))
         if not begun and any(not entry.name.endswith((".lock", ".json.tmp")) for entry in found):
+            if not partial.exists():
+                raise UserError(_FINISHED.format(out=out))
             raise UserError(f"{partial} exists and is not a half-done pack; remove it")
         for number in mine:
             stack.enter_context(_lock(partial / f"part-{number}-of-{parts}.lock", out))
@@ -168,7 +171,7 @@ def _lock(path: Path, out: Path) -> Iterator[None]:
             raise UserError(f"another process is packing {out} ({path} is locked); wait for it or stop it") from error
         # The folder may have been finished and renamed, with the lock in it, between opening and locking.
         if not path.exists():
-            raise UserError(f"another process has just finished {out}; look at it with python -m shards.show {out}")
+            raise UserError(_FINISHED.format(out=out))
         yield
     finally:
         os.close(descriptor)

@@ -9,9 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
 from pipeline import remote
 from pipeline.cache import Cache, kept_in
+from pipeline.draws import Recipe
+from pipeline.loader import Setting, two_views
+from pipeline.order import Order
 from pipeline.remote import RemoteFiles, open_split
 from shards.errors import UserError
 from shards.manifest import ShardSet
@@ -190,3 +194,18 @@ def test_closing_ends_who_waits_for_a_shard_that_nobody_began(opener: Opener, mo
         files.close()
         with pytest.raises(UserError, match="the loader was closed"):
             found.result(60)
+
+
+def test_a_loader_that_is_closed_does_not_wait_for_shards_that_it_reads_ahead(packed: Path, tmp_path: Path) -> None:
+    shards, files = open_split(f"file://{packed}", "train", Cache(tmp_path, 1 << 30))
+    order = Order(shards.shard_sizes(), 8, 1, 1, 3)
+    now, after = order.windows(0, 0)
+    (coming,) = set(after) - set(now)
+    loader = two_views(shards, order, Recipe(), Setting(16, torch.device("cpu"), read_ahead=8), epochs=1, files=files)
+    with (shards.folder / shards.shards[coming].name).with_suffix(".lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # as who is fetching it
+        next(loader)
+        closing = threading.Thread(target=loader.close, daemon=True)
+        closing.start()
+        closing.join(30)
+        assert not closing.is_alive()

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -42,11 +43,16 @@ def test_what_is_saved_comes_back(tmp_path: Path) -> None:
     assert (tmp_path / "checkpoints" / "latest").read_text() == path.name
 
 
-def test_an_old_one_whose_removal_was_interrupted_goes_the_next_time(tmp_path: Path) -> None:
-    for step in (1, 2):
-        path = checkpoint.save(tmp_path, state(step), keep=2)
-    (path.parent / "step-00000001" / "checkpoint.json").unlink()
+def test_an_old_one_whose_removal_was_interrupted_goes_the_next_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as interrupted:
+        interrupted.setattr(shutil, "rmtree", lambda path, **options: (path / "checkpoint.json").unlink())
+        for step in (1, 2):
+            checkpoint.save(tmp_path, state(step), keep=1)
+    assert checkpoint.load(tmp_path).state["step"] == 2 and len(list((tmp_path / "checkpoints").iterdir())) == 3
     checkpoint.save(tmp_path, state(3), keep=2)
+    assert not list((tmp_path / "checkpoints").glob("*.tmp"))
     assert sorted(path.name for path in (tmp_path / "checkpoints").glob("step-*")) == ["step-00000002", "step-00000003"]
 
 

@@ -243,6 +243,14 @@ def test_many_open_sets_raise_the_limit_of_open_files(train_split: ShardSet) -> 
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
+def test_a_limit_of_open_files_that_cannot_be_raised_is_named(
+    train_split: ShardSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (20, 20))
+    with pytest.raises(UserError, match="6 of them for a set of shards, and its limit is 20; raise it"):
+        LocalFiles(train_split)
+
+
 def test_ahead_keeps_order_bounds_its_depth_and_passes_errors_on() -> None:
     running = []
 
