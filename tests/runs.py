@@ -55,6 +55,11 @@ def launch(processes: int, config: Path, data: Path, run: Path, *words: Any) -> 
     return launch_script(processes, ROOT / "train/pretrain.py", *arguments)
 
 
+def environment() -> dict[str, str]:
+    """Of who activated the virtual environment, on the CPU."""
+    return {**os.environ, "PATH": f"{TOOLS}:{os.environ['PATH']}", "DS_ACCELERATOR": "cpu"}
+
+
 def free_port() -> int:
     """Below those that the system gives to whoever connects, so that none takes it before it is used."""
     while True:
@@ -71,13 +76,12 @@ def launcher(processes: int, *words: Any) -> list[Any]:
 
 def launch_script(processes: int, script: Path, *words: Any) -> subprocess.CompletedProcess[str]:
     """Run any script of ours by the deepspeed launcher on the CPU."""
-    environment = {**os.environ, "PATH": f"{TOOLS}:{os.environ['PATH']}", "DS_ACCELERATOR": "cpu"}
     return subprocess.run(
         [str(word) for word in launcher(processes, script, *words)],
         capture_output=True,
         text=True,
         timeout=TIMEOUT,
-        env=environment,
+        env=environment(),
         check=False,
     )
 
@@ -91,13 +95,12 @@ def torchrun(processes: int, script: Path, *words: Any) -> subprocess.CompletedP
 @contextmanager
 def running(command: list[Any]) -> Iterator[subprocess.Popen[str]]:
     """A process in a session of its own; whatever is left of it and its children is killed at the end."""
-    environment = {**os.environ, "PATH": f"{TOOLS}:{os.environ['PATH']}", "DS_ACCELERATOR": "cpu"}
     process = subprocess.Popen(
         [str(word) for word in command],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=environment,
+        env=environment(),
         start_new_session=True,
     )
     try:
@@ -123,6 +126,22 @@ def family(pid: int) -> list[psutil.Process]:
         return psutil.Process(pid).children(recursive=True)
     except psutil.NoSuchProcess:
         return []
+
+
+def left(processes: list[psutil.Process], seconds: float) -> bool:
+    """Whether all have ended, or end within that time; who has no parent any more may wait long to be buried."""
+    limit = time.monotonic() + seconds
+    while any(map(_runs, processes)):
+        if time.monotonic() > limit:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def _runs(process: psutil.Process) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    return False
 
 
 def wait_until(

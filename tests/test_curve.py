@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import ROOT, TIMEOUT
-from tests.runs import metrics, tiny_config
+from tests.runs import environment, metrics, tiny_config
 
 GOLDEN = Path(__file__).parent / "golden" / "curve.json"
 STEPS = 12
@@ -54,7 +54,7 @@ def curve(folder: Path) -> list[dict[str, Any]]:
         check=True,
         capture_output=True,
         timeout=TIMEOUT,
-        env={**os.environ, "DS_ACCELERATOR": "cpu"},
+        env=environment(),
         preexec_fn=lambda: os.sched_setaffinity(0, {core}),
     )
     return metrics(folder / "run")

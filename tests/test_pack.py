@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import PIL.Image
+import psutil
 import pytest
 
 from shards.errors import UserError
@@ -20,7 +21,7 @@ from shards.pack import pack
 from shards.plan import Options
 from shards.verify import verify
 from tests.conftest import ROOT, assert_sentence, originals, run_python, tree
-from tests.runs import TOOLS
+from tests.runs import environment, family, left
 
 KILLS = 30
 
@@ -79,29 +80,14 @@ def _finished_shards(folder: Path) -> int:
 def test_workers_end_with_a_killed_parent(pictures: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "shards.pack", str(pictures), str(tmp_path / "out"), "--workers", "2"]
     process = subprocess.Popen([*command, "--samples-per-shard", "2"], cwd=ROOT, stderr=subprocess.DEVNULL)
-    workers: list[int] = []
+    workers: list[psutil.Process] = []
     while process.poll() is None and not (workers and _finished_shards(tmp_path)):
-        with suppress(FileNotFoundError):
-            workers = _children(process.pid) or workers
+        workers = family(process.pid) or workers
         time.sleep(0.005)
     process.kill()
     process.wait()
     assert workers
-    deadline = time.monotonic() + 20
-    while any(_is_running(worker) for worker in workers):
-        assert time.monotonic() < deadline, "a worker outlived its parent"
-        time.sleep(0.05)
-
-
-def _children(pid: int) -> list[int]:
-    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
+    assert left(workers, 20), "a worker outlived its parent"
 
 
 def test_workers_and_parts_do_not_change_a_byte(odd_pictures: Path, tmp_path: Path) -> None:
@@ -275,9 +261,8 @@ def test_help_names_every_option() -> None:
 
 
 def test_default_target_is_source_with_suffix(odd_pictures: Path) -> None:
-    environment = {**os.environ, "PATH": f"{TOOLS}:{os.environ['PATH']}"}
     command = [ROOT / "scripts/make_shards.sh", odd_pictures]
-    done = subprocess.run(command, capture_output=True, timeout=60, env=environment, check=False)
+    done = subprocess.run(command, capture_output=True, timeout=60, env=environment(), check=False)
     assert done.returncode == 0, done.stderr
     assert len(load_split(f"{odd_pictures}-shards", "train")) == 24
 

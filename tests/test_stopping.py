@@ -3,8 +3,6 @@
 import os
 import signal
 import subprocess
-import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +12,11 @@ import pytest
 from model import checkpoint
 from tests.conftest import ROOT, assert_sentence
 from tests.runs import (
+    environment,
     family,
     launch,
     launch_script,
+    left,
     metrics,
     pretrain,
     reached,
@@ -42,22 +42,6 @@ def starter_of(launcher: subprocess.Popen[str]) -> psutil.Process:
     """The launcher's second process, which starts the ranks."""
     (starter,) = [child for child in family(launcher.pid) if "deepspeed.launcher.launch" in child.cmdline()]
     return starter
-
-
-def left(processes: list[psutil.Process], seconds: float) -> bool:
-    """Whether all have ended, or end within that time; who has no parent any more may wait long to be buried."""
-    limit = time.monotonic() + seconds
-    while any(map(_runs, processes)):
-        if time.monotonic() > limit:
-            return False
-        time.sleep(0.05)
-    return True
-
-
-def _runs(process: psutil.Process) -> bool:
-    with suppress(psutil.NoSuchProcess):
-        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
-    return False
 
 
 def kept_step(run: Path) -> int:
@@ -92,9 +76,8 @@ def test_output_that_nobody_reads_any_more_ends_no_run(words: list[Any], packed:
     """As where Ctrl-C ends a ``tee`` too, or a terminal is gone: what is written in between has no reader."""
     config, run = tiny_config(tmp_path), tmp_path / "run"
     reader, writer = os.pipe()
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
     command = [str(word) for word in [*trainer(0, config, packed, run, *LONG), *words]]
-    process = subprocess.Popen(command, stdout=writer, stderr=writer, env=environment, text=True)
+    process = subprocess.Popen(command, stdout=writer, stderr=writer, env=environment(), text=True)
     try:
         os.close(writer)
         wait_until(reached(run, 3), process)
