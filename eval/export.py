@@ -26,16 +26,16 @@ import warnings
 from pathlib import Path
 
 # This script's own folder must not shadow installed modules, and its checkout must win over an installed copy.
-sys.path[0] = str(Path(__file__).resolve().parent.parent)
+sys.path[0] = str(Path(__file__).resolve().parents[1] / ".package")
 
-import torch  # noqa: E402
+import torch
 
-from eval.formats import ENDINGS, FEATURES, FORMATS, SCORES  # noqa: E402
-from eval.opened import add_encoder_arguments, open_encoder, own_size  # noqa: E402
-from model.checkpoint import CheckpointError  # noqa: E402
-from model.pretrained import Pretrained  # noqa: E402
-from shards.durable import refusals_named  # noqa: E402
-from shards.errors import UserError, run_main  # noqa: E402
+from simclr_dali.eval.evaluation import add_encoder_arguments, open_encoder, own_size
+from simclr_dali.eval.export_formats import ENDINGS, FEATURES, FORMATS, SCORES
+from simclr_dali.model.checkpoint import CheckpointError
+from simclr_dali.model.pretrained import Pretrained
+from simclr_dali.shards.durable import refusals_named
+from simclr_dali.shards.errors import UserError, run_main
 
 IMAGES = 3  # in the comparison; more than 1, which an export might take for a constant
 TOLERANCE = 1e-4  # of the largest number

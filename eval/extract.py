@@ -22,14 +22,14 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 # This script's own folder must not shadow installed modules, and its checkout must win over an installed copy.
-sys.path[0] = str(Path(__file__).resolve().parent.parent)
+sys.path[0] = str(Path(__file__).resolve().parents[1] / ".package")
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from torch import Tensor  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
 
-from eval.opened import (  # noqa: E402
+from simclr_dali.eval.evaluation import (
     add_data_arguments,
     add_encoder_arguments,
     asking_device,
@@ -37,14 +37,14 @@ from eval.opened import (  # noqa: E402
     open_one_split,
     own_size,
 )
-from model.checkpoint import CheckpointError  # noqa: E402
-from pipeline.draws import center_fraction  # noqa: E402
-from pipeline.loader import Setting, labelled  # noqa: E402
-from pipeline.pictures import PictureFiles, find_pictures, refuse_failures, views_of  # noqa: E402
-from pipeline.subset import keys  # noqa: E402
-from shards.durable import refusals_named, write_durably, writing  # noqa: E402
-from shards.errors import UserError, run_main  # noqa: E402
-from shards.source import SPLITS  # noqa: E402
+from simclr_dali.model.checkpoint import CheckpointError
+from simclr_dali.pipeline.draws import center_fraction
+from simclr_dali.pipeline.image_files import PictureFiles, find_pictures, refuse_failures, views_of
+from simclr_dali.pipeline.loader import Setting, labelled
+from simclr_dali.pipeline.subset import keys
+from simclr_dali.shards.durable import refusals_named, write_durably, writing
+from simclr_dali.shards.errors import UserError, run_main
+from simclr_dali.shards.sources.source import SPLITS
 
 
 def main() -> None:

@@ -24,23 +24,23 @@ import time
 from pathlib import Path
 
 # This script's own folder must not shadow installed modules, and its checkout must win over an installed copy.
-sys.path[0] = str(Path(__file__).resolve().parent.parent)
+sys.path[0] = str(Path(__file__).resolve().parents[1] / ".package")
 
-import torch  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
+import torch
+from torch import Tensor, nn
 
-from eval.opened import Opened, add_arguments, open_evaluation  # noqa: E402
-from eval.probe import reported, score  # noqa: E402
-from eval.protocols import FINETUNE  # noqa: E402
-from eval.training import micro_batch, state_of, train  # noqa: E402
-from model.batchnorm import synchronised  # noqa: E402
-from model.checkpoint import CheckpointError  # noqa: E402
-from model.classifier import Classifier  # noqa: E402
-from model.encoder import Encoder  # noqa: E402
-from model.process import LaunchError, by_rank_0, say  # noqa: E402
-from pipeline.draws import center_fraction  # noqa: E402
-from pipeline.subset import Ids, class_balanced, listed  # noqa: E402
-from shards.errors import UserError, positive_int, run_main, seed  # noqa: E402
+from simclr_dali.eval.evaluation import Opened, add_arguments, open_evaluation
+from simclr_dali.eval.logistic import reported, score
+from simclr_dali.eval.protocols import FINETUNE
+from simclr_dali.eval.supervised import micro_batch, state_of, train
+from simclr_dali.model.batchnorm import synchronised
+from simclr_dali.model.checkpoint import CheckpointError
+from simclr_dali.model.classifier import Classifier
+from simclr_dali.model.encoder import Encoder
+from simclr_dali.model.process import LaunchError, by_rank_0, say
+from simclr_dali.pipeline.draws import center_fraction
+from simclr_dali.pipeline.subset import Ids, class_balanced, listed
+from simclr_dali.shards.errors import UserError, positive_int, run_main, seed
 
 EPOCHS_ONE_PERCENT, EPOCHS = 60, 30
 FEW = 0.03  # half way, in proportion, between the paper's 1 % and 10 %: a smaller share gets the epochs of 1 %

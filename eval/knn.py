@@ -15,17 +15,17 @@ import time
 from pathlib import Path
 
 # This script's own folder must not shadow installed modules, and its checkout must win over an installed copy.
-sys.path[0] = str(Path(__file__).resolve().parent.parent)
+sys.path[0] = str(Path(__file__).resolve().parents[1] / ".package")
 
-import torch  # noqa: E402
+import torch
 
-from eval.opened import add_arguments, open_evaluation  # noqa: E402
-from eval.probe import interval_95  # noqa: E402
-from model.checkpoint import CheckpointError  # noqa: E402
-from model.collectives import all_rows  # noqa: E402
-from model.neighbours import accuracies  # noqa: E402
-from model.process import LaunchError, say  # noqa: E402
-from shards.errors import UserError, positive_int, run_main  # noqa: E402
+from simclr_dali.eval.evaluation import add_arguments, open_evaluation
+from simclr_dali.eval.logistic import interval_95
+from simclr_dali.model.checkpoint import CheckpointError
+from simclr_dali.model.collectives import all_rows
+from simclr_dali.model.neighbours import accuracies
+from simclr_dali.model.process import LaunchError, say
+from simclr_dali.shards.errors import UserError, positive_int, run_main
 
 
 def main() -> None:

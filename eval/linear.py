@@ -27,22 +27,22 @@ from pathlib import Path
 from typing import Any
 
 # This script's own folder must not shadow installed modules, and its checkout must win over an installed copy.
-sys.path[0] = str(Path(__file__).resolve().parent.parent)
+sys.path[0] = str(Path(__file__).resolve().parents[1] / ".package")
 
-import torch  # noqa: E402
-from torch import Tensor  # noqa: E402
+import torch
+from torch import Tensor
 
-from eval.opened import Opened, add_arguments, open_evaluation  # noqa: E402
-from eval.probe import fit_linear, reported, score  # noqa: E402
-from eval.protocols import ABOUT, FAST, NAMES, SCHEDULES, SWEEP  # noqa: E402
-from eval.sweep import GRID, HELD_OUT, sweep  # noqa: E402
-from eval.training import state_of, train  # noqa: E402
-from model.checkpoint import CheckpointError  # noqa: E402
-from model.classifier import Classifier  # noqa: E402
-from model.process import LaunchError, say  # noqa: E402
-from pipeline.draws import center_fraction  # noqa: E402
-from pipeline.features import Features, share  # noqa: E402
-from shards.errors import UserError, positive_int, run_main, seed  # noqa: E402
+from simclr_dali.eval.evaluation import Opened, add_arguments, open_evaluation
+from simclr_dali.eval.logistic import fit_linear, reported, score
+from simclr_dali.eval.protocols import ABOUT, FAST, NAMES, SCHEDULES, SWEEP
+from simclr_dali.eval.supervised import state_of, train
+from simclr_dali.eval.sweep import GRID, HELD_OUT, sweep
+from simclr_dali.model.checkpoint import CheckpointError
+from simclr_dali.model.classifier import Classifier
+from simclr_dali.model.process import LaunchError, say
+from simclr_dali.pipeline.draws import center_fraction
+from simclr_dali.pipeline.features import Features, share
+from simclr_dali.shards.errors import UserError, positive_int, run_main, seed
 
 WEIGHT_DECAY = 1e-3  # of the fast protocol
 SAVE_EVERY = 100  # steps

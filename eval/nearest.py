@@ -12,14 +12,14 @@ import sys
 from pathlib import Path
 
 # This script's own folder must not shadow installed modules, and its checkout must win over an installed copy.
-sys.path[0] = str(Path(__file__).resolve().parent.parent)
+sys.path[0] = str(Path(__file__).resolve().parents[1] / ".package")
 
-import numpy as np  # noqa: E402
-import PIL.Image  # noqa: E402
-import PIL.ImageDraw  # noqa: E402
-import torch  # noqa: E402
+import numpy as np
+import PIL.Image
+import PIL.ImageDraw
+import torch
 
-from eval.opened import (  # noqa: E402
+from simclr_dali.eval.evaluation import (
     Split,
     add_data_arguments,
     add_encoder_arguments,
@@ -28,17 +28,17 @@ from eval.opened import (  # noqa: E402
     open_one_split,
     own_size,
 )
-from model.checkpoint import CheckpointError  # noqa: E402
-from model.neighbours import nearest  # noqa: E402
-from pipeline.features import extract  # noqa: E402
-from pipeline.loader import Setting  # noqa: E402
-from pipeline.pictures import PictureFiles, find_pictures, refuse_failures, views_of  # noqa: E402
-from pipeline.reading import Encoded, SampleReader  # noqa: E402
-from shards.durable import refusals_named  # noqa: E402
-from shards.errors import UserError, positive_int, run_main  # noqa: E402
-from shards.picture import rgb  # noqa: E402
-from shards.show import save  # noqa: E402
-from shards.source import SPLITS  # noqa: E402
+from simclr_dali.model.checkpoint import CheckpointError
+from simclr_dali.model.neighbours import nearest
+from simclr_dali.pipeline.features import extract
+from simclr_dali.pipeline.image_files import PictureFiles, find_pictures, refuse_failures, views_of
+from simclr_dali.pipeline.loader import Setting
+from simclr_dali.pipeline.reader import Encoded, SampleReader
+from simclr_dali.shards.durable import refusals_named
+from simclr_dali.shards.errors import UserError, positive_int, run_main
+from simclr_dali.shards.image import rgb
+from simclr_dali.shards.show import save
+from simclr_dali.shards.sources.source import SPLITS
 
 _SIDE, _CAPTION = 160, 30  # pixels
 _LINES = 64  # on the grid

@@ -17,16 +17,16 @@ from pathlib import Path
 from typing import Any
 
 # This script's own folder must not shadow installed modules, and its checkout must win over an installed copy.
-sys.path[0] = str(Path(__file__).resolve().parent.parent)
+sys.path[0] = str(Path(__file__).resolve().parents[1] / ".package")
 
-import torch  # noqa: E402
+import torch
 
-from eval.opened import asking_device  # noqa: E402
-from model.checkpoint import CheckpointError  # noqa: E402
-from model.classifier import Classifier, load_classifier  # noqa: E402
-from pipeline.loader import Setting  # noqa: E402
-from pipeline.pictures import PictureFiles, find_pictures, refuse_failures, views_of  # noqa: E402
-from shards.errors import UserError, positive_int, run_main  # noqa: E402
+from simclr_dali.eval.evaluation import asking_device
+from simclr_dali.model.checkpoint import CheckpointError
+from simclr_dali.model.classifier import Classifier, load_classifier
+from simclr_dali.pipeline.image_files import PictureFiles, find_pictures, refuse_failures, views_of
+from simclr_dali.pipeline.loader import Setting
+from simclr_dali.shards.errors import UserError, positive_int, run_main
 
 
 def main() -> None:

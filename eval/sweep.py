@@ -11,12 +11,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from eval.probe import Scale
-from model.collectives import all_gather, all_rows, all_sum, world_size
-from model.schedule import learning_rate
-from pipeline.philox import HELD_OUT as HELD_OUT_STREAM
-from pipeline.philox import philox, uniform
-from shards.errors import UserError
+from simclr_dali.eval.logistic import Scale
+from simclr_dali.model.collectives import all_gather, all_rows, all_sum, world_size
+from simclr_dali.model.schedule import learning_rate
+from simclr_dali.pipeline.philox import HELD_OUT as HELD_OUT_STREAM
+from simclr_dali.pipeline.philox import philox, uniform
+from simclr_dali.shards.errors import UserError
 
 LEARNING_RATES = tuple(float(f"{rate:.3g}") for rate in np.logspace(-3, 0.5, 10))
 WEIGHT_DECAYS = (0.0, *(float(f"{decay:.3g}") for decay in np.logspace(-6, -1, 9)))

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from model.encoder import Architecture
+from simclr_dali.model.encoder import Architecture
 
 _FOLDER = "checkpoints"
 STATE = "state.pt"

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from model import checkpoint
-from model.checkpoint import CheckpointError
-from model.encoder import Architecture, Encoder, build_encoder
+from simclr_dali.model import checkpoint
+from simclr_dali.model.checkpoint import CheckpointError
+from simclr_dali.model.encoder import Architecture, Encoder, build_encoder
 
 _FORMAT = "simclr-dali classifier"
 

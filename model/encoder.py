@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from model.selective_kernels import add_selective_kernels
-from model.vision import resnet
+from simclr_dali.model.selective_kernels import add_selective_kernels
+from simclr_dali.model.vision import resnet
 
 # Blocks per stage: He et al. 2016, table 1.
 _ARCHITECTURES: dict[str, tuple[type[resnet.BasicBlock] | type[resnet.Bottleneck], list[int]]] = {

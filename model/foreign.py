@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.checkpoint import CheckpointError
-from model.encoder import Architecture, build_encoder, encoder_name
+from simclr_dali.model.checkpoint import CheckpointError
+from simclr_dali.model.encoder import Architecture, build_encoder, encoder_name
 
 _STAGES = ("layer1", "layer2", "layer3", "layer4")
 _OURS = re.compile(r"(conv1|bn1|layer[1-4])\.")

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.collectives import all_gather, world_size
+from simclr_dali.model.collectives import all_gather, world_size
 
 _QUERIES, _BANK = 1024, 65_536  # compared at a time; bounds memory to their product of numbers
 

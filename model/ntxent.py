@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from model.collectives import all_gather, own_first, world_size
-from model.collectives import ring as around_the_ring
+from simclr_dali.model.collectives import all_gather, own_first, world_size
+from simclr_dali.model.collectives import ring as around_the_ring
 
 # Rows of a tile by device. On a CPU a tile stays in a core's cache; a GPU wants few launches (64 MiB in float32).
 DEFAULT_TILE = {"cpu": 512, "cuda": 4096}

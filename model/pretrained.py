@@ -1,6 +1,6 @@
 """Encoders out of files: our runs, checkpoints and classifiers, and the weights of other libraries.
 
-from model import load
+from simclr_dali import load
 encoder = load("runs/ds_lars")
 
 encoder(images)            # pooled features [n, 2048]
@@ -14,12 +14,12 @@ from typing import Any
 
 from torch import nn
 
-from model import checkpoint
-from model.checkpoint import Checkpoint, CheckpointError
-from model.classifier import Classifier, is_classifier
-from model.encoder import Architecture, Encoder, build_encoder, build_model
-from model.foreign import find_encoder
-from model.reading import exported_about, read_tensors
+from simclr_dali.model import checkpoint
+from simclr_dali.model.checkpoint import Checkpoint, CheckpointError
+from simclr_dali.model.classifier import Classifier, is_classifier
+from simclr_dali.model.encoder import Architecture, Encoder, build_encoder, build_model
+from simclr_dali.model.foreign import find_encoder
+from simclr_dali.model.untrusted import exported_about, read_tensors
 
 _PREFIX = "encoder."
 EXPORTED = "model.safetensors"

@@ -7,7 +7,7 @@ mixed by weights that depend on the image, and the network gets the stem and sho
 import torch
 from torch import Tensor, nn
 
-from model.vision import resnet
+from simclr_dali.model.vision import resnet
 
 RATIO = 0.0625  # width of the hidden layer of the mixing weights, of the channels of a stream
 SMALLEST_HIDDEN = 32  # channels

@@ -31,8 +31,8 @@ if not _extension_loads():
     _operators.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     _operators.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
-import torchvision  # noqa: E402
-import torchvision.transforms.v2  # noqa: E402
-from torchvision.models import resnet  # noqa: E402
+import torchvision
+import torchvision.transforms.v2
+from torchvision.models import resnet
 
 __all__ = ["resnet", "torchvision"]

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from shards.durable import refusals_named
-from shards.errors import UserError
+from simclr_dali.shards.durable import refusals_named
+from simclr_dali.shards.errors import UserError
 
 LOOK_AGAIN = 0.05  # seconds after which what another process holds is asked for once more
 

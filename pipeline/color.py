@@ -9,7 +9,7 @@ in YIQ at constant luma instead of HSV's hexagon.
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.draws import BRIGHTNESS, CONTRAST, HUE, SATURATION, Draws
+from simclr_dali.pipeline.draws import BRIGHTNESS, CONTRAST, HUE, SATURATION, Draws
 
 Matrices = npt.NDArray[np.float32]
 

@@ -13,7 +13,7 @@ from itertools import permutations
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.philox import VIEW, philox, uniform
+from simclr_dali.pipeline.philox import VIEW, philox, uniform
 
 Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pipeline.files import Files
-from pipeline.loader import Setting, labelled
-from shards.manifest import ShardSet
+from simclr_dali.pipeline.files import Files
+from simclr_dali.pipeline.loader import Setting, labelled
+from simclr_dali.shards.manifest import ShardSet
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Protocol
 
-from shards.errors import UserError
-from shards.manifest import ShardSet
+from simclr_dali.shards.errors import UserError
+from simclr_dali.shards.manifest import ShardSet
 
 _FEW_FILES, _SPARE_FILES = 16, 256  # descriptors that the rest of the process will need at least, and in comfort
 _PIECE = 1 << 20  # bytes; the kernel reads no more than about this ahead on one request

@@ -12,9 +12,9 @@ import numpy as np
 from nvidia.dali import fn, math, pipeline_def, types
 from nvidia.dali.pipeline import Pipeline
 
-from pipeline.color import compose
-from pipeline.draws import Draws
-from shards.decode import decoded
+from simclr_dali.pipeline.color import compose
+from simclr_dali.pipeline.draws import Draws
+from simclr_dali.shards.decode import decoded
 
 # ImageNet's mean and standard deviation, as torchvision's models expect them, in levels of 0..255.
 MEAN = (123.675, 116.28, 103.53)
@@ -22,7 +22,7 @@ STD = (58.395, 57.12, 57.375)
 
 Array = np.ndarray[Any, Any]
 INTERPOLATIONS = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
-# In the order in which pipeline.bench adds them; color and blur come before the output.
+# In the order in which scripts.bench.stages adds them; color and blur come before the output.
 STAGES = ("decode", "crop", "output", "color", "blur")
 _BLACK, _WHITE = np.float32(0), np.float32(255)
 _NO_BLUR = 0.1  # pixels; the next pixel's weight is then exp(-50)

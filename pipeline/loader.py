@@ -15,16 +15,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from pipeline import graph
-from pipeline.draws import Draws, Recipe, center, draw
-from pipeline.draws import center_fraction as default_fraction
-from pipeline.files import Files, LocalFiles
-from pipeline.memory import Recycled, keep_freed_memory
-from pipeline.order import Order
-from pipeline.reading import Reader, SampleReader, ahead
-from pipeline.subset import SPARSE, Subset
-from shards.errors import UserError
-from shards.manifest import ShardSet
+from simclr_dali.pipeline import graph
+from simclr_dali.pipeline.draws import Draws, Recipe, center, draw
+from simclr_dali.pipeline.draws import center_fraction as default_fraction
+from simclr_dali.pipeline.files import Files, LocalFiles
+from simclr_dali.pipeline.memory import Recycled, keep_freed_memory
+from simclr_dali.pipeline.order import Order
+from simclr_dali.pipeline.reader import Reader, SampleReader, ahead
+from simclr_dali.pipeline.subset import SPARSE, Subset
+from simclr_dali.shards.errors import UserError
+from simclr_dali.shards.manifest import ShardSet
 
 Ids = npt.NDArray[np.int64]
 MAX_BAD_FRACTION = 1e-4

@@ -13,8 +13,8 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.philox import SHARD_ORDER, WINDOW_ORDER, permutation
-from shards.errors import UserError
+from simclr_dali.pipeline.philox import SHARD_ORDER, WINDOW_ORDER, permutation
+from simclr_dali.shards.errors import UserError
 
 Ids = npt.NDArray[np.int64]
 

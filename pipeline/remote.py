@@ -22,11 +22,11 @@ from typing import Any
 
 import fsspec
 
-from pipeline.cache import LOOK_AGAIN, Cache, closed, kept_in, locked, remove_leftovers
-from pipeline.files import Files, LocalFiles
-from shards.durable import refusals_named, write_durably
-from shards.errors import UserError
-from shards.manifest import MANIFEST, TABLE, ShardSet, load_split, read_split
+from simclr_dali.pipeline.cache import LOOK_AGAIN, Cache, closed, kept_in, locked, remove_leftovers
+from simclr_dali.pipeline.files import Files, LocalFiles
+from simclr_dali.shards.durable import refusals_named, write_durably
+from simclr_dali.shards.errors import UserError
+from simclr_dali.shards.manifest import MANIFEST, TABLE, ShardSet, load_split, read_split
 
 _CHUNK = 8 << 20  # bytes per request
 _ATTEMPTS = 6  # without a byte of progress; pauses double from _PAUSE, half a minute in all

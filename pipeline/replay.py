@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.draws import Draws, Recipe, draw
-from shards.durable import write_durably
-from shards.errors import UserError
-from shards.manifest import ShardSet
+from simclr_dali.pipeline.draws import Draws, Recipe, draw
+from simclr_dali.shards.durable import write_durably
+from simclr_dali.shards.errors import UserError
+from simclr_dali.shards.manifest import ShardSet
 
 Ids = npt.NDArray[np.int64]
 

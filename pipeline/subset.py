@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.files import Files
-from pipeline.order import Order
-from pipeline.philox import SUBSET, permutation
-from shards.errors import UserError
-from shards.manifest import ShardSet, member_name
-from shards.tar import key_of
+from simclr_dali.pipeline.files import Files
+from simclr_dali.pipeline.order import Order
+from simclr_dali.pipeline.philox import SUBSET, permutation
+from simclr_dali.shards.errors import UserError
+from simclr_dali.shards.manifest import ShardSet, member_name
+from simclr_dali.shards.tar import key_of
 
 Ids = npt.NDArray[np.int64]
 # Below this share of a set its samples are read one by one; above, whole shards are fetched ahead.

@@ -4,4 +4,4 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=python3
 [ -x "$root/.venv/bin/python" ] && python=$root/.venv/bin/python
-PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} exec "$python" -m shards.pack "$@"
+PYTHONPATH=$root/.package${PYTHONPATH:+:$PYTHONPATH} exec "$python" -m simclr_dali pack "$@"

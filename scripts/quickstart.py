@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[0] = str(ROOT)
+sys.path[:1] = [str(ROOT), str(ROOT / ".package")]
 
-from shards.errors import UserError, run_main  # noqa: E402
-from shards.find import find_sources  # noqa: E402
+from simclr_dali.shards.errors import UserError, run_main
+from simclr_dali.shards.sources.find import find_sources
 
 FOLDER = Path("runs/quickstart")
 TOOLS = Path(sys.executable).parent  # of the virtual environment

@@ -25,16 +25,16 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[0] = str(ROOT)
+sys.path[:1] = [str(ROOT), str(ROOT / ".package")]
 
-import psutil  # noqa: E402
+import psutil
 
-from model import checkpoint  # noqa: E402
-from model.checkpoint import CheckpointError  # noqa: E402
-from scripts.quickstart import TOOLS, launcher_port, stage  # noqa: E402
-from shards.errors import positive_int, run_main  # noqa: E402
-from shards.manifest import ShardSet, load_split  # noqa: E402
-from shards.verify import verify_split  # noqa: E402
+from scripts.quickstart import TOOLS, launcher_port, stage
+from simclr_dali.model import checkpoint
+from simclr_dali.model.checkpoint import CheckpointError
+from simclr_dali.shards.errors import positive_int, run_main
+from simclr_dali.shards.manifest import ShardSet, load_split
+from simclr_dali.shards.verify import verify_split
 
 FOLDER = ROOT / "runs" / "soak"
 EVERY = 5  # steps between checkpoints

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from shards.errors import UserError
+from simclr_dali.shards.errors import UserError
 
 
 @contextmanager

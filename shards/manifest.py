@@ -20,9 +20,9 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from shards.durable import write_durably
-from shards.errors import UserError
-from shards.picture import MAX_PIXELS
+from simclr_dali.shards.durable import write_durably
+from simclr_dali.shards.errors import UserError
+from simclr_dali.shards.image import MAX_PIXELS
 
 FORMAT = "simclr-dali shards"
 VERSION = 1

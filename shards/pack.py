@@ -24,14 +24,24 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from shards.durable import write_durably
-from shards.errors import UserError, positive_int, run_main
-from shards.find import find_sources
-from shards.manifest import seal, unseal, write_split
-from shards.parallel import unordered
-from shards.piece import Notes, Part, Piece, is_done, part_path, read_part, write_piece
-from shards.plan import DECODERS, Options, claimed, cut, finish, is_finished, partial_of, recorded, tar_bytes
-from shards.source import SPLITS, Source
+from simclr_dali.shards.durable import write_durably
+from simclr_dali.shards.errors import UserError, positive_int, run_main
+from simclr_dali.shards.manifest import seal, unseal, write_split
+from simclr_dali.shards.pack_shard import Notes, Part, Piece, is_done, part_path, read_part, write_piece
+from simclr_dali.shards.parallel import unordered
+from simclr_dali.shards.plan import (
+    DECODERS,
+    Options,
+    claimed,
+    cut,
+    finish,
+    is_finished,
+    partial_of,
+    recorded,
+    tar_bytes,
+)
+from simclr_dali.shards.sources.find import find_sources
+from simclr_dali.shards.sources.source import SPLITS, Source
 
 DEFAULT_MAX_BAD = 0.1  # percent
 
@@ -233,7 +243,7 @@ def _part(text: str) -> tuple[int, int]:
 def parse_arguments() -> argparse.Namespace:
     about, _, rest = (__doc__ or "").partition("\n")
     parser = argparse.ArgumentParser(
-        prog="make_shards.sh", description=about, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=about, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("source", type=Path, metavar="SRC", help="folder with images, the ILSVRC2012 archives, or WebDataset tars")

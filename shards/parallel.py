@@ -9,7 +9,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
 
-from shards.errors import UserError
+from simclr_dali.shards.errors import UserError
 
 Thing = TypeVar("Thing")
 Result = TypeVar("Result")

@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from shards.durable import refusals_named, sync_folder, write_durably
-from shards.errors import UserError
-from shards.manifest import unseal
-from shards.source import SPLITS, Item, Source
+from simclr_dali.shards.durable import refusals_named, sync_folder, write_durably
+from simclr_dali.shards.errors import UserError
+from simclr_dali.shards.manifest import unseal
+from simclr_dali.shards.sources.source import SPLITS, Item, Source
 
-_FINISHED = "another process has just finished {out}; look at it with python -m shards.show {out}"
+_FINISHED = "another process has just finished {out}; look at it with simclr-dali show {out}"
 DECODERS = ("cpu", "gpu", "none")
 _HEADERS = 3 * 512  # bytes a sample takes in its tar beside the picture: two headers and the label's block
 _MEGABYTE = 1_000_000

@@ -1,7 +1,7 @@
 """What is in a packed data set: a summary, and a sheet of its pictures.
 
-python -m shards.show /data/imagenet-shards
-python -m shards.show /data/imagenet-shards --pictures sheet.png --split val
+simclr-dali show /data/imagenet-shards
+simclr-dali show /data/imagenet-shards --pictures sheet.png --split val
 """
 
 import argparse
@@ -13,11 +13,11 @@ import numpy.typing as npt
 import PIL.Image
 import PIL.ImageDraw
 
-from shards.durable import refusals_named
-from shards.errors import UserError, positive_int, run_main
-from shards.manifest import ShardSet, load_split, unseal
-from shards.picture import rgb
-from shards.source import SPLITS
+from simclr_dali.shards.durable import refusals_named
+from simclr_dali.shards.errors import UserError, positive_int, run_main
+from simclr_dali.shards.image import rgb
+from simclr_dali.shards.manifest import ShardSet, load_split, unseal
+from simclr_dali.shards.sources.source import SPLITS
 
 THUMBNAIL = 128  # pixels, both sides
 CAPTION = 14  # pixels below each picture
@@ -68,7 +68,9 @@ def sheet(shards: ShardSet, columns: int, lines: int) -> PIL.Image.Image:
         try:
             small = rgb(encoded)
         except OSError as error:
-            raise UserError(f"{shards.where(int(sample))} cannot be decoded ({error}); run shards.verify") from error
+            raise UserError(
+                f"{shards.where(int(sample))} cannot be decoded ({error}); run simclr-dali verify"
+            ) from error
         small.thumbnail((THUMBNAIL, THUMBNAIL))
         x, y = place % columns * THUMBNAIL, place // columns * (THUMBNAIL + CAPTION)
         result.paste(small, (x + (THUMBNAIL - small.width) // 2, y + (THUMBNAIL - small.height) // 2))
@@ -95,11 +97,11 @@ def _report_lines(data: Path) -> list[str]:
             for split, notes in report.items()
         ]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is missing or damaged ({error}); run python -m shards.verify {data}") from error
+        raise UserError(f"{path} is missing or damaged ({error}); run simclr-dali verify {data}") from error
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m shards.show", description="Say what is in a packed data set.")
+    parser = argparse.ArgumentParser(description="Say what is in a packed data set.")
     parser.add_argument("data", type=Path, metavar="DIR", help="folder made by scripts/make_shards.sh")
     parser.add_argument("--pictures", type=Path, metavar="OUT.png", help="write a sheet of pictures")
     parser.add_argument("--split", choices=SPLITS, help="of the sheet (default: the first there is)")

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from shards.durable import write_durably
-from shards.errors import UserError
-from shards.manifest import BLOCK, SAMPLE, Shard
+from simclr_dali.shards.durable import write_durably
+from simclr_dali.shards.errors import UserError
+from simclr_dali.shards.manifest import BLOCK, SAMPLE, Shard
 
 KEY_LENGTH = 60  # of the stem: with position, ending and room to spare inside the 100 bytes of a USTAR name
 _NOT_IN_KEYS = re.compile(r"[^A-Za-z0-9_-]")

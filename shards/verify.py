@@ -1,7 +1,7 @@
 """Check a packed data set against its own description.
 
-    python -m shards.verify /data/imagenet-shards            # sizes, tables, indexes, first and last header: seconds
-    python -m shards.verify /data/imagenet-shards --full     # every byte, and every image decoded
+    simclr-dali verify /data/imagenet-shards            # sizes, tables, indexes, first and last header: seconds
+    simclr-dali verify /data/imagenet-shards --full     # every byte, and every image decoded
 
 Every damage found is named on its own line, by tar and sample; the exit code is 1 if there is any, 0 if there is none.
 """
@@ -19,10 +19,10 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from shards.errors import UserError, positive_int, run_main
-from shards.manifest import BLOCK, Shard, ShardSet, load_split, member_name, unseal
-from shards.parallel import unordered
-from shards.source import SPLITS
+from simclr_dali.shards.errors import UserError, positive_int, run_main
+from simclr_dali.shards.manifest import BLOCK, Shard, ShardSet, load_split, member_name, unseal
+from simclr_dali.shards.parallel import unordered
+from simclr_dali.shards.sources.source import SPLITS
 
 
 class _Task(NamedTuple):
@@ -121,7 +121,7 @@ def _decodes(task: _Task, images: list[bytes], sound: list[bool]) -> list[bool]:
     """Whether each sound image decodes; damaged ones are not asked."""
     if task.decoder == "none":
         return [True] * len(images)
-    from shards.decode import decoder  # here, because the fast check must not wait for DALI's import
+    from simclr_dali.shards.decode import decoder  # here, because the fast check must not wait for DALI's import
 
     asked = [i for i in range(len(images)) if sound[i]]
     sizes = [(int(task.rows[i]["width"]), int(task.rows[i]["height"])) for i in asked]
@@ -151,7 +151,7 @@ def verify(data: Path, *, full: bool, workers: int = 1, decoder: str = "cpu") ->
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m shards.verify", description="Check a packed data set.")
+    parser = argparse.ArgumentParser(description="Check a packed data set.")
     add = parser.add_argument
     add("data", type=Path, metavar="DIR", help="folder made by scripts/make_shards.sh")
     add("--full", action="store_true", help="read every byte and decode every image")

@@ -18,13 +18,13 @@ import torch.distributed
 from torch.multiprocessing.spawn import spawn
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / ".package")]
 
-import model.vision  # noqa: E402, F401 (before any library that imports torchvision)
-from scripts.draw_pictures import draw_set  # noqa: E402
-from shards.manifest import ShardSet, load_split  # noqa: E402
-from shards.pack import pack  # noqa: E402
-from shards.plan import Options  # noqa: E402
+import simclr_dali.model.vision  # noqa: F401 (before any library that imports torchvision)
+from scripts.draw_pictures import draw_set
+from simclr_dali.shards.manifest import ShardSet, load_split
+from simclr_dali.shards.pack import pack
+from simclr_dali.shards.plan import Options
 
 TIMEOUT = 240  # seconds for one process that a test starts
 
@@ -109,6 +109,11 @@ def run_python(*words: Any, env: dict[str, str] | None = None, cwd: Path = ROOT)
     return subprocess.run(
         command, capture_output=True, text=True, timeout=TIMEOUT, env=environment, cwd=cwd, check=False
     )
+
+
+def run_command(*words: Any, env: dict[str, str] | None = None, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """Run ``simclr-dali`` with ``words``, as :func:`run_python` runs the interpreter."""
+    return run_python("-m", "simclr_dali", *words, env=env, cwd=cwd)
 
 
 def assert_sentence(done: subprocess.CompletedProcess[str], *words: str) -> None:

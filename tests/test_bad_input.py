@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from model import checkpoint
-from shards.pack import pack
-from shards.plan import Options
+from simclr_dali.model import checkpoint
+from simclr_dali.shards.pack import pack
+from simclr_dali.shards.plan import Options
 from tests.conftest import ROOT, assert_sentence, on_small_disk
 from tests.runs import metrics, pretrain, reached, running, tiny_config, trainer, wait_until
 

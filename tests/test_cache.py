@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline import remote
-from pipeline.cache import Cache, kept_in
-from pipeline.draws import Recipe
-from pipeline.loader import Setting, two_views
-from pipeline.order import Order
-from pipeline.remote import RemoteFiles, open_split
-from shards.errors import UserError
-from shards.manifest import ShardSet
+from simclr_dali.pipeline import remote
+from simclr_dali.pipeline.cache import Cache, kept_in
+from simclr_dali.pipeline.draws import Recipe
+from simclr_dali.pipeline.loader import Setting, two_views
+from simclr_dali.pipeline.order import Order
+from simclr_dali.pipeline.remote import RemoteFiles, open_split
+from simclr_dali.shards.errors import UserError
+from simclr_dali.shards.manifest import ShardSet
 from tests.runs import wait_until
 from tests.test_remote import cached, fits
 

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import torch
 
-from model import checkpoint
-from model.checkpoint import CheckpointError
-from model.encoder import Architecture, build_model
-from model.pretrained import fingerprint, load, open_pretrained
+from simclr_dali.model import checkpoint
+from simclr_dali.model.checkpoint import CheckpointError
+from simclr_dali.model.encoder import Architecture, build_model
+from simclr_dali.model.pretrained import fingerprint, load, open_pretrained
 from tests.conftest import ROOT
 
 SMALL = Architecture("resnet18", 0.25, "7x7", (16, 8))
@@ -149,7 +149,7 @@ SAVER = """
 import sys, torch
 sys.path.insert(0, {root!r})
 from pathlib import Path
-from model import checkpoint
+from simclr_dali.model import checkpoint
 step = int(sys.argv[2])
 while True:
     step += 1

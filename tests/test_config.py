@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from pipeline.draws import Recipe
-from shards.errors import UserError
-from train.config import Config, LARSParams
-from train.config_file import PRESETS, load_config
+from simclr_dali.pipeline.draws import Recipe
+from simclr_dali.shards.errors import UserError
+from simclr_dali.train.config import Config, LARSParams
+from simclr_dali.train.config_file import PRESETS, load_config
 
 MINIMAL: dict[str, Any] = {
     "train_batch_size": 64,

@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch.serialization import MAGIC_NUMBER, PROTOCOL_VERSION
 
-from model import checkpoint, load
-from model.checkpoint import CheckpointError
-from model.reading import read_tensors
+from simclr_dali import load
+from simclr_dali.model import checkpoint
+from simclr_dali.model.checkpoint import CheckpointError
+from simclr_dali.model.untrusted import read_tensors
 from tests.test_foreign import torchvision_resnet
 
 

@@ -41,8 +41,8 @@ def machine() -> dict[str, str]:
 def curve(folder: Path) -> list[dict[str, Any]]:
     """Metrics of STEPS steps of the tiny configuration on one core."""
     from scripts.draw_pictures import draw_set
-    from shards.pack import pack
-    from shards.plan import Options
+    from simclr_dali.shards.pack import pack
+    from simclr_dali.shards.plan import Options
 
     draw_set(folder / "pictures", train_per_class=20, val_per_class=4)
     pack(folder / "pictures", folder / "packed", Options(samples_per_shard=40))

@@ -10,9 +10,9 @@ import pytest
 import torch
 from scipy import stats
 
-from model.vision import torchvision
-from pipeline.color import LUMA, compose
-from pipeline.draws import BRIGHTNESS, CIFAR, CONTRAST, HUE, PROBE, SATURATION, Draws, Recipe, center, draw
+from simclr_dali.model.vision import torchvision
+from simclr_dali.pipeline.color import LUMA, compose
+from simclr_dali.pipeline.draws import BRIGHTNESS, CIFAR, CONTRAST, HUE, PROBE, SATURATION, Draws, Recipe, center, draw
 
 transforms = torchvision.transforms
 COUNT = 20_000

@@ -12,14 +12,14 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from eval.export import export
-from eval.formats import FORMATS
-from model import load
-from model.classifier import Classifier, save_classifier
-from model.encoder import Architecture, build_encoder
-from model.pretrained import Pretrained, open_pretrained
-from model.vision import torchvision
-from shards.errors import UserError
+from simclr_dali import load
+from simclr_dali.eval.export import export
+from simclr_dali.eval.export_formats import FORMATS
+from simclr_dali.model.classifier import Classifier, save_classifier
+from simclr_dali.model.encoder import Architecture, build_encoder
+from simclr_dali.model.pretrained import Pretrained, open_pretrained
+from simclr_dali.model.vision import torchvision
+from simclr_dali.shards.errors import UserError
 from tests.conftest import ROOT, assert_sentence, run_python
 from tests.test_foreign import settled
 

@@ -11,15 +11,15 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from model import load
-from model.classifier import load_classifier
-from model.pretrained import fingerprint
-from pipeline.draws import PROBE
-from pipeline.files import LocalFiles
-from pipeline.loader import Setting, labelled, two_views
-from pipeline.subset import Subset, class_balanced, keys, listed
-from shards.errors import UserError
-from shards.manifest import ShardSet, load_split
+from simclr_dali import load
+from simclr_dali.model.classifier import load_classifier
+from simclr_dali.model.pretrained import fingerprint
+from simclr_dali.pipeline.draws import PROBE
+from simclr_dali.pipeline.files import LocalFiles
+from simclr_dali.pipeline.loader import Setting, labelled, two_views
+from simclr_dali.pipeline.subset import Subset, class_balanced, keys, listed
+from simclr_dali.shards.errors import UserError
+from simclr_dali.shards.manifest import ShardSet, load_split
 from tests.conftest import ROOT, assert_sentence, run_python
 from tests.runs import kill_between, launch_script
 

@@ -16,11 +16,11 @@ import torch
 from lightly.models.modules import SimCLRProjectionHead
 from torch import Tensor, nn
 
-from model import load
-from model.checkpoint import CheckpointError
-from model.encoder import Architecture, build_encoder
-from model.pretrained import fingerprint, open_pretrained
-from model.vision import torchvision
+from simclr_dali import load
+from simclr_dali.model.checkpoint import CheckpointError
+from simclr_dali.model.encoder import Architecture, build_encoder
+from simclr_dali.model.pretrained import fingerprint, open_pretrained
+from simclr_dali.model.vision import torchvision
 from tests.conftest import ROOT, assert_sentence, run_python
 
 IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
@@ -250,7 +250,7 @@ def test_google_converted_weights(selective: bool, width: float, tmp_path: Path)
 
 
 def _google_key(key: str, selective: bool) -> str:
-    from model.foreign import _GOOGLE_BLOCK, _GOOGLE_BLOCK_SK, _GOOGLE_STEM, _GOOGLE_STEM_SK
+    from simclr_dali.model.foreign import _GOOGLE_BLOCK, _GOOGLE_BLOCK_SK, _GOOGLE_STEM, _GOOGLE_STEM_SK
 
     stem = {ours: theirs for theirs, ours in (_GOOGLE_STEM_SK if selective else _GOOGLE_STEM).items()}
     block = {ours: theirs for theirs, ours in (_GOOGLE_BLOCK_SK if selective else _GOOGLE_BLOCK).items()}

@@ -8,23 +8,23 @@ import numpy as np
 import pytest
 import torch
 
-from eval.probe import fit_linear, score
-from eval.sweep import Point, sweep
-from model.encoder import Architecture, build_model
-from model.lars import LARS, parameter_groups
-from model.neighbours import accuracies
-from model.ntxent import nt_xent
-from pipeline.draws import Recipe
-from pipeline.loader import Batch, Setting, two_views
-from pipeline.order import Order
-from shards.manifest import ShardSet
+from simclr_dali.eval.logistic import fit_linear, score
+from simclr_dali.eval.sweep import Point, sweep
+from simclr_dali.model.encoder import Architecture, build_model
+from simclr_dali.model.lars import LARS, parameter_groups
+from simclr_dali.model.neighbours import accuracies
+from simclr_dali.model.ntxent import nt_xent
+from simclr_dali.pipeline.draws import Recipe
+from simclr_dali.pipeline.loader import Batch, Setting, two_views
+from simclr_dali.pipeline.order import Order
+from simclr_dali.shards.manifest import ShardSet
+from simclr_dali.train.micro_batches import Parked
+from simclr_dali.train.step import train_step
 from tests.conftest import ROOT, run_python
 from tests.runs import metrics, tiny_config
 from tests.test_linear import problem
 from tests.test_ntxent import embeddings
 from tests.test_step import PlainEngine
-from train.parking import Parked
-from train.step import train_step
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

@@ -9,10 +9,10 @@ import numpy.typing as npt
 import PIL.Image
 import pytest
 
-from pipeline import graph
-from pipeline.color import compose
-from pipeline.draws import Draws, Recipe, draw
-from pipeline.graph import MEAN, STD, Tuning
+from simclr_dali.pipeline import graph
+from simclr_dali.pipeline.color import compose
+from simclr_dali.pipeline.draws import Draws, Recipe, draw
+from simclr_dali.pipeline.graph import MEAN, STD, Tuning
 
 SIZE = 48
 COUNT = 24

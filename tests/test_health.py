@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from model.checkpoint import load
+from simclr_dali.model.checkpoint import load
 from tests.conftest import assert_sentence
 from tests.runs import launch, metrics, pretrain, tiny_config
 

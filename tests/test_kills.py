@@ -14,14 +14,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from model import checkpoint
-from model.ntxent import Contrast
-from model.process import Process
-from tests.conftest import ROOT, assert_sentence, run_python
+from simclr_dali.model import checkpoint
+from simclr_dali.model.ntxent import Contrast
+from simclr_dali.model.process import Process
+from simclr_dali.train.metrics import Reporter
+from simclr_dali.train.saver import Saver
+from simclr_dali.train.step import StepResult
+from tests.conftest import ROOT, assert_sentence, run_command
 from tests.runs import launch, metrics, pretrain, reached, running, tiny_config, trainer, wait_until
-from train.metrics import Reporter
-from train.saver import Saver
-from train.step import StepResult
 
 EVERY_STEP = ["--set", "simclr.checkpoint_every=1", "--set", "simclr.log_every=1"]
 
@@ -150,7 +150,7 @@ def test_numbers_that_are_not_finite_stop_the_run_with_what_is_needed_to_look_at
     config, run = tiny_config(tmp_path), tmp_path / "run"
     blow_up = ["optimizer.params.lr=1e30", "simclr.lr_rule=none", "simclr.warmup_epochs=0.0", *EVERY_STEP[1::2]]
     done = pretrain(config, packed, run, *(word for key in blow_up for word in ("--set", key)))
-    assert_sentence(done, "step ", "rank 0 of 1", "samples ", "pipeline.show --replay", "last good checkpoint")
+    assert_sentence(done, "step ", "rank 0 of 1", "samples ", "pipeline.views --replay", "last good checkpoint")
     (file,) = run.glob("bad-step-*-rank-0.json")
     step = int(file.name.split("-")[2])
     found = checkpoint.newest(run)
@@ -159,7 +159,7 @@ def test_numbers_that_are_not_finite_stop_the_run_with_what_is_needed_to_look_at
     assert [line["step"] for line in metrics(run)] == list(range(step))
 
     sheet = tmp_path / "batch.png"
-    shown = run_python("-m", "pipeline.show", "--replay", file, "--out", sheet, "--count", 3)
+    shown = run_command("views", "--replay", file, "--out", sheet, "--count", 3)
     assert shown.returncode == 0, shown.stderr
     assert f"step {step}, rank 0" in shown.stdout and sheet.stat().st_size > 1000
     kept = json.loads(file.read_text())
@@ -169,6 +169,6 @@ def test_numbers_that_are_not_finite_stop_the_run_with_what_is_needed_to_look_at
 
     kept["samples"][0]["views"][0]["box"][0] += 1
     file.write_text(json.dumps(kept))
-    assert_sentence(run_python("-m", "pipeline.show", "--replay", file, "--out", sheet), "other draws")
-    assert_sentence(run_python("-m", "pipeline.show", "--replay", tmp_path / "no", "--out", sheet), "cannot read")
-    assert_sentence(run_python("-m", "pipeline.show", "--out", sheet), "neither SHARDS nor --replay")
+    assert_sentence(run_command("views", "--replay", file, "--out", sheet), "other draws")
+    assert_sentence(run_command("views", "--replay", tmp_path / "no", "--out", sheet), "cannot read")
+    assert_sentence(run_command("views", "--out", sheet), "neither SHARDS nor --replay")

@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model import neighbours
-from model.neighbours import accuracies, nearest
-from model.pretrained import load
-from pipeline.features import extract
-from pipeline.files import LocalFiles
-from pipeline.loader import Setting
-from shards.manifest import load_split
+from simclr_dali.model import neighbours
+from simclr_dali.model.neighbours import accuracies, nearest
+from simclr_dali.model.pretrained import load
+from simclr_dali.pipeline.features import extract
+from simclr_dali.pipeline.files import LocalFiles
+from simclr_dali.pipeline.loader import Setting
+from simclr_dali.shards.manifest import load_split
 from tests.conftest import ROOT, assert_sentence, run_python
 
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from model.encoder import Architecture, build_model
-from model.lars import LARS, parameter_groups
-from model.schedule import learning_rate
-from train.config import Config
-from train.optimizer import build_optimizer
-from train.schedule import LR_RULES
+from simclr_dali.model.encoder import Architecture, build_model
+from simclr_dali.model.lars import LARS, parameter_groups
+from simclr_dali.model.schedule import learning_rate
+from simclr_dali.train.config import Config
+from simclr_dali.train.optimizer import build_optimizer
+from simclr_dali.train.schedule import LR_RULES
 
 
 class Reference:

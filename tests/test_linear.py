@@ -10,13 +10,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from eval.opened import add_arguments, open_evaluation
-from eval.probe import fit_linear, interval_95, score
-from model.pretrained import fingerprint, open_pretrained
-from pipeline.features import extract
-from pipeline.files import LocalFiles
-from pipeline.loader import Setting
-from shards.manifest import load_split
+from simclr_dali.eval.evaluation import add_arguments, open_evaluation
+from simclr_dali.eval.logistic import fit_linear, interval_95, score
+from simclr_dali.model.pretrained import fingerprint, open_pretrained
+from simclr_dali.pipeline.features import extract
+from simclr_dali.pipeline.files import LocalFiles
+from simclr_dali.pipeline.loader import Setting
+from simclr_dali.shards.manifest import load_split
 from tests.conftest import ROOT, assert_sentence, run_python
 
 

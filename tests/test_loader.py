@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.draws import PROBE, Recipe
-from pipeline.files import LocalFiles
-from pipeline.loader import Batch, Setting, labelled, two_views
-from pipeline.memory import Recycled
-from pipeline.order import Order
-from pipeline.reading import Encoded, Ids, SampleReader, ahead
-from shards.errors import UserError
-from shards.manifest import ShardSet, load_split
-from shards.pack import pack
-from shards.plan import Options
+from simclr_dali.pipeline.draws import PROBE, Recipe
+from simclr_dali.pipeline.files import LocalFiles
+from simclr_dali.pipeline.loader import Batch, Setting, labelled, two_views
+from simclr_dali.pipeline.memory import Recycled
+from simclr_dali.pipeline.order import Order
+from simclr_dali.pipeline.reader import Encoded, Ids, SampleReader, ahead
+from simclr_dali.shards.errors import UserError
+from simclr_dali.shards.manifest import ShardSet, load_split
+from simclr_dali.shards.pack import pack
+from simclr_dali.shards.plan import Options
 
 CPU = torch.device("cpu")
 SETTING = Setting(size=32, device=CPU)

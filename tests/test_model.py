@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from model.batchnorm import CPUSyncBatchNorm, synchronised
-from model.encoder import Architecture, build_encoder, build_model, build_projector, encoder_width
-from model.selective_kernels import SelectiveKernel
-from model.vision import resnet
+from simclr_dali.model.batchnorm import CPUSyncBatchNorm, synchronised
+from simclr_dali.model.encoder import Architecture, build_encoder, build_model, build_projector, encoder_width
+from simclr_dali.model.selective_kernels import SelectiveKernel
+from simclr_dali.model.vision import resnet
 from tests.conftest import run_ranks
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model.ntxent import SMALLEST_TEMPERATURE, nt_xent
+from simclr_dali.model.ntxent import SMALLEST_TEMPERATURE, nt_xent
 
 
 def reference(z: Tensor, temperature: float) -> Tensor:

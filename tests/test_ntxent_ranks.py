@@ -9,11 +9,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from model import collectives
-from model.ntxent import Contrast, nt_xent
+from simclr_dali.model import collectives
+from simclr_dali.model.ntxent import Contrast, nt_xent
+from simclr_dali.train.engine import import_deepspeed
 from tests.conftest import run_ranks
 from tests.test_ntxent import embeddings, reference
-from train.engine import import_deepspeed
 
 TAU, TILE = 0.1, 5
 RING = {"gathered": False, "ring": True}

@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.order import Order
-from pipeline.philox import WINDOW_ORDER, permutation, philox
-from shards.errors import UserError
+from simclr_dali.pipeline.order import Order
+from simclr_dali.pipeline.philox import WINDOW_ORDER, permutation, philox
+from simclr_dali.shards.errors import UserError
 
 
 @st.composite

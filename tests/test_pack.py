@@ -15,12 +15,12 @@ import PIL.Image
 import psutil
 import pytest
 
-from shards.errors import UserError
-from shards.manifest import load_split, unseal
-from shards.pack import pack
-from shards.plan import Options
-from shards.verify import verify
-from tests.conftest import ROOT, assert_sentence, originals, run_python, tree
+from simclr_dali.shards.errors import UserError
+from simclr_dali.shards.manifest import load_split, unseal
+from simclr_dali.shards.pack import pack
+from simclr_dali.shards.plan import Options
+from simclr_dali.shards.verify import verify
+from tests.conftest import ROOT, assert_sentence, originals, run_command, run_python, tree
 from tests.runs import environment, family, left
 
 KILLS = 30
@@ -28,7 +28,7 @@ KILLS = 30
 
 def test_killed_pack_goes_on_and_ends_byte_identical(pictures: Path, tmp_path: Path) -> None:
     """kill -9 at random points, until KILLS of them hit; each time the work of finished shards stays."""
-    command = [sys.executable, "-m", "shards.pack", pictures, tmp_path / "killed", "--samples-per-shard", "6"]
+    command = [sys.executable, "-m", "simclr_dali", "pack", pictures, tmp_path / "killed", "--samples-per-shard", "6"]
     command += ["--workers", "2", "--decoder", "none"]
     random = np.random.default_rng(3)
     kills, kept = 0, 0
@@ -78,7 +78,7 @@ def _finished_shards(folder: Path) -> int:
 
 
 def test_workers_end_with_a_killed_parent(pictures: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "shards.pack", str(pictures), str(tmp_path / "out"), "--workers", "2"]
+    command = [sys.executable, "-m", "simclr_dali", "pack", str(pictures), str(tmp_path / "out"), "--workers", "2"]
     process = subprocess.Popen([*command, "--samples-per-shard", "2"], cwd=ROOT, stderr=subprocess.DEVNULL)
     workers: list[psutil.Process] = []
     while process.poll() is None and not (workers and _finished_shards(tmp_path)):
@@ -216,7 +216,7 @@ def test_shard_size_sets_the_tars_sizes(pictures: Path, tmp_path: Path) -> None:
 
 
 def test_dry_run_writes_nothing(odd_pictures: Path, tmp_path: Path) -> None:
-    done = run_python("-m", "shards.pack", odd_pictures, tmp_path / "out", "--dry-run", "--samples-per-shard", 6)
+    done = run_command("pack", odd_pictures, tmp_path / "out", "--dry-run", "--samples-per-shard", 6)
     assert done.returncode == 0 and list(tmp_path.iterdir()) == [odd_pictures]
     assert "train: 24 images of 2 classes" in done.stdout and "in 4 shards" in done.stdout
 
@@ -234,18 +234,18 @@ def test_dry_run_writes_nothing(odd_pictures: Path, tmp_path: Path) -> None:
 def test_options_that_cannot_be_meant_are_one_sentence(
     words: list[str], sentence: str, odd_pictures: Path, tmp_path: Path
 ) -> None:
-    assert_sentence(run_python("-m", "shards.pack", odd_pictures, tmp_path / "out", *words), sentence)
+    assert_sentence(run_command("pack", odd_pictures, tmp_path / "out", *words), sentence)
     assert list(tmp_path.iterdir()) == [odd_pictures]
 
 
 @pytest.mark.parametrize("words", [["--part", "3/2"], ["--part", "x"], ["--workers", "0"], ["--resize", "-1"]])
 def test_arguments_of_the_wrong_form_are_refused_by_their_name(words: list[str], tmp_path: Path) -> None:
-    done = run_python("-m", "shards.pack", tmp_path, *words)
+    done = run_command("pack", tmp_path, *words)
     assert done.returncode == 2 and words[0] in done.stderr and "Traceback" not in done.stderr
 
 
 def test_help_names_every_option() -> None:
-    text = run_python("-m", "shards.pack", "--help").stdout
+    text = run_command("pack", "--help").stdout
     options = (
         "workers samples-per-shard shard-size seed resize quality limit-per-class split part merge decoder max-bad"
     )

@@ -12,14 +12,14 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from shards.errors import UserError
-from shards.find import find_sources
-from shards.pack import pack
-from shards.piece import Piece, write_piece
-from shards.plan import Options, cut
-from shards.source import Item
-from shards.verify import verify
-from tests.conftest import assert_sentence, later, on_small_disk, run_python, tree
+from simclr_dali.shards.errors import UserError
+from simclr_dali.shards.pack import pack
+from simclr_dali.shards.pack_shard import Piece, write_piece
+from simclr_dali.shards.plan import Options, cut
+from simclr_dali.shards.sources.find import find_sources
+from simclr_dali.shards.sources.source import Item
+from simclr_dali.shards.verify import verify
+from tests.conftest import assert_sentence, later, on_small_disk, run_command, tree
 
 
 def broken_sources(folder: Path) -> dict[str, tuple[Path, str]]:
@@ -59,7 +59,7 @@ def broken_sources(folder: Path) -> dict[str, tuple[Path, str]]:
 )
 def test_bad_source_is_one_sentence_and_leaves_nothing(case: str, tmp_path: Path) -> None:
     source, word = broken_sources(tmp_path)[case]
-    done = run_python("-m", "shards.pack", source, tmp_path / "out", "--workers", 1)
+    done = run_command("pack", source, tmp_path / "out", "--workers", 1)
     assert_sentence(done, word)
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
 
@@ -85,7 +85,7 @@ def test_source_that_changes_while_it_is_packed_is_refused(
         return original(one)
 
     # The victim must not lie in the first shard, which is written before the change.
-    monkeypatch.setattr("shards.pack.write_piece", disturbed)
+    monkeypatch.setattr("simclr_dali.shards.pack.write_piece", disturbed)
     first = {item.name for item in _first_piece(odd_pictures)}
     assert "train/b/5.JPEG" not in first
     word = "cannot read" if change == "removed" else "changed while it was packed"
@@ -114,7 +114,7 @@ def test_two_packers_on_one_target(odd_pictures: Path, tmp_path: Path) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX)
         before = tree(tmp_path / "out.partial")
         for words in (["--part", "1/2"], ["--merge"]):
-            done = run_python("-m", "shards.pack", odd_pictures, tmp_path / "out", *words)
+            done = run_command("pack", odd_pictures, tmp_path / "out", *words)
             assert_sentence(done, "another process is packing")
         assert {name: digest for name, digest in tree(tmp_path / "out.partial").items() if name in before} == before
         pack(odd_pictures, tmp_path / "out", part=(2, 2))
@@ -177,4 +177,4 @@ def test_a_disk_that_refuses_in_the_middle_keeps_the_earlier_shards(
 
 
 def test_a_target_where_nothing_can_be_written_is_one_sentence(odd_pictures: Path) -> None:
-    assert_sentence(run_python("-m", "shards.pack", odd_pictures, "/proc/shards"), "cannot write", "/proc/shards")
+    assert_sentence(run_command("pack", odd_pictures, "/proc/shards"), "cannot write", "/proc/shards")

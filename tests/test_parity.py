@@ -5,8 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline import color, graph, parity
-from pipeline.draws import Draws
+from scripts import parity
+from simclr_dali.pipeline import color, graph
+from simclr_dali.pipeline.draws import Draws
 from tests.conftest import assert_sentence, run_python
 from tests.test_graph import photos
 
@@ -44,7 +45,7 @@ def test_a_contrast_around_another_level_would_be_caught(monkeypatch: pytest.Mon
 
 def test_the_command_writes_a_report_with_pictures(pictures: Path, tmp_path: Path) -> None:
     out = tmp_path / "parity.html"
-    done = run_python("-m", "pipeline.parity", pictures / "val", "--html", out, "--most", 3, "--draws", 2)
+    done = run_python("-m", "scripts.parity", pictures / "val", "--html", out, "--most", 3, "--draws", 2)
     assert done.returncode == 0, done.stderr + done.stdout
     assert "crop and resize" in done.stdout and "stated only" in done.stdout
     text = out.read_text()
@@ -52,7 +53,7 @@ def test_the_command_writes_a_report_with_pictures(pictures: Path, tmp_path: Pat
 
 
 def test_mistakes_are_sentences(tmp_path: Path) -> None:
-    assert_sentence(run_python("-m", "pipeline.parity", tmp_path / "none"), "does not exist")
-    assert_sentence(run_python("-m", "pipeline.parity", tmp_path), "no pictures")
+    assert_sentence(run_python("-m", "scripts.parity", tmp_path / "none"), "does not exist")
+    assert_sentence(run_python("-m", "scripts.parity", tmp_path), "no pictures")
     (tmp_path / "bad.jpg").write_bytes(b"no picture")
-    assert_sentence(run_python("-m", "pipeline.parity", tmp_path / "bad.jpg"), "bad.jpg", "cannot be decoded")
+    assert_sentence(run_python("-m", "scripts.parity", tmp_path / "bad.jpg"), "bad.jpg", "cannot be decoded")

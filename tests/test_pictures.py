@@ -11,10 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shards import picture as picture_module
-from shards.decode import Decoder
-from shards.jpeg import plain_size
-from shards.picture import UnusableError, convert, prepare
+from simclr_dali.shards import image as image_module
+from simclr_dali.shards.decode import Decoder
+from simclr_dali.shards.image import UnusableError, convert, prepare
+from simclr_dali.shards.jpeg import plain_size
 
 
 def ramp(width: int = 40, height: int = 30) -> PIL.Image.Image:
@@ -148,7 +148,7 @@ def test_what_nobody_can_decode_is_refused_with_the_same_words_each_time(damaged
 
 
 def test_a_decompression_bomb_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(picture_module, "MAX_PIXELS", 1000)
+    monkeypatch.setattr(image_module, "MAX_PIXELS", 1000)
     with pytest.raises(UnusableError, match="40 x 30 pixels"):
         prepare(encoded(ramp()))
 

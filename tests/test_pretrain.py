@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from model import checkpoint
-from shards.pack import pack
-from shards.plan import Options
+from simclr_dali.model import checkpoint
+from simclr_dali.shards.pack import pack
+from simclr_dali.shards.plan import Options
 from tests.conftest import assert_sentence
 from tests.runs import launch, metrics, pretrain, tiny_config
 

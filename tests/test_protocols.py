@@ -12,18 +12,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from eval.probe import Scale, fit_linear, score
-from eval.protocols import SCHEDULES
-from eval.sweep import GRID, MOMENTUM, Point, held_out, sweep, train_heads
-from eval.training import build_optimizer, build_order, micro_batch, rate
-from model.classifier import load_classifier
-from model.collectives import all_rows
-from model.lars import LARS
-from model.neighbours import accuracies
-from model.schedule import learning_rate
-from pipeline.features import share
-from shards.errors import UserError
-from shards.manifest import ShardSet
+from simclr_dali.eval.logistic import Scale, fit_linear, score
+from simclr_dali.eval.protocols import SCHEDULES
+from simclr_dali.eval.supervised import build_optimizer, build_order, micro_batch, rate
+from simclr_dali.eval.sweep import GRID, MOMENTUM, Point, held_out, sweep, train_heads
+from simclr_dali.model.classifier import load_classifier
+from simclr_dali.model.collectives import all_rows
+from simclr_dali.model.lars import LARS
+from simclr_dali.model.neighbours import accuracies
+from simclr_dali.model.schedule import learning_rate
+from simclr_dali.pipeline.features import share
+from simclr_dali.shards.errors import UserError
+from simclr_dali.shards.manifest import ShardSet
 from tests.conftest import ROOT, assert_sentence, run_python, run_ranks
 from tests.runs import kill_between, launch_script, torchrun
 from tests.test_linear import problem

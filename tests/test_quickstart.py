@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from eval.probe import fit_linear, score
 from scripts.draw_pictures import CLASSES, draw_picture
+from simclr_dali.eval.logistic import fit_linear, score
 from tests.conftest import ROOT, assert_sentence, run_python
 
 

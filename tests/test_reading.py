@@ -18,10 +18,10 @@ from lightly.models.modules import SimCLRProjectionHead
 from lightly.utils.scheduler import CosineWarmupScheduler
 from torch import Tensor, nn
 
-from model import load
-from model.checkpoint import CheckpointError
-from model.pretrained import open_pretrained
-from model.reading import _load_plainly
+from simclr_dali import load
+from simclr_dali.model.checkpoint import CheckpointError
+from simclr_dali.model.pretrained import open_pretrained
+from simclr_dali.model.untrusted import _load_plainly
 from tests.test_foreign import IMAGES, same_features, torchvision_resnet
 
 

@@ -15,11 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nvidia.dali import fn, pipeline_def
 
-from shards.errors import UserError
-from shards.manifest import load_split
-from shards.pack import pack
-from shards.plan import Options, storage_order
-from shards.tar import header
+from simclr_dali.shards.errors import UserError
+from simclr_dali.shards.manifest import load_split
+from simclr_dali.shards.pack import pack
+from simclr_dali.shards.plan import Options, storage_order
+from simclr_dali.shards.tar import header
 from tests.conftest import originals
 
 

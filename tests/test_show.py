@@ -6,10 +6,10 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from shards.manifest import load_split
-from shards.pack import pack
-from shards.show import CAPTION, THUMBNAIL, histogram, sheet, summary
-from tests.conftest import ROOT, assert_sentence, run_python
+from simclr_dali.shards.manifest import load_split
+from simclr_dali.shards.pack import pack
+from simclr_dali.shards.show import CAPTION, THUMBNAIL, histogram, sheet, summary
+from tests.conftest import ROOT, assert_sentence, run_command
 
 
 def test_summary_counts_images_classes_and_sizes(packed: Path) -> None:
@@ -41,7 +41,7 @@ def test_sheet_shows_pictures_of_the_set_under_their_class(tmp_path: Path) -> No
 
 
 def test_the_command_prints_and_writes(packed: Path, tmp_path: Path) -> None:
-    done = run_python("-m", "shards.show", packed, "--pictures", tmp_path / "sheet.png", "--split", "val")
+    done = run_command("show", packed, "--pictures", tmp_path / "sheet.png", "--split", "val")
     assert done.returncode == 0, done.stderr
     assert "val: 48 images" in done.stdout and "0 left out while packing" in done.stdout
     with PIL.Image.open(tmp_path / "sheet.png") as picture:
@@ -61,5 +61,5 @@ def test_mistakes_are_one_sentence(words: list[str], sentence: str, odd_pictures
     for name in ("out", "bare"):
         pack(odd_pictures, tmp_path / name)
     (tmp_path / "bare" / "report.json").unlink()
-    done = run_python("-m", "shards.show", *words, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)})
+    done = run_command("show", *words, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)})
     assert_sentence(done, sentence)

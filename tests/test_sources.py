@@ -10,13 +10,13 @@ import pytest
 import scipy.io
 import webdataset
 
-from shards.errors import UserError
-from shards.find import find_sources
-from shards.ilsvrc import DEVKIT, TRAIN, VAL
-from shards.manifest import ShardSet, load_split
-from shards.pack import pack
-from shards.plan import Options
-from shards.source import Source, read_item
+from simclr_dali.shards.errors import UserError
+from simclr_dali.shards.manifest import ShardSet, load_split
+from simclr_dali.shards.pack import pack
+from simclr_dali.shards.plan import Options
+from simclr_dali.shards.sources.find import find_sources
+from simclr_dali.shards.sources.ilsvrc import DEVKIT, TRAIN, VAL
+from simclr_dali.shards.sources.source import Source, read_item
 from tests.conftest import later, originals
 
 WORDNET_IDS = ["n01440764", "n02102040", "n03000684"]

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model.encoder import Architecture, build_model
-from train.config import Config
-from train.optimizer import build_optimizer
-from train.parking import Parked
-from train.step import train_step
+from simclr_dali.model.encoder import Architecture, build_model
+from simclr_dali.train.config import Config
+from simclr_dali.train.micro_batches import Parked
+from simclr_dali.train.optimizer import build_optimizer
+from simclr_dali.train.step import train_step
 
 
 class PlainEngine:

@@ -9,7 +9,7 @@ from typing import Any
 import psutil
 import pytest
 
-from model import checkpoint
+from simclr_dali.model import checkpoint
 from tests.conftest import ROOT, assert_sentence
 from tests.runs import (
     environment,

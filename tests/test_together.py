@@ -8,15 +8,15 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from model import checkpoint
-from model.ntxent import Contrast
-from model.process import Process, by_rank_0
-from shards.errors import UserError
+from simclr_dali.model import checkpoint
+from simclr_dali.model.ntxent import Contrast
+from simclr_dali.model.process import Process, by_rank_0
+from simclr_dali.shards.errors import UserError
+from simclr_dali.train.metrics import Reporter
+from simclr_dali.train.saver import Saver
+from simclr_dali.train.step import StepResult
+from simclr_dali.train.stopping import Agreement, all_finite, refuse_drift
 from tests.conftest import run_ranks
-from train.metrics import Reporter
-from train.saver import Saver
-from train.step import StepResult
-from train.together import Agreement, all_finite, refuse_drift
 
 
 def process_of(rank: int) -> Process:

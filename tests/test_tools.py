@@ -1,4 +1,4 @@
-"""pipeline.show and pipeline.bench, run as a user does."""
+"""pipeline.views and scripts.bench.stages, run as a user does."""
 
 import json
 import re
@@ -9,13 +9,13 @@ import PIL.Image
 import pytest
 import torch
 
-from pipeline.bench import verdict
-from tests.conftest import assert_sentence, run_python
+from scripts.bench.stages import verdict
+from tests.conftest import assert_sentence, run_command, run_python
 
 
 def test_the_sheet_shows_originals_and_views_and_prints_their_draws(packed: Path, tmp_path: Path) -> None:
     out = tmp_path / "views.png"
-    done = run_python("-m", "pipeline.show", packed, "--out", out, "--count", 3)
+    done = run_command("views", packed, "--out", out, "--count", 3)
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stdout.splitlines() if re.match(r"sample \d+ \(\w+\) view [12]: ", line)]
     assert len(lines) == 6 and len({line.split(" view")[0] for line in lines}) == 3
@@ -25,20 +25,20 @@ def test_the_sheet_shows_originals_and_views_and_prints_their_draws(packed: Path
     # Three different pictures beside each other, none of them blank.
     assert all(column.std() > 5 for column in columns)
     assert not np.array_equal(columns[1], columns[2])
-    again = run_python("-m", "pipeline.show", packed, "--out", tmp_path / "other.png", "--count", 3, "--epoch", 1)
+    again = run_command("views", packed, "--out", tmp_path / "other.png", "--count", 3, "--epoch", 1)
     assert again.returncode == 0 and again.stdout.splitlines()[0] != done.stdout.splitlines()[0]
 
 
 def test_mistakes_of_show_are_sentences(packed: Path, tmp_path: Path) -> None:
-    assert_sentence(run_python("-m", "pipeline.show", tmp_path, "--out", tmp_path / "a.png"), "no packed split")
-    assert_sentence(run_python("-m", "pipeline.show", packed, "--out", tmp_path / "a.xyz", "--count", 2), "ending")
-    assert_sentence(run_python("-m", "pipeline.show", packed, "--out", tmp_path / "a.png", "--epoch", -1), "-1")
+    assert_sentence(run_command("views", tmp_path, "--out", tmp_path / "a.png"), "no packed split")
+    assert_sentence(run_command("views", packed, "--out", tmp_path / "a.xyz", "--count", 2), "ending")
+    assert_sentence(run_command("views", packed, "--out", tmp_path / "a.png", "--epoch", -1), "-1")
 
 
 def test_the_bench_times_every_stage_and_names_the_bottleneck(packed: Path, tmp_path: Path) -> None:
     out = tmp_path / "bench.json"
     words = ["--images", 32, "--batch", 16, "--rounds", 1, "--size", 64, "--json", out]
-    done = run_python("-m", "pipeline.bench", packed, *words)
+    done = run_python("-m", "scripts.bench.stages", packed, *words)
     assert done.returncode == 0, done.stderr
     taken = json.loads(out.read_text())["ms_per_image"]
     assert set(taken) == {"read", "decode", "crop", "color", "blur", "output", "graph", "loader"}
@@ -48,7 +48,7 @@ def test_the_bench_times_every_stage_and_names_the_bottleneck(packed: Path, tmp_
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_the_bench_without_a_gpu_says_so(packed: Path) -> None:
-    assert_sentence(run_python("-m", "pipeline.bench", packed, "--device", "gpu"), "torch sees none")
+    assert_sentence(run_python("-m", "scripts.bench.stages", packed, "--device", "gpu"), "torch sees none")
 
 
 def test_the_verdict_follows_the_figures() -> None:

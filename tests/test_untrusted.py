@@ -13,10 +13,10 @@ import numpy.typing as npt
 import PIL.Image
 import pytest
 
-from shards.errors import UserError
-from shards.manifest import MANIFEST, TABLE, load_split, seal, unseal
-from shards.pack import pack
-from shards.picture import UnusableError, prepare
+from simclr_dali.shards.errors import UserError
+from simclr_dali.shards.image import UnusableError, prepare
+from simclr_dali.shards.manifest import MANIFEST, TABLE, load_split, seal, unseal
+from simclr_dali.shards.pack import pack
 from tests.conftest import tree
 
 

@@ -11,14 +11,14 @@ import pytest
 import safetensors.torch
 import torch
 
-from model import load
-from model.classifier import load_classifier
-from pipeline.features import extract
-from pipeline.files import LocalFiles
-from pipeline.loader import Setting, labelled
-from pipeline.pictures import PictureFiles, find_pictures, views_of
-from pipeline.subset import keys
-from shards.manifest import load_split
+from simclr_dali import load
+from simclr_dali.model.classifier import load_classifier
+from simclr_dali.pipeline.features import extract
+from simclr_dali.pipeline.files import LocalFiles
+from simclr_dali.pipeline.image_files import PictureFiles, find_pictures, views_of
+from simclr_dali.pipeline.loader import Setting, labelled
+from simclr_dali.pipeline.subset import keys
+from simclr_dali.shards.manifest import load_split
 from tests.conftest import ROOT, assert_sentence, on_small_disk, run_python
 
 SETTING = Setting(32, torch.device("cpu"))
@@ -186,7 +186,7 @@ def test_mistakes_are_one_sentence(
 
 
 def test_a_damaged_classifier_is_named(probed: Path, tmp_path: Path) -> None:
-    from model.checkpoint import CheckpointError
+    from simclr_dali.model.checkpoint import CheckpointError
 
     state = torch.load(probed / "linear.pt", weights_only=True)
     for damage in (

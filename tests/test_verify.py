@@ -7,10 +7,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from shards.pack import pack
-from shards.plan import Options
-from shards.verify import verify
-from tests.conftest import assert_sentence, run_python
+from simclr_dali.shards.pack import pack
+from simclr_dali.shards.plan import Options
+from simclr_dali.shards.verify import verify
+from tests.conftest import assert_sentence, run_command
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def small(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_sound_set_is_sound(small: Path) -> None:
     assert verify(small, full=False) == [] and verify(small, full=True) == []
-    done = run_python("-m", "shards.verify", small, "--full")
+    done = run_command("verify", small, "--full")
     assert done.returncode == 0 and "is sound" in done.stdout
 
 
@@ -61,7 +61,7 @@ def test_a_missing_file_is_named_also_by_the_fast_check(pattern: str, small: Pat
 
 
 def test_a_damaged_image_is_named_by_tar_and_member(small: Path) -> None:
-    from shards.manifest import load_split
+    from simclr_dali.shards.manifest import load_split
 
     shards = load_split(small, "train")
     row = shards.samples[3]
@@ -71,7 +71,7 @@ def test_a_damaged_image_is_named_by_tar_and_member(small: Path) -> None:
     damaged[int(row["offset"]) + 100] ^= 8
     try:
         path.write_bytes(damaged)
-        done = run_python("-m", "shards.verify", small, "--full")
+        done = run_command("verify", small, "--full")
     finally:
         path.write_bytes(whole)
     assert done.returncode == 1 and "Traceback" not in done.stderr
@@ -94,4 +94,4 @@ def test_an_image_that_does_not_decode_is_found_though_every_hash_fits(small: Pa
 
 
 def test_a_folder_that_is_no_set_is_a_mistake(tmp_path: Path) -> None:
-    assert_sentence(run_python("-m", "shards.verify", tmp_path), "no packed split")
+    assert_sentence(run_command("verify", tmp_path), "no packed split")

@@ -7,16 +7,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from model.batchnorm import synchronised
-from model.encoder import Architecture, build_model
-from model.process import Process
-from model.schedule import learning_rate
+from simclr_dali.model.batchnorm import synchronised
+from simclr_dali.model.encoder import Architecture, build_model
+from simclr_dali.model.process import Process
+from simclr_dali.model.schedule import learning_rate
+from simclr_dali.train.config import Config
+from simclr_dali.train.engine import build_engine, import_deepspeed
+from simclr_dali.train.optimizer import build_optimizer
+from simclr_dali.train.step import train_step
 from tests.conftest import run_ranks
 from tests.runs import TINY
-from train.config import Config
-from train.engine import build_engine, import_deepspeed
-from train.optimizer import build_optimizer
-from train.step import train_step
 
 pytestmark = pytest.mark.launch
 

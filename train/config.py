@@ -10,13 +10,13 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic import Field
 
-from model.encoder import ARCHITECTURES, SMALLEST_SIZE_FOR_7X7, Architecture
-from model.ntxent import SMALLEST_TEMPERATURE
-from pipeline.cache import Cache
-from pipeline.draws import Recipe
-from pipeline.loader import MAX_BAD_FRACTION
-from shards.errors import UserError
-from train.schedule import LR_RULES
+from simclr_dali.model.encoder import ARCHITECTURES, SMALLEST_SIZE_FOR_7X7, Architecture
+from simclr_dali.model.ntxent import SMALLEST_TEMPERATURE
+from simclr_dali.pipeline.cache import Cache
+from simclr_dali.pipeline.draws import Recipe
+from simclr_dali.pipeline.loader import MAX_BAD_FRACTION
+from simclr_dali.shards.errors import UserError
+from simclr_dali.train.schedule import LR_RULES
 
 _LR_TOLERANCE = 1e-3  # relative; a rate written with three digits still fits its rule
 
@@ -155,7 +155,7 @@ class Simclr(_Block):
     keep_every_epochs: int = Field(default=0, ge=0)
     """Epochs between two checkpoints that stay for good; 0: none do."""
     knn_every_epochs: int = Field(default=0, ge=0)
-    """Epochs between two looks at how well nearest neighbours classify (train/health.py); 0: none."""
+    """Epochs between two looks at how well nearest neighbours classify (train/knn_monitor.py); 0: none."""
     knn_images: Positive = 20_000
     """Images of train that it uses, as many of each class; a tenth of them are asked about."""
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pydantic
 
-from shards.errors import UserError
-from train.config import Config
-from train.schedule import LR_RULES
+from simclr_dali.shards.errors import UserError
+from simclr_dali.train.config import Config
+from simclr_dali.train.schedule import LR_RULES
 
 PRESETS = Path(__file__).resolve().parent / "configs"
 

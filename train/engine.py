@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from model.process import Process, join, on_gpu
-from train.config import Config
-from train.optimizer import build_optimizer
+from simclr_dali.model.process import Process, join, on_gpu
+from simclr_dali.train.config import Config
+from simclr_dali.train.optimizer import build_optimizer
 
 
 def start(patience: timedelta) -> Process:

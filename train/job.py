@@ -4,15 +4,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from model.process import Process
-from pipeline.files import Files
-from pipeline.order import Order
-from pipeline.replay import Replay, write
-from shards.durable import refusals_named
-from shards.manifest import ShardSet
-from train.config import Config
-from train.metrics import batch_file
-from train.resume import data_address
+from simclr_dali.model.process import Process
+from simclr_dali.pipeline.files import Files
+from simclr_dali.pipeline.order import Order
+from simclr_dali.pipeline.replay import Replay, write
+from simclr_dali.shards.durable import refusals_named
+from simclr_dali.shards.manifest import ShardSet
+from simclr_dali.train.config import Config
+from simclr_dali.train.metrics import batch_file
+from simclr_dali.train.resume import data_address
 
 
 @dataclass(frozen=True)

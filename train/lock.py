@@ -6,9 +6,9 @@ import socket
 from pathlib import Path
 from typing import TextIO
 
-from model.process import show
-from shards.durable import refusals_named
-from shards.errors import UserError
+from simclr_dali.model.process import show
+from simclr_dali.shards.durable import refusals_named
+from simclr_dali.shards.errors import UserError
 
 
 def take(run: Path) -> TextIO:

@@ -7,19 +7,19 @@ from typing import Any
 
 import torch
 
-from model.process import say, show
-from model.schedule import learning_rate
-from shards.durable import write_durably
-from train.health import Health
-from train.job import Job
-from train.metrics import Reporter
-from train.parking import Parked
-from train.resume import state_of
-from train.saver import Saver
-from train.step import train_step
-from train.together import Agreement, StopRequest, all_finite, refuse_drift
-from train.views import build_views
-from train.watchdog import Watchdog
+from simclr_dali.model.process import say, show
+from simclr_dali.model.schedule import learning_rate
+from simclr_dali.shards.durable import write_durably
+from simclr_dali.train.job import Job
+from simclr_dali.train.knn_monitor import Health
+from simclr_dali.train.metrics import Reporter
+from simclr_dali.train.micro_batches import Parked
+from simclr_dali.train.resume import state_of
+from simclr_dali.train.saver import Saver
+from simclr_dali.train.step import train_step
+from simclr_dali.train.stopping import Agreement, StopRequest, all_finite, refuse_drift
+from simclr_dali.train.views import build_views
+from simclr_dali.train.watchdog import Watchdog
 
 
 def train(

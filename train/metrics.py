@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from model.process import Process, show
-from shards.durable import refusals_named, write_durably
-from shards.errors import UserError
-from train.step import StepResult
+from simclr_dali.model.process import Process, show
+from simclr_dali.shards.durable import refusals_named, write_durably
+from simclr_dali.shards.errors import UserError
+from simclr_dali.train.step import StepResult
 
 
 class Reporter:
@@ -115,7 +115,7 @@ class Reporter:
         raise UserError(
             f"the {what} at step {step} (epoch {step // self._steps_per_epoch}) on rank "
             f"{', '.join(map(str, blamed))} of {process.world}, samples {_some(ids)}{failure}; look at them with: "
-            f"python -m pipeline.show --replay {file} --out batch.png; the last good checkpoint is {told[0][2]}: lower "
+            f"simclr-dali views --replay {file} --out batch.png; the last good checkpoint is {told[0][2]}: lower "
             f"the learning rate and give another --run, or mend the data"
         )
 

@@ -3,8 +3,8 @@
 import torch
 from torch import nn
 
-from model.lars import LARS, parameter_groups
-from train.config import AdamWBlock, Config, LARSBlock
+from simclr_dali.model.lars import LARS, parameter_groups
+from simclr_dali.train.config import AdamWBlock, Config, LARSBlock
 
 
 def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:

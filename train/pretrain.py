@@ -23,31 +23,31 @@ from pathlib import Path
 from typing import Any
 
 # This script's own folder must not shadow installed modules, and its checkout must win over an installed copy.
-sys.path[0] = str(Path(__file__).resolve().parent.parent)
+sys.path[0] = str(Path(__file__).resolve().parents[1] / ".package")
 
-import torch.distributed as dist  # noqa: E402
+import torch.distributed as dist
 
-from model.batchnorm import synchronised  # noqa: E402
-from model.checkpoint import CheckpointError  # noqa: E402
-from model.encoder import build_model  # noqa: E402
-from model.process import LaunchError, Process, by_rank_0, say  # noqa: E402
-from pipeline.remote import open_split  # noqa: E402
-from shards.durable import write_durably  # noqa: E402
-from shards.errors import UserError, positive_int, run_main  # noqa: E402
-from shards.manifest import ShardSet  # noqa: E402
-from shards.verify import verify_split  # noqa: E402
-from train.config import Config  # noqa: E402
-from train.config_file import load_config  # noqa: E402
-from train.engine import build_engine, start  # noqa: E402
-from train.health import Health  # noqa: E402
-from train.job import Job  # noqa: E402
-from train.lock import take  # noqa: E402
-from train.loop import train  # noqa: E402
-from train.resume import PER_MACHINE, flatten, resume  # noqa: E402
-from train.schedule import LR_FORMULAS  # noqa: E402
-from train.together import StopRequest  # noqa: E402
-from train.views import build_order  # noqa: E402
-from train.watchdog import Watchdog  # noqa: E402
+from simclr_dali.model.batchnorm import synchronised
+from simclr_dali.model.checkpoint import CheckpointError
+from simclr_dali.model.encoder import build_model
+from simclr_dali.model.process import LaunchError, Process, by_rank_0, say
+from simclr_dali.pipeline.remote import open_split
+from simclr_dali.shards.durable import write_durably
+from simclr_dali.shards.errors import UserError, positive_int, run_main
+from simclr_dali.shards.manifest import ShardSet
+from simclr_dali.shards.verify import verify_split
+from simclr_dali.train.config import Config
+from simclr_dali.train.config_file import load_config
+from simclr_dali.train.engine import build_engine, start
+from simclr_dali.train.job import Job
+from simclr_dali.train.knn_monitor import Health
+from simclr_dali.train.lock import take
+from simclr_dali.train.loop import train
+from simclr_dali.train.resume import PER_MACHINE, flatten, resume
+from simclr_dali.train.schedule import LR_FORMULAS
+from simclr_dali.train.stopping import StopRequest
+from simclr_dali.train.views import build_order
+from simclr_dali.train.watchdog import Watchdog
 
 
 def main() -> None:
@@ -149,7 +149,7 @@ def refuse_damage(shards: ShardSet, process: Process) -> None:
         return
     found = by_rank_0(process, lambda: next(iter(verify_split(shards, full=False)), None))
     if found:
-        raise UserError(f"{found}; look with: python -m shards.verify --full {shards.folder.parent}")
+        raise UserError(f"{found}; look with: simclr-dali verify --full {shards.folder.parent}")
 
 
 def announce(job: Job, step: int) -> None:

@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 
-from model import checkpoint
-from model.process import Process, by_rank_0, show
-from pipeline.remote import is_remote
-from shards.durable import refusals_named
-from shards.errors import UserError
-from shards.manifest import ShardSet
-from train.config import Config
+from simclr_dali.model import checkpoint
+from simclr_dali.model.process import Process, by_rank_0, show
+from simclr_dali.pipeline.remote import is_remote
+from simclr_dali.shards.durable import refusals_named
+from simclr_dali.shards.errors import UserError
+from simclr_dali.shards.manifest import ShardSet
+from simclr_dali.train.config import Config
 
 # Fields of the config that may differ between the machines of a run.
 PER_MACHINE = {f"simclr.{key}" for key in ("data", "run", "loader_threads", "cache", "cache_gb")}

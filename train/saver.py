@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model import checkpoint
-from shards.durable import refusals_named
-from shards.errors import UserError
+from simclr_dali.model import checkpoint
+from simclr_dali.shards.durable import refusals_named
+from simclr_dali.shards.errors import UserError
 
 
 class Saver:

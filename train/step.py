@@ -8,11 +8,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from model.ntxent import Contrast, nt_xent
+from simclr_dali.model.ntxent import Contrast, nt_xent
 
 
 class MicroBatches(Protocol):
-    """A list of tensors, or train.parking.Parked."""
+    """A list of tensors, or train.micro_batches.Parked."""
 
     def __len__(self) -> int: ...
 

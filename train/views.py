@@ -4,12 +4,12 @@ from collections.abc import Callable
 
 import torch
 
-from model.process import Process
-from pipeline.files import Files
-from pipeline.loader import Setting, TwoViews, two_views
-from pipeline.order import Order
-from shards.manifest import ShardSet
-from train.config import Config
+from simclr_dali.model.process import Process
+from simclr_dali.pipeline.files import Files
+from simclr_dali.pipeline.loader import Setting, TwoViews, two_views
+from simclr_dali.pipeline.order import Order
+from simclr_dali.shards.manifest import ShardSet
+from simclr_dali.train.config import Config
 
 
 def build_order(config: Config, shards: ShardSet) -> Order:

@@ -10,7 +10,7 @@ from contextlib import suppress
 
 import torch.distributed as dist
 
-from model.process import Process, show
+from simclr_dali.model.process import Process, show
 
 EXIT_CODE = 3
 _REPORT_EVERY = 1.0  # seconds

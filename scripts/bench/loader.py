@@ -23,15 +23,15 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path[0] = str(ROOT)
+sys.path[:1] = [str(ROOT), str(ROOT / ".package")]
 
-import torch  # noqa: E402
+import torch
 
-from scripts.bench.figures import extremes, machine, spread  # noqa: E402
-from scripts.bench.rivals import CONTENDERS  # noqa: E402
-from shards.errors import UserError, positive_int, run_main  # noqa: E402
-from shards.pack import pack  # noqa: E402
-from shards.plan import Options  # noqa: E402
+from scripts.bench.figures import extremes, machine, spread
+from scripts.bench.rivals import CONTENDERS
+from simclr_dali.shards.errors import UserError, positive_int, run_main
+from simclr_dali.shards.pack import pack
+from simclr_dali.shards.plan import Options
 
 WARM_UP = 16  # batches; until then DALI's buffers still grow to the largest images, and workers start
 # What a GPU changes is for measuring: each is one more row beside "ours".

@@ -29,16 +29,16 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path[0] = str(ROOT)
+sys.path[:1] = [str(ROOT), str(ROOT / ".package")]
 
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from torch import Tensor  # noqa: E402
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-import model.vision  # noqa: E402, F401  (lightly imports torchvision, which beside a CPU torch needs this first)
-from model.ntxent import nt_xent  # noqa: E402
-from scripts.bench.figures import extremes, machine, spread  # noqa: E402
-from shards.errors import UserError, positive_int, run_main  # noqa: E402
+import simclr_dali.model.vision  # noqa: F401  (lightly imports torchvision, which beside a CPU torch needs this first)
+from scripts.bench.figures import extremes, machine, spread
+from simclr_dali.model.ntxent import nt_xent
+from simclr_dali.shards.errors import UserError, positive_int, run_main
 
 WIDTH, TEMPERATURE = 128, 0.1
 PACKAGES = ("torch", "lightly", "pytorch-metric-learning")

@@ -27,11 +27,11 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / ".package")]
 
-from scripts.bench.figures import extremes, machine, spread  # noqa: E402
-from shards.errors import UserError, positive_int, run_main  # noqa: E402
-from shards.folder import scan  # noqa: E402
+from scripts.bench.figures import extremes, machine, spread
+from simclr_dali.shards.errors import UserError, positive_int, run_main
+from simclr_dali.shards.sources.folder import scan
 
 PACKAGES = ("nvidia-dali-cuda120", "webdataset", "numpy")
 BASES = ("tar", "decode", "ShardWriter")
@@ -46,7 +46,7 @@ with webdataset.ShardWriter(str(out / "train-%06d.tar"), maxcount=1000, maxsize=
 DECODE = """
 import sys, os, pathlib
 from nvidia.dali import fn, pipeline_def
-from shards.decode import decoded
+from simclr_dali.shards.decode import decoded
 paths = [str(path) for path in sorted((pathlib.Path(sys.argv[1]) / "train").rglob("*.*"))]
 batch, threads = 64, int(sys.argv[2])
 @pipeline_def(batch_size=batch, num_threads=threads, device_id=None, prefetch_queue_depth=2)
@@ -90,7 +90,7 @@ def seconds(command: list[Any], target: Path | None) -> float:
 
 
 def contestants(source: Path, scratch: Path, workers: int) -> dict[str, Callable[[], float]]:
-    pack = [sys.executable, "-m", "shards.pack", source, scratch / "ours", "--workers", workers]
+    pack = [sys.executable, "-m", "simclr_dali.shards.pack", source, scratch / "ours", "--workers", workers]
 
     def shard_writer() -> float:
         (scratch / "theirs").mkdir()

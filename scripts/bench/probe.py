@@ -26,22 +26,22 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path[0] = str(ROOT)
+sys.path[:1] = [str(ROOT), str(ROOT / ".package")]
 
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
+import torch
+import torch.nn.functional as F
 
-from eval.linear import WEIGHT_DECAY  # noqa: E402
-from eval.opened import Opened, add_arguments, open_evaluation  # noqa: E402
-from eval.probe import Scale, fit_linear, score  # noqa: E402
-from eval.sweep import GRID, sweep  # noqa: E402
-from model.checkpoint import CheckpointError  # noqa: E402
-from model.neighbours import accuracies  # noqa: E402
-from model.process import LaunchError  # noqa: E402
-from pipeline.features import Features, share  # noqa: E402
-from pipeline.loader import labelled  # noqa: E402
-from scripts.bench.figures import extremes, machine, spread  # noqa: E402
-from shards.errors import UserError, positive_int, run_main  # noqa: E402
+from scripts.bench.figures import extremes, machine, spread
+from simclr_dali.eval.evaluation import Opened, add_arguments, open_evaluation
+from simclr_dali.eval.linear import WEIGHT_DECAY
+from simclr_dali.eval.logistic import Scale, fit_linear, score
+from simclr_dali.eval.sweep import GRID, sweep
+from simclr_dali.model.checkpoint import CheckpointError
+from simclr_dali.model.neighbours import accuracies
+from simclr_dali.model.process import LaunchError
+from simclr_dali.pipeline.features import Features, share
+from simclr_dali.pipeline.loader import labelled
+from simclr_dali.shards.errors import UserError, positive_int, run_main
 
 PACKAGES = ("torch", "scikit-learn", "lightly")
 KS, TEMPERATURE = (20, 200), 0.1

@@ -19,12 +19,12 @@ import torch
 from nvidia.dali import fn, pipeline_def, types
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
-from model.vision import torchvision
-from pipeline.draws import Recipe
-from pipeline.graph import MEAN, STD, Tuning
-from pipeline.loader import Setting, two_views
-from pipeline.order import Order
-from shards.manifest import load_split
+from simclr_dali.model.vision import torchvision
+from simclr_dali.pipeline.draws import Recipe
+from simclr_dali.pipeline.graph import MEAN, STD, Tuning
+from simclr_dali.pipeline.loader import Setting, two_views
+from simclr_dali.pipeline.order import Order
+from simclr_dali.shards.manifest import load_split
 
 SIZE = 224
 KERNEL = 23  # pixels, a tenth of the view, as the paper's

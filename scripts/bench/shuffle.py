@@ -27,10 +27,10 @@ import numpy.typing as npt
 from nvidia.dali import fn, pipeline_def
 from scipy.stats import spearmanr
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)
+sys.path[0] = str(Path(__file__).resolve().parents[2] / ".package")
 
-from pipeline import order as order_module  # noqa: E402
-from pipeline.order import Order  # noqa: E402
+from simclr_dali.pipeline import order as order_module
+from simclr_dali.pipeline.order import Order
 
 SAMPLES, SHARD, CLASSES = 1_281_167, 1_000, 1_000
 BATCH, WORLD, LANES, WINDOW = 4_096, 8, 64, 8

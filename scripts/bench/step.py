@@ -33,24 +33,24 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path[0] = str(ROOT)
+sys.path[:1] = [str(ROOT), str(ROOT / ".package")]
 
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-from torch import Tensor  # noqa: E402
+import torch
+import torch.distributed as dist
+from torch import Tensor
 
-from model.batchnorm import synchronised  # noqa: E402
-from model.encoder import build_model  # noqa: E402
-from model.process import Process  # noqa: E402
-from pipeline.remote import open_split  # noqa: E402
-from scripts.bench.figures import extremes, machine, spread  # noqa: E402
-from shards.errors import UserError, positive_int, run_main  # noqa: E402
-from train.config import Config  # noqa: E402
-from train.config_file import load_config  # noqa: E402
-from train.engine import build_engine, start  # noqa: E402
-from train.parking import Parked  # noqa: E402
-from train.step import train_step  # noqa: E402
-from train.views import build_order, build_views, view_dtype  # noqa: E402
+from scripts.bench.figures import extremes, machine, spread
+from simclr_dali.model.batchnorm import synchronised
+from simclr_dali.model.encoder import build_model
+from simclr_dali.model.process import Process
+from simclr_dali.pipeline.remote import open_split
+from simclr_dali.shards.errors import UserError, positive_int, run_main
+from simclr_dali.train.config import Config
+from simclr_dali.train.config_file import load_config
+from simclr_dali.train.engine import build_engine, start
+from simclr_dali.train.micro_batches import Parked
+from simclr_dali.train.step import train_step
+from simclr_dali.train.views import build_order, build_views, view_dtype
 
 PHASES = ("data wait", "forward", "loss", "backward", "reduction", "optimizer")
 BEGIN = "begin"  # of a step

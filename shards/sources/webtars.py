@@ -12,11 +12,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from shards.errors import UserError
-from shards.folder import PICTURE_ENDINGS
-from shards.manifest import load_split
-from shards.source import SPLITS, Item, Source, read_item, time_of
-from shards.tar import list_members
+from simclr_dali.shards.errors import UserError
+from simclr_dali.shards.manifest import load_split
+from simclr_dali.shards.sources.folder import PICTURE_ENDINGS
+from simclr_dali.shards.sources.source import SPLITS, Item, Source, read_item, time_of
+from simclr_dali.shards.tar import list_members
 
 PICTURES = frozenset(ending.removeprefix(".") for ending in PICTURE_ENDINGS)
 _WORDS = {"train": r"train(ing)?", "val": r"val(id|idation)?"}

@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from model.process import Process
-from shards.errors import UserError
+from simclr_dali.model.process import Process
+from simclr_dali.shards.errors import UserError
 
 T = TypeVar("T")
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)

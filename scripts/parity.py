@@ -1,6 +1,6 @@
 """Does our graph do what torchvision does? The same draws through both, stage by stage.
 
-    python -m pipeline.parity IMAGES... --html out.html      # JPEG files or folders of them
+    python scripts/parity.py IMAGES... --html out.html      # JPEG files or folders of them
 
 Each stage is run alone: the reference is torchvision's function with the same numbers, applied to the crop that our
 graph made (for the crop itself, to Pillow's picture). It runs on floats, as our graph does; on bytes, torchvision cuts
@@ -25,15 +25,18 @@ import numpy.typing as npt
 import PIL.Image
 import torch
 
-from model.vision import torchvision
-from pipeline import graph
-from pipeline.color import LUMA
-from pipeline.draws import BRIGHTNESS, CONTRAST, HUE, SATURATION, Draws, Recipe, draw
-from pipeline.page import page
-from shards.durable import refusals_named
-from shards.errors import UserError, positive_int, run_main
-from shards.folder import PICTURE_ENDINGS
-from shards.picture import rgb
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:1] = [str(ROOT), str(ROOT / ".package")]
+
+from scripts.parity_page import page
+from simclr_dali.model.vision import torchvision
+from simclr_dali.pipeline import graph
+from simclr_dali.pipeline.color import LUMA
+from simclr_dali.pipeline.draws import BRIGHTNESS, CONTRAST, HUE, SATURATION, Draws, Recipe, draw
+from simclr_dali.shards.durable import refusals_named
+from simclr_dali.shards.errors import UserError, positive_int, run_main
+from simclr_dali.shards.image import rgb
+from simclr_dali.shards.sources.folder import PICTURE_ENDINGS
 
 SIZE = 224
 KERNEL = 23  # pixels, a tenth of the view, as the paper's
@@ -214,7 +217,7 @@ def _read(paths: list[Path], most: int) -> list[bytes]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m pipeline.parity", description="Compare with torchvision.")
+    parser = argparse.ArgumentParser(description="Compare with torchvision.")
     parser.add_argument("images", type=Path, nargs="+", help="JPEG files, or folders of them")
     parser.add_argument("--html", type=Path, metavar="OUT", help="write the report with pictures and histograms")
     parser.add_argument("--most", type=positive_int, default=24, metavar="N", help="images to use (default: 24)")

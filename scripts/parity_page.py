@@ -11,7 +11,7 @@ import numpy.typing as npt
 import PIL.Image
 
 if TYPE_CHECKING:
-    from pipeline.parity import Result
+    from scripts.parity import Result
 
 _SHOWN = 3  # views per stage: the best, the middle and the worst
 _AMPLIFIED = 8  # of the difference, or nothing would be seen

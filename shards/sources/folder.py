@@ -6,8 +6,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from shards.errors import UserError
-from shards.source import SPLITS, Item, Source, time_of
+from simclr_dali.shards.errors import UserError
+from simclr_dali.shards.sources.source import SPLITS, Item, Source, time_of
 
 # A picture is what has one of these endings; other files in a class folder are named, not silently left out.
 PICTURE_ENDINGS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".gif", ".tif", ".tiff"})

@@ -1,6 +1,6 @@
 """Central views of picture files, as an evaluation sees those of packed ones.
 
-Each file becomes what the packer would store (shards.picture): its own bytes where it is an ordinary JPEG, upright RGB
+Each file becomes what the packer would store (shards.image): its own bytes where it is an ordinary JPEG, upright RGB
 otherwise. So a picture gives the same view here and out of a shard.
 """
 
@@ -13,15 +13,15 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from pipeline.draws import Draws, center
-from pipeline.draws import center_fraction as default_fraction
-from pipeline.loader import Plan, Setting, run_graph
-from pipeline.reading import Encoded, Ids
-from shards.decode import decoder
-from shards.errors import UserError
-from shards.folder import PICTURE_ENDINGS
-from shards.manifest import SAMPLE
-from shards.picture import UnusableError, convert, prepare
+from simclr_dali.pipeline.draws import Draws, center
+from simclr_dali.pipeline.draws import center_fraction as default_fraction
+from simclr_dali.pipeline.loader import Plan, Setting, run_graph
+from simclr_dali.pipeline.reader import Encoded, Ids
+from simclr_dali.shards.decode import decoder
+from simclr_dali.shards.errors import UserError
+from simclr_dali.shards.image import UnusableError, convert, prepare
+from simclr_dali.shards.manifest import SAMPLE
+from simclr_dali.shards.sources.folder import PICTURE_ENDINGS
 
 _GRAY = b"P5 1 1 255 \x80"  # a picture of one pixel
 

@@ -12,9 +12,9 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.files import Files
-from shards.errors import UserError
-from shards.manifest import ShardSet
+from simclr_dali.pipeline.files import Files
+from simclr_dali.shards.errors import UserError
+from simclr_dali.shards.manifest import ShardSet
 
 Encoded = npt.NDArray[np.uint8]
 Ids = npt.NDArray[np.int64]
@@ -114,7 +114,7 @@ class SampleReader:
         else:
             raise UserError(
                 f"{error}; it is damaged sample number {count} of {len(self._shards)}, more than max_bad_fraction "
-                f"= {self._limit / len(self._shards):g} allows; list them all: python -m shards.verify --full "
+                f"= {self._limit / len(self._shards):g} allows; list them all: simclr-dali verify --full "
                 f"{self._shards.folder.parent}"
             ) from error
 

@@ -8,7 +8,7 @@ import numpy as np
 import PIL.Image
 import PIL.ImageOps
 
-from shards.jpeg import plain_size
+from simclr_dali.shards.jpeg import plain_size
 
 # Above it Pillow suspects a decompression bomb; a picture of this many pixels takes 270 MB once decoded.
 MAX_PIXELS = 89_478_485

@@ -1,8 +1,7 @@
 """What is packed: splits of encoded pictures, wherever they lie.
 
-Three kinds exist: an
-image folder (shards.folder), the ILSVRC archives (shards.ilsvrc) and WebDataset tars (shards.webtars). The latter two
-are read in place, by offset, without unpacking anything to disk. shards.find tells them apart.
+Three kinds exist: an image folder (folder.py), the ILSVRC archives (ilsvrc.py) and WebDataset tars (webtars.py). The
+latter two are read in place, by offset, without unpacking anything to disk. find.py tells them apart.
 """
 
 import hashlib
@@ -11,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from shards.errors import UserError
+from simclr_dali.shards.errors import UserError
 
 SPLITS = ("train", "val")
 

@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from model.checkpoint import CheckpointError
+from simclr_dali.model.checkpoint import CheckpointError
 
 # Of what eval/export.py writes beside weights.
 _OURS = ("habits", "image_size", "step", "tuned")

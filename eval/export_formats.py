@@ -12,13 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from eval.card import model_card
-from model import checkpoint, load
-from model.encoder import Encoder
-from model.pretrained import Pretrained
-from model.vision import torchvision
-from pipeline.draws import center_fraction
-from shards.errors import UserError
+from simclr_dali import load
+from simclr_dali.eval.model_card import model_card
+from simclr_dali.model import checkpoint
+from simclr_dali.model.encoder import Encoder
+from simclr_dali.model.pretrained import Pretrained
+from simclr_dali.model.vision import torchvision
+from simclr_dali.pipeline.draws import center_fraction
+from simclr_dali.shards.errors import UserError
 
 FEATURES, SCORES = "features", "scores"
 # Source, path to write, size of the images in pixels, images -> what the written file computes, by name.

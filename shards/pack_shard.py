@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from shards.durable import refusals_named
-from shards.errors import UserError
-from shards.manifest import Shard
-from shards.picture import Prepared, UnusableError, convert, prepare
-from shards.source import Item, read_item
-from shards.tar import Image, key_of, write_shard
+from simclr_dali.shards.durable import refusals_named
+from simclr_dali.shards.errors import UserError
+from simclr_dali.shards.image import Prepared, UnusableError, convert, prepare
+from simclr_dali.shards.manifest import Shard
+from simclr_dali.shards.sources.source import Item, read_item
+from simclr_dali.shards.tar import Image, key_of, write_shard
 
 BATCH = 16  # pictures prepared before the decoder is asked about them
 
@@ -139,7 +139,7 @@ def _decodable(
 def _accepts(piece: Piece, pictures: list[Prepared]) -> Iterator[bool]:
     if piece.decoder == "none":
         return iter([True] * len(pictures))
-    from shards.decode import decoder  # here, because importing DALI takes longer than packing a small set
+    from simclr_dali.shards.decode import decoder  # here, because importing DALI takes longer than packing a small set
 
     images = [picture.encoded for picture in pictures]
     return iter(decoder(piece.decoder).accepts(images, [(picture.width, picture.height) for picture in pictures]))

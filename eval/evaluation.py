@@ -16,21 +16,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from model.checkpoint import STATE
-from model.classifier import Classifier, save_classifier
-from model.collectives import all_sum
-from model.encoder import SMALLEST_SIZE_FOR_7X7, Encoder
-from model.pretrained import Pretrained, fingerprint, open_pretrained
-from model.process import Process, by_rank_0, join, on_gpu, say
-from pipeline.cache import Cache
-from pipeline.draws import center_fraction
-from pipeline.features import Features, extract, share
-from pipeline.files import Files
-from pipeline.loader import Setting
-from pipeline.remote import is_remote, open_split
-from shards.durable import refusals_named, write_durably, writing
-from shards.errors import UserError, positive_int
-from shards.manifest import ShardSet
+from simclr_dali.model.checkpoint import STATE
+from simclr_dali.model.classifier import Classifier, save_classifier
+from simclr_dali.model.collectives import all_sum
+from simclr_dali.model.encoder import SMALLEST_SIZE_FOR_7X7, Encoder
+from simclr_dali.model.pretrained import Pretrained, fingerprint, open_pretrained
+from simclr_dali.model.process import Process, by_rank_0, join, on_gpu, say
+from simclr_dali.pipeline.cache import Cache
+from simclr_dali.pipeline.draws import center_fraction
+from simclr_dali.pipeline.features import Features, extract, share
+from simclr_dali.pipeline.files import Files
+from simclr_dali.pipeline.loader import Setting
+from simclr_dali.pipeline.remote import is_remote, open_split
+from simclr_dali.shards.durable import refusals_named, write_durably, writing
+from simclr_dali.shards.errors import UserError, positive_int
+from simclr_dali.shards.manifest import ShardSet
 
 _PATIENCE = timedelta(hours=2)  # ranks wait for the one with the slowest disk
 _ABANDONED = 3600  # seconds without a write after which a file that was being written is a leftover

@@ -12,20 +12,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from eval.opened import Opened
-from eval.protocols import Schedule
-from model.checkpoint import plain_values
-from model.collectives import all_sum
-from model.lars import LARS
-from model.process import Process, by_rank_0, say
-from model.schedule import learning_rate
-from pipeline.draws import PROBE
-from pipeline.loader import two_views
-from pipeline.order import Order
-from pipeline.subset import Ids, Subset
-from shards.durable import refusals_named, write_durably
-from shards.errors import UserError
-from shards.manifest import ShardSet
+from simclr_dali.eval.evaluation import Opened
+from simclr_dali.eval.protocols import Schedule
+from simclr_dali.model.checkpoint import plain_values
+from simclr_dali.model.collectives import all_sum
+from simclr_dali.model.lars import LARS
+from simclr_dali.model.process import Process, by_rank_0, say
+from simclr_dali.model.schedule import learning_rate
+from simclr_dali.pipeline.draws import PROBE
+from simclr_dali.pipeline.loader import two_views
+from simclr_dali.pipeline.order import Order
+from simclr_dali.pipeline.subset import Ids, Subset
+from simclr_dali.shards.durable import refusals_named, write_durably
+from simclr_dali.shards.errors import UserError
+from simclr_dali.shards.manifest import ShardSet
 
 _LANES = 64
 _WINDOW = 8

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.collectives import all_sum
+from simclr_dali.model.collectives import all_sum
 
 # Scores computed at a time; bounds memory to ROWS x classes numbers.
 _ROWS = 65_536

@@ -15,9 +15,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from shards.errors import UserError
-from shards.source import Item, Source, time_of
-from shards.tar import list_members
+from simclr_dali.shards.errors import UserError
+from simclr_dali.shards.sources.source import Item, Source, time_of
+from simclr_dali.shards.tar import list_members
 
 TRAIN = "ILSVRC2012_img_train.tar"
 VAL = "ILSVRC2012_img_val.tar"

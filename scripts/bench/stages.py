@@ -1,7 +1,7 @@
 """What each stage of the input pipeline costs on this machine, and which one holds it back.
 
-    python -m pipeline.bench SHARDS                          # on the CPU, all cores
-    python -m pipeline.bench SHARDS --device gpu --threads 8
+    python scripts/bench/stages.py SHARDS                          # on the CPU, all cores
+    python scripts/bench/stages.py SHARDS --device gpu --threads 8
 
 Reading is timed alone (from the page cache, if the shards are in it). The stages of the graph are timed by building it
 up to each of them, on images that are in memory already, and taking differences. The loader is timed as training uses
@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -23,15 +24,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline import graph
-from pipeline.draws import Recipe, draw
-from pipeline.files import LocalFiles
-from pipeline.loader import Setting, two_views
-from pipeline.order import Order
-from pipeline.reading import SampleReader
-from shards.errors import UserError, positive_int, run_main
-from shards.manifest import ShardSet, load_split
-from shards.source import SPLITS
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:1] = [str(ROOT), str(ROOT / ".package")]
+
+from simclr_dali.pipeline import graph
+from simclr_dali.pipeline.draws import Recipe, draw
+from simclr_dali.pipeline.files import LocalFiles
+from simclr_dali.pipeline.loader import Setting, two_views
+from simclr_dali.pipeline.order import Order
+from simclr_dali.pipeline.reader import SampleReader
+from simclr_dali.shards.errors import UserError, positive_int, run_main
+from simclr_dali.shards.manifest import ShardSet, load_split
+from simclr_dali.shards.sources.source import SPLITS
 
 _WARM_UP = 4  # batches
 
@@ -130,7 +134,7 @@ def verdict(taken: dict[str, float]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m pipeline.bench", description="Time the input pipeline by stage.")
+    parser = argparse.ArgumentParser(description="Time the input pipeline by stage.")
     parser.add_argument("data", type=Path, metavar="SHARDS", help="folder made by scripts/make_shards.sh")
     parser.add_argument("--split", choices=SPLITS, default="train", help="default: train")
     parser.add_argument("--device", choices=["cpu", "gpu"], default="cpu", help="where the graph runs (default: cpu)")

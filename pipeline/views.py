@@ -1,8 +1,8 @@
 """A sheet of pictures: each sample as stored, and its two views with what they drew.
 
-    python -m pipeline.show SHARDS --out views.png               # as ds_lars.json would augment them in epoch 0
-    python -m pipeline.show SHARDS --out views.png --epoch 3 --strength 0.5 --size 96
-    python -m pipeline.show --replay RUN/bad-step-00001234-rank-3.json --out views.png   # a batch that a run kept
+    simclr-dali views SHARDS --out views.png               # as ds_lars.json would augment them in epoch 0
+    simclr-dali views SHARDS --out views.png --epoch 3 --strength 0.5 --size 96
+    simclr-dali views --replay RUN/bad-step-00001234-rank-3.json --out views.png   # a batch that a run kept
 
 The draws of each view are also printed, one line each.
 """
@@ -17,20 +17,20 @@ import PIL.Image
 import PIL.ImageDraw
 import torch
 
-from pipeline.cache import Cache
-from pipeline.draws import BRIGHTNESS, CONTRAST, HUE, SATURATION, Draws, Recipe
-from pipeline.files import Files
-from pipeline.graph import MEAN, STD
-from pipeline.loader import Setting, chosen
-from pipeline.order import Order
-from pipeline.reading import SampleReader
-from pipeline.remote import open_split
-from pipeline.replay import Replay, read
-from shards.errors import UserError, positive_int, run_main
-from shards.manifest import ShardSet
-from shards.picture import rgb
-from shards.show import save
-from shards.source import SPLITS
+from simclr_dali.pipeline.cache import Cache
+from simclr_dali.pipeline.draws import BRIGHTNESS, CONTRAST, HUE, SATURATION, Draws, Recipe
+from simclr_dali.pipeline.files import Files
+from simclr_dali.pipeline.graph import MEAN, STD
+from simclr_dali.pipeline.loader import Setting, chosen
+from simclr_dali.pipeline.order import Order
+from simclr_dali.pipeline.reader import SampleReader
+from simclr_dali.pipeline.remote import open_split
+from simclr_dali.pipeline.replay import Replay, read
+from simclr_dali.shards.errors import UserError, positive_int, run_main
+from simclr_dali.shards.image import rgb
+from simclr_dali.shards.manifest import ShardSet
+from simclr_dali.shards.show import save
+from simclr_dali.shards.sources.source import SPLITS
 
 _SIDE = 224  # pixels of every picture on the sheet
 _CAPTION = 44  # pixels below each, three lines
@@ -100,7 +100,7 @@ def planned(given: argparse.Namespace, shards: ShardSet) -> Replay:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m pipeline.show", description="Show samples and their two views.")
+    parser = argparse.ArgumentParser(description="Show samples and their two views.")
     parser.add_argument(
         "data",
         nargs="?",

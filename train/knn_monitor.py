@@ -9,16 +9,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from model.collectives import all_rows
-from model.neighbours import accuracies
-from model.process import by_rank_0, show
-from pipeline.features import Features, extract, share
-from pipeline.loader import Setting
-from pipeline.subset import Ids, class_balanced
-from shards.durable import refusals_named
-from shards.errors import UserError
-from train.job import Job
-from train.watchdog import Watchdog
+from simclr_dali.model.collectives import all_rows
+from simclr_dali.model.neighbours import accuracies
+from simclr_dali.model.process import by_rank_0, show
+from simclr_dali.pipeline.features import Features, extract, share
+from simclr_dali.pipeline.loader import Setting
+from simclr_dali.pipeline.subset import Ids, class_balanced
+from simclr_dali.shards.durable import refusals_named
+from simclr_dali.shards.errors import UserError
+from simclr_dali.train.job import Job
+from simclr_dali.train.watchdog import Watchdog
 
 K, TEMPERATURE = 20, 0.1
 _ASKED = 10  # every tenth image is asked about, the others are compared with

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from shards import folder, ilsvrc, webtars
-from shards.errors import UserError
-from shards.source import SPLITS, Source
+from simclr_dali.shards.errors import UserError
+from simclr_dali.shards.sources import folder, ilsvrc, webtars
+from simclr_dali.shards.sources.source import SPLITS, Source
 
 
 def find_sources(root: Path, *, splits: tuple[str, ...] = SPLITS, limit_per_class: int | None = None) -> list[Source]:

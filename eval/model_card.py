@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from eval.opened import home
-from model.pretrained import Pretrained, fingerprint
-from pipeline.draws import center_fraction
+from simclr_dali.eval.evaluation import home
+from simclr_dali.model.pretrained import Pretrained, fingerprint
+from simclr_dali.pipeline.draws import center_fraction
 
 _RESULTS = ("linear*.json", "knn.json", "finetune-*.json")
 

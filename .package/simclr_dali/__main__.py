@@ -1,0 +1,78 @@
+"""The console command ``simclr-dali``: one name for what the repository's scripts do."""
+
+import argparse
+import difflib
+import os
+import runpy
+import sys
+from pathlib import Path
+
+from simclr_dali import __version__
+
+# Command -> the module that does it, and what it does in a line.
+COMMANDS = {
+    "pack": ("shards.pack", "pack pictures into WebDataset shards"),
+    "verify": ("shards.verify", "check packed shards against their own description"),
+    "show": ("shards.show", "say what is in packed shards; a sheet of their pictures"),
+    "views": ("pipeline.views", "show samples and their two augmented views"),
+    "pretrain": ("train.pretrain", "pre-train an encoder, on every GPU of this machine or as many as --num_gpus says"),
+    "linear": ("eval.linear", "linear probe of a frozen encoder"),
+    "knn": ("eval.knn", "k nearest neighbours on frozen features"),
+    "finetune": ("eval.finetune", "fine-tune on some or all of the labels"),
+    "predict": ("eval.predict", "classify pictures with a trained classifier"),
+    "extract": ("eval.extract", "write the features of pictures"),
+    "nearest": ("eval.nearest", "find the most similar pictures of a packed set"),
+    "export": ("eval.export", "write an encoder or classifier for other programs"),
+}
+_LAUNCHER = "deepspeed.launcher.runner"
+_LAUNCHER_OPTIONS = (
+    "--num_gpus", "--num_nodes", "--master_port", "--master_addr", "--hostfile", "--include", "--exclude",
+)  # fmt: skip
+
+
+def usage() -> str:
+    lines = [f"  {name:9} {about}" for name, (_, about) in COMMANDS.items()]
+    return "\n".join(["usage: simclr-dali COMMAND ... (each has --help)", "", *lines, "", "  --version"])
+
+
+def main() -> None:
+    """Run one of COMMANDS with the rest of the command line."""
+    name, *words = sys.argv[1:] or ["--help"]
+    if name in ("-h", "--help"):
+        print(usage())
+        return
+    if name == "--version":
+        print(f"simclr-dali {__version__}")
+        return
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, 1)
+        hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(COMMANDS)}"
+        print(f"error: {name!r} is no command of simclr-dali; {hint}", file=sys.stderr)
+        sys.exit(2)
+    if name == "pretrain" and "RANK" not in os.environ and not {"-h", "--help"} & set(words):
+        launch(words)
+    sys.argv = [f"simclr-dali {name}", *words]
+    runpy.run_module(f"simclr_dali.{COMMANDS[name][0]}", run_name="__main__", alter_sys=True)
+
+
+def launch(words: list[str]) -> None:
+    """Become DeepSpeed's launcher of train/pretrain.py; its own options are taken out of ``words``."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for option in (
+        "--num_gpus",
+        "--num_nodes",
+        "--master_port",
+        "--master_addr",
+        "--hostfile",
+        "--include",
+        "--exclude",
+    ):
+        parser.add_argument(option)
+    ours, rest = parser.parse_known_args(words)
+    options = [word for key, value in vars(ours).items() if value is not None for word in (f"--{key}", value)]
+    script = Path(__file__).resolve().parents[1] / "simclr_dali/train/pretrain.py"
+    os.execv(sys.executable, [sys.executable, "-m", _LAUNCHER, *options, str(script), *rest])
+
+
+if __name__ == "__main__":
+    main()
