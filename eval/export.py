@@ -25,35 +25,52 @@ import sys
 import warnings
 from pathlib import Path
 
-# This script's own folder must not shadow installed modules, and its checkout must win over an installed copy.
-sys.path[0] = str(Path(__file__).resolve().parents[1] / ".package")
+if __name__ == "__main__":
+    # This script's own folder must not shadow installed modules, and its checkout must win over an installed copy.
+    sys.path[0] = str(Path(__file__).resolve().parents[1] / ".package")
+
+from simclr_dali.eval.arguments import EXPORT_ENDINGS, EncoderChoice, add_encoder_arguments
+from simclr_dali.shards.command_line import parser_of
+from simclr_dali.shards.errors import UserError, run_main
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = parser_of("Export", __doc__)
+    add_encoder_arguments(parser, batch=False)
+    parser.add_argument("--format", choices=list(EXPORT_ENDINGS), required=True)
+    parser.add_argument("--out", type=Path, required=True, metavar="PATH", help="file, or folder for hub")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    ARGUMENTS = parse_arguments()  # --help and mistakes are answered before torch is imported, which takes seconds
 
 import torch
 
-from simclr_dali.eval.evaluation import add_encoder_arguments, open_encoder, own_size
-from simclr_dali.eval.export_formats import ENDINGS, FEATURES, FORMATS, SCORES
-from simclr_dali.model.checkpoint import CheckpointError
+from simclr_dali.eval.evaluation import image_size_of, open_encoder
+from simclr_dali.eval.export_formats import FEATURES, FORMATS, SCORES
 from simclr_dali.model.pretrained import Pretrained
 from simclr_dali.shards.durable import refusals_named
-from simclr_dali.shards.errors import UserError, run_main
 
 IMAGES = 3  # in the comparison; more than 1, which an export might take for a constant
 TOLERANCE = 1e-4  # of the largest number
 
 
-def main() -> None:
-    arguments = parse_arguments()
+def main(arguments: argparse.Namespace) -> None:
     out: Path = arguments.out
-    ending = ENDINGS.get(arguments.format)
+    ending = EXPORT_ENDINGS[arguments.format]
     if ending and out.suffix != ending:
         raise UserError(f"--out is {out}; for --format {arguments.format} its ending must be {ending}")
     if out.exists():
         raise UserError(f"{out} exists already; give another --out, or remove it")
-    source = open_encoder(arguments)
+    chosen = EncoderChoice.of(arguments)
+    source = open_encoder(chosen)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     warnings.simplefilter("ignore", FutureWarning)  # of torch about its own code
-    worst = export(source, arguments.format, out, arguments.image_size or own_size(source))
-    print(f"{source.architecture.name} as {arguments.format}: {out} (read back, differs by {worst:.1e} at most)")
+    worst = export(source, arguments.format, out, image_size_of(chosen, source))
+    print(
+        f"{source.architecture.encoder.name} as {arguments.format}: {out} (read back, differs by {worst:.1e} at most)"
+    )
 
 
 def export(source: Pretrained, name: str, out: Path, size: int) -> float:
@@ -103,15 +120,5 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Export", epilog=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_encoder_arguments(parser, batch=False)
-    parser.add_argument("--format", choices=list(FORMATS), required=True)
-    parser.add_argument("--out", type=Path, required=True, metavar="PATH", help="file, or folder for hub")
-    return parser.parse_args()
-
-
 if __name__ == "__main__":
-    run_main(main, CheckpointError)
+    run_main(lambda: main(ARGUMENTS))

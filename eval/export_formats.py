@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simclr_dali import load
+from simclr_dali.eval.arguments import EXPORT_ENDINGS
 from simclr_dali.eval.model_card import model_card
-from simclr_dali.model import checkpoint
 from simclr_dali.model.encoder import Encoder
-from simclr_dali.model.pretrained import Pretrained
+from simclr_dali.model.pretrained import HEAD, Pretrained
+from simclr_dali.model.simclr import Architecture
 from simclr_dali.model.vision import torchvision
 from simclr_dali.pipeline.draws import center_fraction
 from simclr_dali.shards.errors import UserError
@@ -46,9 +47,9 @@ def torchvision_file(source: Pretrained, path: Path, size: int, images: Tensor) 
     torch.save(weights(source), buffer)
     path.write_bytes(buffer.getbuffer())
     head = source.classifier
-    model = getattr(torchvision.models, source.architecture.name)(num_classes=len(head.classes) if head else 1)
+    model = getattr(torchvision.models, source.architecture.encoder.name)(num_classes=len(head.classes) if head else 1)
     missed = model.load_state_dict(torch.load(path, weights_only=True), strict=head is not None)
-    if set(missed.missing_keys) - {"fc.weight", "fc.bias"} or missed.unexpected_keys:
+    if set(missed.missing_keys) - {f"{HEAD}weight", f"{HEAD}bias"} or missed.unexpected_keys:
         raise UserError(f"torchvision misses {missed.missing_keys} and does not know {missed.unexpected_keys}")
     if head is None:
         model.fc = nn.Identity()
@@ -63,7 +64,7 @@ def safetensors_file(source: Pretrained, path: Path, size: int, images: Tensor) 
     if source.classifier is None:
         return {FEATURES: features}
     state = safetensors.torch.load_file(path)
-    return {FEATURES: features, SCORES: F.linear(features, state["fc.weight"], state["fc.bias"])}
+    return {FEATURES: features, SCORES: F.linear(features, state[f"{HEAD}weight"], state[f"{HEAD}bias"])}
 
 
 def timm_file(source: Pretrained, path: Path, size: int, images: Tensor) -> Written:
@@ -72,7 +73,7 @@ def timm_file(source: Pretrained, path: Path, size: int, images: Tensor) -> Writ
     safetensors_file(source, path, size, images)
     classes = len(source.classifier.classes) if source.classifier else 0
     model = needed("timm", "timm").create_model(
-        source.architecture.name, num_classes=classes, checkpoint_path=str(path)
+        source.architecture.encoder.name, num_classes=classes, checkpoint_path=str(path)
     )  # fmt: skip
     return {SCORES if classes else FEATURES: model.eval()(images)}
 
@@ -105,10 +106,10 @@ def hub_folder(source: Pretrained, path: Path, size: int, images: Tensor) -> Wri
     config: dict[str, Any] = {"simclr_dali": described(source, size)}
     classes = source.classifier.classes if source.classifier else ()
     if unlike(source):
-        config["architecture"] = source.architecture.name
+        config["architecture"] = source.architecture.encoder.name
     else:
         config |= {
-            "architecture": source.architecture.name,
+            "architecture": source.architecture.encoder.name,
             "num_classes": len(classes),
             "num_features": source.encoder.width,
             "pretrained_cfg": {
@@ -137,15 +138,14 @@ FORMATS: dict[str, Format] = {
     "pt2": pt2_file,
     "hub": hub_folder,
 }
-# What timm and torch.export tell a file's kind by.
-ENDINGS = {"torchvision": ".pth", "timm": ".safetensors", "safetensors": ".safetensors", "onnx": ".onnx", "pt2": ".pt2"}
+assert FORMATS.keys() == EXPORT_ENDINGS.keys()
 
 
 def weights(source: Pretrained) -> dict[str, Tensor]:
     """By torchvision's keys; a classifier's head is fc."""
     found = {key: value.contiguous() for key, value in source.encoder.state_dict().items()}
     if source.classifier is not None:
-        found |= {f"fc.{key}": value.contiguous() for key, value in source.classifier.head.state_dict().items()}
+        found |= {f"{HEAD}{key}": value.contiguous() for key, value in source.classifier.head.state_dict().items()}
     return found
 
 
@@ -162,8 +162,8 @@ def any_number() -> tuple[dict[int, Any]]:
 def described(source: Pretrained, size: int) -> dict[str, Any]:
     """What our own reader needs beside the weights, and where they come from."""
     about = {
-        "architecture": checkpoint.describe(source.architecture),
-        "habits": source.encoder.habits(),
+        "architecture": Architecture(source.architecture.encoder).plain(),
+        "conventions": source.encoder.conventions(),
         "image_size": size,
         "center_fraction": center_fraction(size),
         "checkpoint_sha256": source.sha256,
@@ -174,25 +174,16 @@ def described(source: Pretrained, size: int) -> dict[str, Any]:
 
 
 def unlike(source: Pretrained) -> list[str]:
-    """In what an encoder differs from the ResNets of torchvision and timm."""
-    of, encoder = source.architecture, source.encoder
-    differences = {
-        f"width {of.width:g}": of.width != 1,
-        f"the {of.stem} stem": of.stem != "7x7",
-        "selective kernels": of.selective_kernels,
-        "images in 0..1 instead of normalised ones": encoder.unit_range,
-        "no ReLU in its stem": not encoder.stem_relu,
-        "another padding in its stem": of.stem == "3x3" and encoder.habits()["stem_padding"] != 1,
-    }
-    return [name for name, there in differences.items() if there]
+    """In what an encoder differs from the network of its name in torchvision and timm."""
+    return source.architecture.encoder.differences(source.encoder)
 
 
 def refuse_unlike(source: Pretrained, library: str) -> None:
     """Raise UserError where ``library`` has no network that computes what this encoder does."""
     if differences := unlike(source):
         raise UserError(
-            f"{library} has no {source.architecture.name} with {' and '.join(differences)}; use --format safetensors, "
-            "onnx or pt2"
+            f"{library} has no {source.architecture.encoder.name} with {' and '.join(differences)}; use --format "
+            "safetensors, onnx or pt2"
         )
 
 

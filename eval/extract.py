@@ -21,69 +21,68 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO
 
-# This script's own folder must not shadow installed modules, and its checkout must win over an installed copy.
-sys.path[0] = str(Path(__file__).resolve().parents[1] / ".package")
+if __name__ == "__main__":
+    # This script's own folder must not shadow installed modules, and its checkout must win over an installed copy.
+    sys.path[0] = str(Path(__file__).resolve().parents[1] / ".package")
+
+from simclr_dali.eval.arguments import DataChoice, EncoderChoice, add_data_arguments, add_encoder_arguments
+from simclr_dali.shards.command_line import parser_of
+from simclr_dali.shards.errors import UserError, run_main
+from simclr_dali.shards.sources.source import SPLITS
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = parser_of("Write features", __doc__)
+    parser.add_argument("images", type=Path, nargs="*", metavar="IMAGE", help="pictures, or folders (default: shards)")
+    add_encoder_arguments(parser)
+    add_data_arguments(parser)
+    parser.add_argument("--split", choices=SPLITS, default="val", help="of the shards (default: val)")
+    parser.add_argument("--map", action="store_true", help="write the feature maps as well")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="ends with .npy or .safetensors")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    ARGUMENTS = parse_arguments()  # --help and mistakes are answered before torch is imported, which takes seconds
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from simclr_dali.eval.evaluation import (
-    add_data_arguments,
-    add_encoder_arguments,
-    asking_device,
-    open_encoder,
-    open_one_split,
-    own_size,
-)
-from simclr_dali.model.checkpoint import CheckpointError
+from simclr_dali.eval.evaluation import cache_of, data_of, image_size_of, open_encoder, own_device
+from simclr_dali.model.pretrained import Pretrained
 from simclr_dali.pipeline.draws import center_fraction
-from simclr_dali.pipeline.image_files import PictureFiles, find_pictures, refuse_failures, views_of
-from simclr_dali.pipeline.loader import Setting, labelled
+from simclr_dali.pipeline.graph import LoaderConfig
+from simclr_dali.pipeline.image_files import ImageFiles, central_views_of_files, find_images, refuse_failures
+from simclr_dali.pipeline.loader import central_views
+from simclr_dali.pipeline.remote import open_split
 from simclr_dali.pipeline.subset import keys
 from simclr_dali.shards.durable import refusals_named, write_durably, writing
-from simclr_dali.shards.errors import UserError, run_main
-from simclr_dali.shards.sources.source import SPLITS
 
 
-def main() -> None:
-    arguments = parse_arguments()
+def main(arguments: argparse.Namespace) -> None:
     out: Path = arguments.out
-    written = [out, out.with_suffix(".ids.json"), *([_map_of(out)] if arguments.map and out.suffix == ".npy" else [])]
-    if out.suffix not in (".npy", ".safetensors"):
-        raise UserError(f"--out is {out}; its ending must be .npy or .safetensors")
-    for path in written:
-        if path.exists():
-            raise UserError(f"{path} exists already; give another --out, or remove it")
-    source = open_encoder(arguments)
-    device, cores = asking_device()
-    encoder = source.encoder.to(device, memory_format=torch.channels_last)
-    size = arguments.image_size or own_size(source)
-    setting = Setting(size=size, device=device, threads=cores)
-    about: dict[str, Any] = {
-        "encoder": f"{source.architecture.name} x{source.architecture.width:g}",
-        "layout": source.layout,
-        **encoder.habits(),
-        "checkpoint": str(source.path),
-        "checkpoint_sha256": source.sha256,
-        "untrained": arguments.untrained,
-        "image_size": size,
-        "center_fraction": center_fraction(size),
-        "pooled": "mean over the feature map",
-    }
+    written = files_of(out, arguments.map)
+    chosen, data = EncoderChoice.of(arguments), DataChoice.of(arguments)
+    source = open_encoder(chosen)
+    device, cores = own_device()
+    encoder = source.encoder.place(device)
+    size = image_size_of(chosen, source)
+    config = LoaderConfig(size=size, device=device, threads=cores)
+    about = origin(source, size) | {"untrained": arguments.untrained}
     files, paths = None, []
     if arguments.images:
-        paths = find_pictures(arguments.images)
-        files = PictureFiles(paths)
+        paths = find_images(arguments.images)
+        files = ImageFiles(paths)
         names = [str(path) for path in paths]
-        views = ((found.views, found.places) for found in views_of(files, setting, batch=arguments.batch))
+        views = ((found.views, found.places) for found in central_views_of_files(files, config, batch=arguments.batch))
     else:
-        split = open_one_split(arguments, source)
+        split = open_split(data_of(data, source), arguments.split, cache_of(data))
         shards = split.shards
-        names = keys(shards, split.files)
+        names = keys(split)
         about |= {"manifest": shards.fingerprint, "split": shards.split, "classes": list(shards.classes)}
-        made = labelled(shards, setting, batch=arguments.batch, files=split.files)
+        made = central_views(split, config, batch=arguments.batch)
         views = ((found.views, found.ids.tolist()) for found in made)
     places: list[int] = []
     with refusals_named(out), ExitStack() as stack:
@@ -93,7 +92,7 @@ def main() -> None:
         with torch.inference_mode(), tqdm(total=len(names), desc="features", unit=" images", disable=None) as bar:
             for images, of in views:
                 features = encoder.features(images)
-                embeddings.add(encoder.avgpool(features).flatten(1))
+                embeddings.add(encoder.pool(features))
                 if maps is not None:
                     maps.add(features)
                 places += of
@@ -106,12 +105,7 @@ def main() -> None:
         if labels is not None:
             about["labels"] = labels.tolist()
         try:
-            if out.suffix == ".npy":
-                if maps is not None:
-                    maps.become_npy(_map_of(out))
-                embeddings.become_npy(out)
-            else:
-                write_safetensors(out, {"embeddings": embeddings, **({"feature_maps": maps} if maps else {})}, labels)
+            give_names(out, embeddings, maps, labels)
             write_durably(out.with_suffix(".ids.json"), (json.dumps(about, indent=1) + "\n").encode())
         except BaseException:
             for path in written:  # none of them was there before
@@ -120,6 +114,41 @@ def main() -> None:
     print(f"{len(places):,} embeddings of width {encoder.width}: {out}, ids in {out.with_suffix('.ids.json')}")
     if files is not None:
         refuse_failures(files, paths)
+
+
+def origin(source: Pretrained, size: int) -> dict[str, Any]:
+    """What the rows must be read with."""
+    return {
+        "encoder": source.architecture.encoder.label(),
+        "layout": source.layout,
+        **source.encoder.conventions(),
+        "checkpoint": str(source.path),
+        "checkpoint_sha256": source.sha256,
+        "image_size": size,
+        "center_fraction": center_fraction(size),
+        "pooled": "mean over the feature map",
+    }
+
+
+def files_of(out: Path, maps: bool) -> list[Path]:
+    """What is written for ``out``. Raises UserError where its ending is not known, or any of it is there already."""
+    if out.suffix not in (".npy", ".safetensors"):
+        raise UserError(f"--out is {out}; its ending must be .npy or .safetensors")
+    written = [out, out.with_suffix(".ids.json"), *([_map_of(out)] if maps and out.suffix == ".npy" else [])]
+    for path in written:
+        if path.exists():
+            raise UserError(f"{path} exists already; give another --out, or remove it")
+    return written
+
+
+def give_names(out: Path, embeddings: "RowFile", maps: "RowFile | None", labels: Tensor | None) -> None:
+    """Turn the rows that were written into the files that were asked for."""
+    if out.suffix == ".npy":
+        if maps is not None:
+            maps.become_npy(_map_of(out))
+        embeddings.become_npy(out)
+    else:
+        write_safetensors(out, {"embeddings": embeddings, **({"feature_maps": maps} if maps else {})}, labels)
 
 
 def _map_of(out: Path) -> Path:
@@ -185,18 +214,5 @@ def write_safetensors(path: Path, rows: dict[str, RowFile], labels: Tensor | Non
             target.write(labels.numpy().tobytes())
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Write features", epilog=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("images", type=Path, nargs="*", metavar="IMAGE", help="pictures, or folders (default: shards)")
-    add_encoder_arguments(parser)
-    add_data_arguments(parser)
-    parser.add_argument("--split", choices=SPLITS, default="val", help="of the shards (default: val)")
-    parser.add_argument("--map", action="store_true", help="write the feature maps as well")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="ends with .npy or .safetensors")
-    return parser.parse_args()
-
-
 if __name__ == "__main__":
-    run_main(main, CheckpointError)
+    run_main(lambda: main(ARGUMENTS))

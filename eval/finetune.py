@@ -23,24 +23,46 @@ import sys
 import time
 from pathlib import Path
 
-# This script's own folder must not shadow installed modules, and its checkout must win over an installed copy.
-sys.path[0] = str(Path(__file__).resolve().parents[1] / ".package")
+if __name__ == "__main__":
+    # This script's own folder must not shadow installed modules, and its checkout must win over an installed copy.
+    sys.path[0] = str(Path(__file__).resolve().parents[1] / ".package")
+
+from simclr_dali.eval.arguments import DataChoice, EncoderChoice, add_arguments
+from simclr_dali.shards.command_line import parser_of, positive_int, seed
+from simclr_dali.shards.errors import UserError, run_main
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = parser_of("Fine-tuning", __doc__)
+    add_arguments(parser, features=False)
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--fraction", type=float, metavar="F", help="share of the labels: 0.01, 0.1, 1")
+    which.add_argument("--list", type=Path, metavar="FILE", help="names of the images whose labels are used")
+    parser.add_argument("--epochs", type=positive_int, help="other than the protocol's; reported beside its name")
+    parser.add_argument(
+        "--train-batch", type=positive_int, metavar="B", help="other than the protocol's; the learning rate follows"
+    )
+    parser.add_argument("--seed", type=seed, default=0, help="of the choice of labels, order and crops (default: 0)")
+    parser.add_argument(
+        "--save-every", type=positive_int, default=100, metavar="STEPS", help="between two saved states (default: 100)"
+    )
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    ARGUMENTS = parse_arguments()  # --help and mistakes are answered before torch is imported, which takes seconds
 
 import torch
 from torch import Tensor, nn
 
-from simclr_dali.eval.evaluation import Opened, add_arguments, open_evaluation
+from simclr_dali.eval.evaluation import Evaluation, open_evaluation
 from simclr_dali.eval.logistic import reported, score
 from simclr_dali.eval.protocols import FINETUNE
 from simclr_dali.eval.supervised import micro_batch, state_of, train
 from simclr_dali.model.batchnorm import synchronised
-from simclr_dali.model.checkpoint import CheckpointError
-from simclr_dali.model.classifier import Classifier
 from simclr_dali.model.encoder import Encoder
-from simclr_dali.model.process import LaunchError, by_rank_0, say
-from simclr_dali.pipeline.draws import center_fraction
-from simclr_dali.pipeline.subset import Ids, class_balanced, listed
-from simclr_dali.shards.errors import UserError, positive_int, run_main, seed
+from simclr_dali.model.process import on_rank_0, print_rank_0
+from simclr_dali.pipeline.subset import Ids, class_balanced, ids_of_names
 
 EPOCHS_ONE_PERCENT, EPOCHS = 60, 30
 FEW = 0.03  # half way, in proportion, between the paper's 1 % and 10 %: a smaller share gets the epochs of 1 %
@@ -60,17 +82,18 @@ class Tuned(nn.Module):
         return scores
 
 
-def main() -> None:
-    arguments = parse_arguments()
+def main(arguments: argparse.Namespace) -> None:
     started = time.monotonic()
-    job = open_evaluation(arguments)
+    job = open_evaluation(
+        EncoderChoice.of(arguments), DataChoice.of(arguments), batch=arguments.batch, out=arguments.out
+    )
     process = job.process
     name, ids = chosen_images(arguments, job)
     fraction = len(ids) / len(job.train.shards)
     epochs = EPOCHS_ONE_PERCENT if fraction < FEW else EPOCHS
     schedule, differs = FINETUNE.changed(arguments.train_batch, arguments.epochs, epochs)
     out = job.out(f"finetune-{name}")
-    say(process, f"{len(ids):,} of {len(job.train.shards):,} images of train, {schedule.epochs} epochs")
+    print_rank_0(process, f"{len(ids):,} of {len(job.train.shards):,} images of train, {schedule.epochs} epochs")
     model = Tuned(job.encoder.requires_grad_(True), len(job.classes))
     synchronised(model, process.device)
     model.to(process.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -98,15 +121,11 @@ def main() -> None:
         **job.report(),
         "seconds": round(time.monotonic() - started, 1),
     }
-    classifier = Classifier(
-        tuned, job.source.architecture, head, job.classes, job.image_size, center_fraction(job.image_size),
-        schedule.interpolation, {**result, "per_class": None},
-    )  # fmt: skip
-    job.write(out, result, classifier)
+    job.write(out, result, job.classifier(tuned, head, schedule.interpolation, result))
     if process.rank == 0:
         state_of(out).unlink(missing_ok=True)  # only now: until here a stopped run goes on from it
     changed = f", with {differs} unlike the paper" if differs else ""
-    say(
+    print_rank_0(
         process,
         f"fine-tuned on {len(ids):,} images ({fraction:.2%}){changed}"
         f"{' from random weights' if job.untrained else ''}: top-1 {found.top1:.2f} %, top-5 {found.top5:.2f} % "
@@ -116,9 +135,9 @@ def main() -> None:
     torch.distributed.destroy_process_group()
 
 
-def chosen_images(arguments: argparse.Namespace, job: Opened) -> tuple[str, Ids]:
+def chosen_images(arguments: argparse.Namespace, job: Evaluation) -> tuple[str, Ids]:
     """A name for the choice, and the ids of the images of train whose labels are used, in storage order."""
-    shards, files = job.train.shards, job.train.files
+    shards = job.train.shards
     if arguments.list is None:
         if not 0 < arguments.fraction <= 1:
             raise UserError(f"--fraction is {arguments.fraction}; it must be above 0 and at most 1")
@@ -130,29 +149,10 @@ def chosen_images(arguments: argparse.Namespace, job: Opened) -> tuple[str, Ids]
             names = arguments.list.read_text().splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--list {arguments.list} cannot be read ({error}); give a text file of names") from error
-        return listed(names, shards, files, str(arguments.list))
+        return ids_of_names(names, job.train, str(arguments.list))
 
-    return arguments.list.stem, by_rank_0(job.process, read)
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Fine-tuning", epilog=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_arguments(parser, features=False)
-    which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--fraction", type=float, metavar="F", help="share of the labels: 0.01, 0.1, 1")
-    which.add_argument("--list", type=Path, metavar="FILE", help="names of the images whose labels are used")
-    parser.add_argument("--epochs", type=positive_int, help="other than the protocol's; reported beside its name")
-    parser.add_argument(
-        "--train-batch", type=positive_int, metavar="B", help="other than the protocol's; the learning rate follows"
-    )
-    parser.add_argument("--seed", type=seed, default=0, help="of the choice of labels, order and crops (default: 0)")
-    parser.add_argument(
-        "--save-every", type=positive_int, default=100, metavar="STEPS", help="between two saved states (default: 100)"
-    )
-    return parser.parse_args()
+    return arguments.list.stem, on_rank_0(job.process, read)
 
 
 if __name__ == "__main__":
-    run_main(main, CheckpointError, LaunchError)
+    run_main(lambda: main(ARGUMENTS))

@@ -14,26 +14,43 @@ import sys
 import time
 from pathlib import Path
 
-# This script's own folder must not shadow installed modules, and its checkout must win over an installed copy.
-sys.path[0] = str(Path(__file__).resolve().parents[1] / ".package")
+if __name__ == "__main__":
+    # This script's own folder must not shadow installed modules, and its checkout must win over an installed copy.
+    sys.path[0] = str(Path(__file__).resolve().parents[1] / ".package")
+
+from simclr_dali.eval.arguments import DataChoice, EncoderChoice, add_arguments
+from simclr_dali.shards.command_line import parser_of, positive_int
+from simclr_dali.shards.errors import UserError, run_main
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = parser_of("kNN evaluation", __doc__)
+    add_arguments(parser)
+    parser.add_argument("--k", type=positive_int, nargs="+", default=[20, 200], help="default: 20 200")
+    parser.add_argument("--temperature", type=float, default=0.1, help="of the votes (default: 0.1)")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    ARGUMENTS = parse_arguments()  # --help and mistakes are answered before torch is imported, which takes seconds
 
 import torch
 
-from simclr_dali.eval.evaluation import add_arguments, open_evaluation
+from simclr_dali.eval.evaluation import open_evaluation
 from simclr_dali.eval.logistic import interval_95
-from simclr_dali.model.checkpoint import CheckpointError
 from simclr_dali.model.collectives import all_rows
 from simclr_dali.model.neighbours import accuracies
-from simclr_dali.model.process import LaunchError, say
-from simclr_dali.shards.errors import UserError, positive_int, run_main
+from simclr_dali.model.process import print_rank_0
 
 
-def main() -> None:
-    arguments = parse_arguments()
+def main(arguments: argparse.Namespace) -> None:
     if not arguments.temperature > 0:
         raise UserError(f"--temperature is {arguments.temperature}; it must be above 0")
     started = time.monotonic()
-    job = open_evaluation(arguments)
+    job = open_evaluation(
+        EncoderChoice.of(arguments), DataChoice.of(arguments), batch=arguments.batch, out=arguments.out,
+        features=arguments.features,
+    )  # fmt: skip
     images = len(job.train.shards)
     if max(arguments.k) > images:
         raise UserError(f"--k {max(arguments.k)} is more than the {images} images of train; lower it")
@@ -63,23 +80,13 @@ def main() -> None:
     }
     job.write(out, result)
     for k, (top1, top5) in found.items():
-        say(
+        print_rank_0(
             job.process,
-            f"kNN, k {k}{job.whose()}: top-1 {top1:.2f} %, top-5 {top5:.2f} %",
+            f"kNN, k {k}{job.encoder_note()}: top-1 {top1:.2f} %, top-5 {top5:.2f} %",
         )
-    say(job.process, f"{len(truth):,} images against {images:,}, {seconds:.0f} s; {out}.json")
+    print_rank_0(job.process, f"{len(truth):,} images against {images:,}, {seconds:.0f} s; {out}.json")
     torch.distributed.destroy_process_group()
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="kNN evaluation", epilog=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_arguments(parser)
-    parser.add_argument("--k", type=positive_int, nargs="+", default=[20, 200], help="default: 20 200")
-    parser.add_argument("--temperature", type=float, default=0.1, help="of the votes (default: 0.1)")
-    return parser.parse_args()
-
-
 if __name__ == "__main__":
-    run_main(main, CheckpointError, LaunchError)
+    run_main(lambda: main(ARGUMENTS))

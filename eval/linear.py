@@ -26,155 +26,21 @@ import time
 from pathlib import Path
 from typing import Any
 
-# This script's own folder must not shadow installed modules, and its checkout must win over an installed copy.
-sys.path[0] = str(Path(__file__).resolve().parents[1] / ".package")
+if __name__ == "__main__":
+    # This script's own folder must not shadow installed modules, and its checkout must win over an installed copy.
+    sys.path[0] = str(Path(__file__).resolve().parents[1] / ".package")
 
-import torch
-from torch import Tensor
-
-from simclr_dali.eval.evaluation import Opened, add_arguments, open_evaluation
-from simclr_dali.eval.logistic import fit_linear, reported, score
-from simclr_dali.eval.protocols import ABOUT, FAST, NAMES, SCHEDULES, SWEEP
-from simclr_dali.eval.supervised import state_of, train
-from simclr_dali.eval.sweep import GRID, HELD_OUT, sweep
-from simclr_dali.model.checkpoint import CheckpointError
-from simclr_dali.model.classifier import Classifier
-from simclr_dali.model.process import LaunchError, say
-from simclr_dali.pipeline.draws import center_fraction
-from simclr_dali.pipeline.features import Features, share
-from simclr_dali.shards.errors import UserError, positive_int, run_main, seed
+from simclr_dali.eval.arguments import DataChoice, EncoderChoice, add_arguments
+from simclr_dali.eval.protocols import ABOUT, FAST, NAMES, SCHEDULES, SWEEP, Schedule
+from simclr_dali.shards.command_line import parser_of, positive_int, seed
+from simclr_dali.shards.errors import UserError, run_main
 
 WEIGHT_DECAY = 1e-3  # of the fast protocol
 SAVE_EVERY = 100  # steps
 
 
-def main() -> None:
-    arguments = parse_arguments()
-    refuse_contradictions(arguments)
-    started = time.monotonic()
-    job = open_evaluation(arguments)
-    name: str = arguments.protocol
-    out = job.out("linear" if name == FAST else f"linear-{name}")
-    interpolation = SCHEDULES[name].interpolation if name in SCHEDULES else "bilinear"
-    if name in SCHEDULES:
-        head, details = by_schedule(job, arguments, out)
-    else:
-        head, details = on_features(job, name, arguments.seed or 0)
-    val = job.extract(job.val, interpolation)
-    job.refuse_change()
-    found = score(head, val.features, val.labels)
-    result = {
-        "protocol": name,
-        "about": ABOUT[name],
-        **reported(found, job.classes),
-        **details,
-        **job.report(),
-        "seconds": round(time.monotonic() - started, 1),
-    }
-    model = Classifier(
-        job.encoder, job.source.architecture, head, job.classes, job.image_size, center_fraction(job.image_size),
-        interpolation, {**result, "per_class": None},
-    )  # fmt: skip
-    job.write(out, result, model)
-    if job.process.rank == 0:
-        state_of(out).unlink(missing_ok=True)  # only now: until here a stopped probe goes on from it
-    changed = f", with {details['differs']} unlike it" if details.get("differs") else ""
-    say(
-        job.process,
-        f"protocol {name}{changed}{job.whose()}: top-1 {found.top1:.2f} %, "
-        f"top-5 {found.top5:.2f} % on {found.count:,} images ({result['seconds']:.0f} s); {out}.json",
-    )
-    torch.distributed.destroy_process_group()
-
-
-def on_features(job: Opened, name: str, number: int) -> tuple[torch.nn.Linear, dict[str, Any]]:
-    """The classifier of the fast or the sweep protocol, and what is reported of it."""
-    fitted = job.extract(job.train)
-    began = time.monotonic()
-    classes = len(job.classes)
-    if name == SWEEP:
-        ids = share(len(job.train.shards), job.process.rank, job.process.world)
-        swept = sweep(fitted.features, fitted.labels, ids, classes, seed=number)
-        head = swept.layer
-        details: dict[str, Any] = {
-            "lr": swept.chosen.lr,
-            "weight_decay": swept.chosen.weight_decay,
-            "epochs": swept.epochs,
-            "batch": swept.batch,
-            "seed": number,
-            "held_out": HELD_OUT,
-            "held_out_top1": round(swept.accuracies[swept.chosen], 3),
-            "points": [[point.lr, point.weight_decay, round(top1, 3)] for point, top1 in swept.accuracies.items()],
-        }
-        if swept.at_the_border:
-            say(job.process, f"warning: the chosen learning rate {swept.chosen.lr:g} is at the border of the grid")
-        say(
-            job.process,
-            f"of {len(GRID)} points: learning rate {swept.chosen.lr:g}, weight decay {swept.chosen.weight_decay:g}, "
-            f"{swept.accuracies[swept.chosen]:.2f} % on the part of train kept aside",
-        )
-    else:
-        fit = fit_linear(fitted.features, fitted.labels, classes, WEIGHT_DECAY)
-        head = fit.layer
-        details = {"weight_decay": WEIGHT_DECAY, "iterations": fit.iterations, "gradient": fit.gradient}
-        if not fit.converged:
-            say(job.process, f"warning: the fit stopped after {fit.iterations} iterations, before its optimum")
-    details["top1_train"] = round(score(head, fitted.features, fitted.labels).top1, 3)
-    details |= spent(fitted, time.monotonic() - began)
-    return head, details
-
-
-def spent(extracted: Features, seconds: float) -> dict[str, Any]:
-    """Where the time went on this rank, in seconds; nothing of extraction where its result was there already."""
-    shares = {"waiting_for_input": round(extracted.waited / extracted.seconds, 4)} if extracted.seconds else {}
-    return {"seconds_extraction": round(extracted.seconds, 1), **shares, "seconds_classifier": round(seconds, 1)}
-
-
-def by_schedule(job: Opened, arguments: argparse.Namespace, out: Path) -> tuple[torch.nn.Linear, dict[str, Any]]:
-    """The classifier of a 90-epoch protocol, and what is reported of it."""
-    schedule, differs = SCHEDULES[arguments.protocol].changed(arguments.train_batch, arguments.epochs)
-    number = arguments.seed or 0
-    head = torch.nn.Linear(job.encoder.width, len(job.classes))
-    with torch.no_grad():
-        generator = torch.Generator().manual_seed(number)
-        head.weight.copy_(schedule.init_std * torch.randn(head.weight.shape, generator=generator))
-        head.bias.zero_()
-    head.to(job.process.device)
-
-    def scores(views: Tensor) -> Tensor:
-        with torch.no_grad():
-            features = job.encoder(views).float()
-        found: Tensor = head(features)
-        return found
-
-    train(job, head, scores, None, schedule, state_of(out), seed=number, save_every=arguments.save_every or SAVE_EVERY)
-    details = {
-        "differs": differs,
-        "optimizer": schedule.optimizer,
-        "batch": schedule.batch,
-        "lr": schedule.lr,
-        "weight_decay": schedule.weight_decay,
-        "epochs": schedule.epochs,
-        "seed": number,
-    }
-    return head.requires_grad_(False), details
-
-
-def refuse_contradictions(arguments: argparse.Namespace) -> None:
-    given = {"--epochs": arguments.epochs, "--train-batch": arguments.train_batch, "--save-every": arguments.save_every}
-    if arguments.protocol == FAST:
-        given["--seed"] = arguments.seed
-    unused = [name for name, value in given.items() if value is not None]
-    if arguments.protocol not in SCHEDULES and unused:
-        raise UserError(f"{', '.join(unused)} mean nothing to the protocol {arguments.protocol}; leave them out")
-
-
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Linear probe",
-        epilog=__doc__.format(**ABOUT),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("Linear probe", (__doc__ or "").format(**ABOUT))
     add_arguments(parser)
     parser.add_argument("--protocol", choices=NAMES, default=FAST, help="default: fast")
     parser.add_argument("--epochs", type=positive_int, help="other than the protocol's; reported beside its name")
@@ -189,4 +55,145 @@ def parse_arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    run_main(main, CheckpointError, LaunchError)
+    ARGUMENTS = parse_arguments()  # --help and mistakes are answered before torch is imported, which takes seconds
+
+import torch
+from torch import Tensor
+
+from simclr_dali.eval.evaluation import Evaluation, open_evaluation
+from simclr_dali.eval.logistic import fit_linear, reported, score
+from simclr_dali.eval.supervised import state_of, train
+from simclr_dali.eval.sweep import GRID, HELD_OUT, sweep
+from simclr_dali.model.process import print_rank_0
+from simclr_dali.pipeline.features import Features, share
+
+
+def main(arguments: argparse.Namespace) -> None:
+    refuse_contradictions(arguments)
+    started = time.monotonic()
+    job = open_evaluation(
+        EncoderChoice.of(arguments), DataChoice.of(arguments), batch=arguments.batch, out=arguments.out,
+        features=arguments.features,
+    )  # fmt: skip
+    name: str = arguments.protocol
+    out = job.out("linear" if name == FAST else f"linear-{name}")
+    interpolation = SCHEDULES[name].interpolation if name in SCHEDULES else "bilinear"
+    if name in SCHEDULES:
+        schedule, differs = SCHEDULES[name].changed(arguments.train_batch, arguments.epochs)
+        head, details = by_schedule(job, schedule, out, arguments.seed or 0, arguments.save_every or SAVE_EVERY)
+        details = {"differs": differs, **details}
+    else:
+        head, details = on_features(job, name, arguments.seed or 0)
+    val = job.extract(job.val, interpolation)
+    job.refuse_change()
+    found = score(head, val.features, val.labels)
+    result = {
+        "protocol": name,
+        "about": ABOUT[name],
+        **reported(found, job.classes),
+        **details,
+        **job.report(),
+        "seconds": round(time.monotonic() - started, 1),
+    }
+    job.write(out, result, job.classifier(job.encoder, head, interpolation, result))
+    if job.process.rank == 0:
+        state_of(out).unlink(missing_ok=True)  # only now: until here a stopped probe goes on from it
+    changed = f", with {details['differs']} unlike it" if details.get("differs") else ""
+    print_rank_0(
+        job.process,
+        f"protocol {name}{changed}{job.encoder_note()}: top-1 {found.top1:.2f} %, "
+        f"top-5 {found.top5:.2f} % on {found.count:,} images ({result['seconds']:.0f} s); {out}.json",
+    )
+    torch.distributed.destroy_process_group()
+
+
+def on_features(job: Evaluation, name: str, seed: int) -> tuple[torch.nn.Linear, dict[str, Any]]:
+    """The classifier of the fast or the sweep protocol, and what is reported of it."""
+    fitted = job.extract(job.train)
+    began = time.monotonic()
+    classes = len(job.classes)
+    if name == SWEEP:
+        ids = share(len(job.train.shards), job.process.rank, job.process.world)
+        swept = sweep(fitted.features, fitted.labels, ids, classes, seed=seed)
+        head = swept.layer
+        details: dict[str, Any] = {
+            "lr": swept.chosen.lr,
+            "weight_decay": swept.chosen.weight_decay,
+            "epochs": swept.epochs,
+            "batch": swept.batch,
+            "seed": seed,
+            "held_out": HELD_OUT,
+            "held_out_top1": round(swept.accuracies[swept.chosen], 3),
+            "points": [[point.lr, point.weight_decay, round(top1, 3)] for point, top1 in swept.accuracies.items()],
+        }
+        if swept.at_the_border:
+            print_rank_0(
+                job.process, f"warning: the chosen learning rate {swept.chosen.lr:g} is at the border of the grid"
+            )
+        print_rank_0(
+            job.process,
+            f"of {len(GRID)} points: learning rate {swept.chosen.lr:g}, weight decay {swept.chosen.weight_decay:g}, "
+            f"{swept.accuracies[swept.chosen]:.2f} % on the part of train kept aside",
+        )
+    else:
+        fit = fit_linear(fitted.features, fitted.labels, classes, WEIGHT_DECAY)
+        head = fit.layer
+        details = {
+            "weight_decay": WEIGHT_DECAY,
+            "iterations": fit.iterations,
+            "gradient": fit.gradient,
+            "converged": fit.converged,
+        }
+        if not fit.converged:
+            print_rank_0(job.process, f"warning: the fit stopped after {fit.iterations} iterations, before its optimum")
+    details["top1_train"] = round(score(head, fitted.features, fitted.labels).top1, 3)
+    details |= seconds_of(fitted, time.monotonic() - began)
+    return head, details
+
+
+def seconds_of(extracted: Features, seconds: float) -> dict[str, Any]:
+    """Where the time went on this rank, in seconds; nothing of extraction where its result was there already."""
+    shares = {"waiting_for_input": round(extracted.waited / extracted.seconds, 4)} if extracted.seconds else {}
+    return {"seconds_extraction": round(extracted.seconds, 1), **shares, "seconds_classifier": round(seconds, 1)}
+
+
+def by_schedule(
+    job: Evaluation, schedule: Schedule, out: Path, seed: int, save_every: int
+) -> tuple[torch.nn.Linear, dict[str, Any]]:
+    """The classifier of a 90-epoch protocol, and what is reported of it."""
+    head = torch.nn.Linear(job.encoder.width, len(job.classes))
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(seed)
+        head.weight.copy_(schedule.init_std * torch.randn(head.weight.shape, generator=generator))
+        head.bias.zero_()
+    head.to(job.process.device)
+
+    def scores(views: Tensor) -> Tensor:
+        with torch.no_grad():
+            features = job.encoder(views).float()
+        found: Tensor = head(features)
+        return found
+
+    train(job, head, scores, None, schedule, state_of(out), seed=seed, save_every=save_every)
+    details = {
+        "optimizer": schedule.optimizer,
+        "batch": schedule.batch,
+        "lr": schedule.lr,
+        "weight_decay": schedule.weight_decay,
+        "epochs": schedule.epochs,
+        "seed": seed,
+    }
+    return head.requires_grad_(False), details
+
+
+def refuse_contradictions(arguments: argparse.Namespace) -> None:
+    given = {"--epochs": arguments.epochs, "--train-batch": arguments.train_batch, "--save-every": arguments.save_every}
+    if arguments.protocol == FAST:
+        given["--seed"] = arguments.seed
+    unused = [name for name, value in given.items() if value is not None]
+    if arguments.protocol not in SCHEDULES and unused:
+        raise UserError(f"{', '.join(unused)} mean nothing to the protocol {arguments.protocol}; leave them out")
+
+
+if __name__ == "__main__":
+    run_main(lambda: main(ARGUMENTS))

@@ -14,17 +14,19 @@ from simclr_dali.model.collectives import all_sum
 
 # Scores computed at a time; bounds memory to ROWS x classes numbers.
 _ROWS = 65_536
-_ITERATIONS, _EVALUATIONS = 200, 1000
-_GRADIENT_TOLERANCE = 1e-5
-_CONVERGED = 1e-2  # of the gradient at zero
+_ITERATIONS = 2000
+_GRADIENT_TOLERANCE = 1e-5  # largest entry; float32 resolves no more on a large set
+_CONVERGED = 1e-3  # of the gradient at zero
 
 
 @dataclass(frozen=True)
 class Scale:
-    """mean and std, float32 [d], of features over all ranks."""
+    """What brings features to mean 0 and variance 1, over all ranks; those that never change are left out."""
 
     mean: Tensor
+    """float32 [d]."""
     std: Tensor
+    """float32 [d]; infinite for a feature that never changes, which then is 0 and has no weight."""
 
     @staticmethod
     def of(features: Tensor, among: Tensor | None = None) -> "Scale":
@@ -34,9 +36,8 @@ class Scale:
         mean = all_sum(torch.stack([features[some].double().sum(0) for some in rows]).sum(0)) / count
         squares = torch.stack([(features[some].double() - mean).square().sum(0) for some in rows])
         std = (all_sum(squares.sum(0)) / count).sqrt()
-        # A feature that never changes says nothing; dividing by 1 keeps it at 0.
-        std = torch.where(std > 1e-6 * (1 + mean.abs()), std, torch.ones_like(std))
-        return Scale(mean.float(), std.float())
+        constant = std <= 1e-6 * (1 + mean.abs())  # but for the rounding of what computed it
+        return Scale(mean.float(), std.float().masked_fill(constant, torch.inf))
 
     def apply(self, features: Tensor) -> Tensor:
         return (features - self.mean) / self.std
@@ -52,14 +53,16 @@ class Scale:
 
 @dataclass(frozen=True)
 class Fit:
-    """layer: nn.Linear(d, C). iterations of L-BFGS. gradient: largest entry of the objective's gradient at the end, and
-    at zero, where it began.
-    """
+    """A fitted classifier, and how far the fit came."""
 
     layer: nn.Linear
+    """d -> C."""
     iterations: int
+    """Of L-BFGS."""
     gradient: float
+    """Largest entry of the objective's gradient at the end."""
     gradient_at_zero: float
+    """The same at zero, where it began."""
 
     @property
     def converged(self) -> bool:
@@ -80,8 +83,9 @@ def fit_linear(features: Tensor, labels: Tensor, classes: int, weight_decay: flo
     optimizer = torch.optim.LBFGS(
         [weight, bias],
         max_iter=_ITERATIONS,
-        max_eval=_EVALUATIONS,
+        max_eval=2 * _ITERATIONS,
         tolerance_grad=_GRADIENT_TOLERANCE,
+        tolerance_change=0.0,
         history_size=20,
         line_search_fn="strong_wolfe",
     )
@@ -113,15 +117,16 @@ def fit_linear(features: Tensor, labels: Tensor, classes: int, weight_decay: flo
 
 @dataclass(frozen=True)
 class Score:
-    """Of images over all ranks, each counted once. top1, top5 in percent; with fewer than five classes top5 is 100.
-
-    per_class: top-1 in percent by label, NaN for a class without images. count: images.
-    """
+    """How often a classifier is right on the images of all ranks, each counted once."""
 
     top1: float
+    """In percent."""
     top5: float
+    """In percent; 100 with fewer than five classes."""
     per_class: tuple[float, ...]
+    """Top-1 in percent by label, NaN for a class without images."""
     count: int
+    """Images."""
 
 
 @torch.inference_mode()

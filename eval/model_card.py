@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from simclr_dali.eval.evaluation import home
+from simclr_dali.eval.evaluation import result_folder
 from simclr_dali.model.pretrained import Pretrained, fingerprint
 from simclr_dali.pipeline.draws import center_fraction
 
@@ -13,7 +13,7 @@ _RESULTS = ("linear*.json", "knn.json", "finetune-*.json")
 
 def model_card(source: Pretrained, size: int, *, in_timm: bool) -> str:
     """README.md of a hub folder; says so where something was not measured or is not known."""
-    of = source.architecture
+    of = source.architecture.encoder
     head, unit_range = source.classifier, source.encoder.unit_range
     tags = ["self-supervised", "simclr", "image-classification" if head else "image-feature-extraction"]
     lines = [
@@ -24,11 +24,10 @@ def model_card(source: Pretrained, size: int, *, in_timm: bool) -> str:
         *(f"- {tag}" for tag in tags),
         "---",
         "",
-        f"# {of.name}{'' if of.width == 1 else f', width {of.width:g}'}, SimCLR",
+        f"# {of.label()}, SimCLR",
         "",
         f"{'A classifier of ' + str(len(head.classes)) + ' classes on' if head else 'Features of'} a {of.name} encoder "
-        f"({source.encoder.width:,} wide{'' if of.stem == '7x7' else ', 3x3 stem'}"
-        f"{', selective kernels' if of.selective_kernels else ''}), pre-trained without labels by SimCLR "
+        f"({source.encoder.width:,} wide), pre-trained without labels by SimCLR "
         "(Chen et al. 2020).",
         "",
         "## Use",
@@ -61,7 +60,7 @@ def model_card(source: Pretrained, size: int, *, in_timm: bool) -> str:
 
 def _use(source: Pretrained, in_timm: bool) -> list[str]:
     ours = [
-        "from model import load  # simclr-dali",
+        "from simclr_dali import load",
         'encoder = load("model.safetensors")',
         "features = encoder(images)",
     ]
@@ -116,9 +115,9 @@ def _own_results(source: Pretrained) -> list[dict[str, Any]]:
     """Of a classifier the one it was fitted in; of an encoder those in its folder that were measured on it."""
     if source.classifier is not None:
         return [source.classifier.about] if "top1" in source.classifier.about else []
-    own = {"encoder_sha256": fingerprint(source.encoder), **source.encoder.habits()}
+    own = {"encoder_sha256": fingerprint(source.encoder), **source.encoder.conventions()}
     found = []
-    for path in sorted(path for pattern in _RESULTS for path in home(source.path).glob(pattern)):
+    for path in sorted(path for pattern in _RESULTS for path in result_folder(source.path).glob(pattern)):
         try:
             result = json.loads(path.read_text())
         except (OSError, ValueError):

@@ -11,61 +11,73 @@ import argparse
 import sys
 from pathlib import Path
 
-# This script's own folder must not shadow installed modules, and its checkout must win over an installed copy.
-sys.path[0] = str(Path(__file__).resolve().parents[1] / ".package")
+if __name__ == "__main__":
+    # This script's own folder must not shadow installed modules, and its checkout must win over an installed copy.
+    sys.path[0] = str(Path(__file__).resolve().parents[1] / ".package")
+
+from simclr_dali.eval.arguments import DataChoice, EncoderChoice, add_data_arguments, add_encoder_arguments
+from simclr_dali.shards.command_line import parser_of, positive_int
+from simclr_dali.shards.errors import UserError, run_main
+from simclr_dali.shards.sources.source import SPLITS
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = parser_of("Nearest neighbours", __doc__)
+    parser.add_argument("images", type=Path, nargs="+", metavar="QUERY", help="pictures, or folders of them")
+    add_encoder_arguments(parser)
+    add_data_arguments(parser)
+    parser.add_argument("--split", choices=SPLITS, default="val", help="compared with (default: val)")
+    parser.add_argument("--count", type=positive_int, default=8, metavar="N", help="neighbours each (default: 8)")
+    parser.add_argument("--out", type=Path, required=True, metavar="PNG", help="the grid")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    ARGUMENTS = parse_arguments()  # --help and mistakes are answered before torch is imported, which takes seconds
 
 import numpy as np
 import PIL.Image
 import PIL.ImageDraw
 import torch
 
-from simclr_dali.eval.evaluation import (
-    Split,
-    add_data_arguments,
-    add_encoder_arguments,
-    asking_device,
-    open_encoder,
-    open_one_split,
-    own_size,
-)
-from simclr_dali.model.checkpoint import CheckpointError
+from simclr_dali.eval.evaluation import cache_of, data_of, image_size_of, open_encoder, own_device
 from simclr_dali.model.neighbours import nearest
 from simclr_dali.pipeline.features import extract
-from simclr_dali.pipeline.image_files import PictureFiles, find_pictures, refuse_failures, views_of
-from simclr_dali.pipeline.loader import Setting
+from simclr_dali.pipeline.files import Split
+from simclr_dali.pipeline.graph import LoaderConfig
+from simclr_dali.pipeline.image_files import ImageFiles, central_views_of_files, find_images, refuse_failures
 from simclr_dali.pipeline.reader import Encoded, SampleReader
+from simclr_dali.pipeline.remote import open_split
 from simclr_dali.shards.durable import refusals_named
-from simclr_dali.shards.errors import UserError, positive_int, run_main
 from simclr_dali.shards.image import rgb
 from simclr_dali.shards.show import save
-from simclr_dali.shards.sources.source import SPLITS
 
 _SIDE, _CAPTION = 160, 30  # pixels
 _LINES = 64  # on the grid
 
 
-def main() -> None:
-    arguments = parse_arguments()
+def main(arguments: argparse.Namespace) -> None:
     if arguments.out.suffix.lower() not in (".png", ".jpg"):
         raise UserError(f"--out is {arguments.out}; its ending must be .png or .jpg")
     with refusals_named(arguments.out):
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    paths = find_pictures(arguments.images)
-    source = open_encoder(arguments)
-    split = open_one_split(arguments, source)
+    paths = find_images(arguments.images)
+    chosen, data = EncoderChoice.of(arguments), DataChoice.of(arguments)
+    source = open_encoder(chosen)
+    split = open_split(data_of(data, source), arguments.split, cache_of(data))
     if arguments.count > len(split.shards):
         raise UserError(f"--count is {arguments.count}, more than the {len(split.shards)} images there are; lower it")
-    device, cores = asking_device()
-    encoder = source.encoder.to(device, memory_format=torch.channels_last)
-    setting = Setting(size=arguments.image_size or own_size(source), device=device, threads=cores)
-    files = PictureFiles(paths)
+    device, cores = own_device()
+    encoder = source.encoder.place(device)
+    config = LoaderConfig(size=image_size_of(chosen, source), device=device, threads=cores)
+    files = ImageFiles(paths)
     embeddings, places = [], []
     with torch.inference_mode():
-        for views, of in views_of(files, setting, batch=arguments.batch):
+        for views, of in central_views_of_files(files, config, batch=arguments.batch):
             embeddings.append(encoder(views))
             places += of
     if places:
-        bank = extract(encoder, split.shards, split.files, setting, batch=arguments.batch)
+        bank = extract(encoder, split, config, batch=arguments.batch)
         cosines, found = (part.cpu() for part in nearest(bank.features, torch.cat(embeddings), arguments.count))
         names = [split.shards.classes[label] for label in split.shards.samples["label"]]
         for place, ids, of_row in zip(places, found.tolist(), cosines.tolist(), strict=True):
@@ -84,10 +96,9 @@ def grid(
     """A line per query: itself, then its neighbours. found, cosines: [queries, count]."""
     result = PIL.Image.new("RGB", ((1 + found.shape[1]) * _SIDE, len(queries) * (_SIDE + _CAPTION)), "white")
     pen = PIL.ImageDraw.Draw(result)
-    opened = split.files()
-    reader = SampleReader(split.shards, opened)
+    reader = SampleReader(split)
     for line, (query, ids, of_row) in enumerate(zip(queries, found.numpy(), cosines.tolist(), strict=True)):
-        opened.expect(np.unique(split.shards.samples["shard"][ids]).tolist(), [])
+        reader.expect(np.unique(split.shards.samples["shard"][ids]).tolist(), [])
         pictures = [rgb(data.tobytes()) for data in (_upright(query), *reader.read(ids)[0])]
         captions = [query.name, *(f"{names[sample]}\n{cosine:.3f}" for sample, cosine in zip(ids, of_row, strict=True))]
         for column, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
@@ -100,21 +111,8 @@ def grid(
 
 
 def _upright(path: Path) -> Encoded:
-    return PictureFiles([path]).read(np.array([0]))[0][0]
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Nearest neighbours", epilog=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("images", type=Path, nargs="+", metavar="QUERY", help="pictures, or folders of them")
-    add_encoder_arguments(parser)
-    add_data_arguments(parser)
-    parser.add_argument("--split", choices=SPLITS, default="val", help="compared with (default: val)")
-    parser.add_argument("--count", type=positive_int, default=8, metavar="N", help="neighbours each (default: 8)")
-    parser.add_argument("--out", type=Path, required=True, metavar="PNG", help="the grid")
-    return parser.parse_args()
+    return ImageFiles([path]).read(np.array([0]))[0][0]
 
 
 if __name__ == "__main__":
-    run_main(main, CheckpointError)
+    run_main(lambda: main(ARGUMENTS))

@@ -16,25 +16,46 @@ import sys
 from pathlib import Path
 from typing import Any
 
-# This script's own folder must not shadow installed modules, and its checkout must win over an installed copy.
-sys.path[0] = str(Path(__file__).resolve().parents[1] / ".package")
+if __name__ == "__main__":
+    # This script's own folder must not shadow installed modules, and its checkout must win over an installed copy.
+    sys.path[0] = str(Path(__file__).resolve().parents[1] / ".package")
+
+from simclr_dali.shards.command_line import parser_of, positive_int
+from simclr_dali.shards.errors import UserError, run_main
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = parser_of("Classify pictures", __doc__)
+    parser.add_argument(
+        "--ckpt", type=Path, required=True, metavar="CLASSIFIER",
+        help="linear.pt or finetune-F.pt, or a run folder that has a linear.pt",
+    )  # fmt: skip
+    parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="pictures, or folders of them")
+    parser.add_argument("--top", type=positive_int, default=5, metavar="N", help="classes per picture (default: 5)")
+    parser.add_argument(
+        "--names", type=Path, metavar="FILE", help="what to call the classes, a class and a name a line"
+    )
+    parser.add_argument("--json", action="store_true", help="JSON instead of a table")
+    parser.add_argument("--batch", type=positive_int, default=64, help="pictures at a time (default: 64)")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    ARGUMENTS = parse_arguments()  # --help and mistakes are answered before torch is imported, which takes seconds
 
 import torch
 
-from simclr_dali.eval.evaluation import asking_device
-from simclr_dali.model.checkpoint import CheckpointError
+from simclr_dali.eval.evaluation import own_device
 from simclr_dali.model.classifier import Classifier, load_classifier
-from simclr_dali.pipeline.image_files import PictureFiles, find_pictures, refuse_failures, views_of
-from simclr_dali.pipeline.loader import Setting
-from simclr_dali.shards.errors import UserError, positive_int, run_main
+from simclr_dali.pipeline.graph import LoaderConfig
+from simclr_dali.pipeline.image_files import ImageFiles, central_views_of_files, find_images, refuse_failures
 
 
-def main() -> None:
-    arguments = parse_arguments()
+def main(arguments: argparse.Namespace) -> None:
     path: Path = arguments.ckpt / "linear.pt" if arguments.ckpt.is_dir() else arguments.ckpt
     classifier = load_classifier(path)
-    paths = find_pictures(arguments.images)
-    files = PictureFiles(paths)
+    paths = find_images(arguments.images)
+    files = ImageFiles(paths)
     names = read_names(arguments.names) if arguments.names else {}
     if names and not names.keys() & set(classifier.classes):
         raise UserError(
@@ -51,19 +72,19 @@ def main() -> None:
     refuse_failures(files, paths)
 
 
-def predict(
-    classifier: Classifier, files: PictureFiles, names: list[str], top: int, batch: int
-) -> list[dict[str, Any]]:
+def predict(classifier: Classifier, files: ImageFiles, names: list[str], top: int, batch: int) -> list[dict[str, Any]]:
     """Of every usable picture its name and the ``top`` most likely classes, with their scores."""
-    device, cores = asking_device()
-    classifier.encoder.to(device, memory_format=torch.channels_last)
+    device, cores = own_device()
+    classifier.encoder.place(device)
     classifier.head.to(device)
-    setting = Setting(
+    config = LoaderConfig(
         size=classifier.image_size, device=device, threads=cores, interpolation=classifier.interpolation
     )  # fmt: skip
     found = []
     with torch.inference_mode():
-        for views, places in views_of(files, setting, batch=batch, center_fraction=classifier.center_fraction):
+        for views, places in central_views_of_files(
+            files, config, batch=batch, center_fraction=classifier.center_fraction
+        ):
             scores, labels = classifier.scores(views).softmax(1).topk(min(top, len(classifier.classes)), dim=1)
             for place, of, which in zip(places, scores.tolist(), labels.tolist(), strict=True):
                 best = [
@@ -99,23 +120,5 @@ def table(found: list[dict[str, Any]]) -> str:
     )
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Classify pictures", epilog=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--ckpt", type=Path, required=True, metavar="CLASSIFIER",
-        help="linear.pt or finetune-F.pt, or a run folder that has a linear.pt",
-    )  # fmt: skip
-    parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="pictures, or folders of them")
-    parser.add_argument("--top", type=positive_int, default=5, metavar="N", help="classes per picture (default: 5)")
-    parser.add_argument(
-        "--names", type=Path, metavar="FILE", help="what to call the classes, a class and a name a line"
-    )
-    parser.add_argument("--json", action="store_true", help="JSON instead of a table")
-    parser.add_argument("--batch", type=positive_int, default=64, help="pictures at a time (default: 64)")
-    return parser.parse_args()
-
-
 if __name__ == "__main__":
-    run_main(main, CheckpointError)
+    run_main(lambda: main(ARGUMENTS))

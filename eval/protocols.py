@@ -12,22 +12,26 @@ from typing import Any
 class Schedule:
     """A classifier trained on augmented views through the frozen encoder, for a number of epochs.
 
-    Views are random crops (area 0.08 to 1) and flips. optimizer: "lars" (nothing excluded), "sgd" or "nesterov".
-    lr: peak at batch 256; it grows in proportion to the batch. cosine: to 0, set anew each "step" or each "epoch"; no
-    warm-up. decay_bias: whether weight_decay includes the bias. init_std: of the weights, normal; 0 starts at zero.
+    Views are random crops (area 0.08 to 1) and flips. The learning rate has no warm-up and falls to 0 by a cosine.
     """
 
     optimizer: str
+    """"lars" (nothing excluded), "sgd" or "nesterov"."""
     lr_per_256: float
+    """Peak learning rate at batch 256; it grows in proportion to the batch."""
     batch: int
     weight_decay: float
     epochs: int
     cosine: str
+    """Whether the rate is set anew each "step" or each "epoch"."""
     init_std: float
+    """Standard deviation of the first weights, normal; 0 starts at zero."""
     interpolation: str
     source: str
+    """The paper or file that states the protocol."""
     momentum: float = 0.9
     decay_bias: bool = True
+    """Whether weight_decay includes the bias."""
 
     @property
     def lr(self) -> float:

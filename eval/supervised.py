@@ -12,18 +12,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from simclr_dali.eval.evaluation import Opened
+from simclr_dali.eval.evaluation import Evaluation
 from simclr_dali.eval.protocols import Schedule
+from simclr_dali.model import migrations
 from simclr_dali.model.checkpoint import plain_values
 from simclr_dali.model.collectives import all_sum
 from simclr_dali.model.lars import LARS
-from simclr_dali.model.process import Process, by_rank_0, say
+from simclr_dali.model.process import Process, on_rank_0, print_rank_0
 from simclr_dali.model.schedule import learning_rate
+from simclr_dali.pipeline.batch_plan import BatchPlan
 from simclr_dali.pipeline.draws import PROBE
-from simclr_dali.pipeline.loader import two_views
+from simclr_dali.pipeline.loader import TwoViews
 from simclr_dali.pipeline.order import Order
 from simclr_dali.pipeline.subset import Ids, Subset
-from simclr_dali.shards.durable import refusals_named, write_durably
+from simclr_dali.shards.durable import write_durably
 from simclr_dali.shards.errors import UserError
 from simclr_dali.shards.manifest import ShardSet
 
@@ -32,7 +34,7 @@ _WINDOW = 8
 
 
 def train(
-    job: Opened,
+    job: Evaluation,
     model: nn.Module,
     scores: Callable[[Tensor], Tensor],
     ids: Ids | None,
@@ -54,31 +56,10 @@ def train(
     optimizer = build_optimizer(model, schedule)
     local = order.local_batch(process.world)
     micro = micro_batch(job.batch, local)
-    identity = {
-        "schedule": asdict(schedule),
-        "seed": seed,
-        "encoder_sha256": job.encoder_sha256,
-        "image_size": job.image_size,
-        "train_manifest": job.train.shards.fingerprint,
-        "habits": job.encoder.habits(),
-        "normalised together": micro * process.world if any(map(_is_norm, model.modules())) else 0,
-        "images": "all" if isinstance(order, Order) else order.fingerprint(),
-    }
+    identity = identity_of(job, model, schedule, order, seed, micro)
     step = resume(process, state_path, identity, model, optimizer)
     total = schedule.epochs * order.steps_per_epoch
-    batches = two_views(
-        job.train.shards,
-        order,
-        (PROBE,),
-        job.setting(schedule.interpolation),
-        epochs=schedule.epochs,
-        start=divmod(step, order.steps_per_epoch),
-        rank=process.rank,
-        world=process.world,
-        micro_batch=micro,
-        max_bad_fraction=0.0,
-        files=job.train.files,
-    )
+    batches = crops_and_flips(job, order, schedule, step, micro)
     parameters = list(model.parameters())
     with tqdm(total=total, initial=step, desc="training", unit=" steps", disable=process.rank > 0 or None) as bar:
         while step < total:
@@ -104,6 +85,35 @@ def train(
                 if process.rank == 0:
                     save(state_path, identity, step, model, optimizer)
     batches.close()
+
+
+def identity_of(
+    job: Evaluation, model: nn.Module, schedule: Schedule, order: Order | Subset, seed: int, micro: int
+) -> dict[str, Any]:
+    """What a stopped training must have been to be gone on with."""
+    return {
+        "schedule": asdict(schedule),
+        "seed": seed,
+        "encoder_sha256": job.encoder_sha256,
+        "image_size": job.image_size,
+        "train_manifest": job.train.shards.fingerprint,
+        "conventions": job.encoder.conventions(),
+        "normalised together": micro * job.process.world if any(map(_is_norm, model.modules())) else 0,
+        "images": "all" if isinstance(order, Order) else order.fingerprint(),
+    }
+
+
+def crops_and_flips(job: Evaluation, order: Order | Subset, schedule: Schedule, step: int, micro: int) -> TwoViews:
+    """This rank's micro-batches of one view each, from ``step`` on."""
+    plan = BatchPlan(
+        order,
+        epochs=schedule.epochs,
+        start=divmod(step, order.steps_per_epoch),
+        rank=job.process.rank,
+        world=job.process.world,
+        micro_batch=micro,
+    )
+    return TwoViews(job.train, plan, (PROBE,), job.loader_config(schedule.interpolation), max_bad_fraction=0.0)
 
 
 def _is_norm(module: nn.Module) -> bool:
@@ -192,20 +202,21 @@ def resume(
             ) from error
         if state is None or "identity" not in state:
             raise UserError(f"{path} is damaged; remove it to begin anew")
+        then = migrations.conventions(state["identity"])
         for key, value in identity.items():
-            if state["identity"].get(key) != value:
+            if then.get(key) != value:
                 raise UserError(
-                    f"{path} is of a training with {key} {state['identity'].get(key)!r}, this one has {value!r}; give "
-                    "the same command, another --out, or remove the file"
+                    f"{path} is of a training with {key} {then.get(key)!r}, this one has {value!r}; give the same "
+                    "command, another --out, or remove the file"
                 )
         return state
 
-    state = by_rank_0(process, read)
+    state = on_rank_0(process, read)
     if state is None:
         return 0
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
-    say(process, f"going on from step {state['step']}")
+    print_rank_0(process, f"going on from step {state['step']}")
     step: int = state["step"]
     return step
 
@@ -216,5 +227,4 @@ def save(path: Path, identity: dict[str, Any], step: int, model: nn.Module, opti
     torch.save(
         {"identity": identity, "step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict()}, buffer
     )
-    with refusals_named(path):
-        write_durably(path, buffer.getvalue())
+    write_durably(path, buffer.getbuffer())

@@ -41,18 +41,20 @@ GRID = tuple(Point(lr, decay) for lr in LEARNING_RATES for decay in WEIGHT_DECAY
 
 @dataclass(frozen=True)
 class Sweep:
-    """layer: of the chosen point, fitted to all of train. accuracies: top-1 in percent on the part kept aside.
-
-    The chosen point has the highest of them; of equal ones that with the smallest cross-entropy there.
-    at_the_border: whether a better learning rate may lie outside of the grid. epochs, batch: of each training.
-    """
+    """What a sweep found."""
 
     layer: nn.Linear
+    """The classifier of the chosen point, fitted to all of train."""
     chosen: Point
+    """The point with the highest accuracy; of equal ones that with the smallest cross-entropy."""
     accuracies: dict[Point, float]
+    """Top-1 in percent on the part of train that was kept aside."""
     at_the_border: bool
+    """Whether a better learning rate may lie outside of the grid."""
     epochs: int
+    """Of each training."""
     batch: int
+    """Of each training."""
 
 
 def sweep(

@@ -1,22 +1,24 @@
 """Checkpoints: complete or absent, hashed, readable without unpickling code.
 
 ``RUN/checkpoints/step-00001000/`` holds ``state.pt`` (tensors and plain values) and ``checkpoint.json`` (its sha256 and
-size, and whether it stays for good); ``RUN/checkpoints/latest`` names the newest folder.
+size, and whether it is kept forever); ``RUN/checkpoints/latest`` names the newest folder.
 """
 
 import hashlib
 import io
 import json
-import os
 import shutil
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from simclr_dali.model.encoder import Architecture
+from simclr_dali.model import migrations
+from simclr_dali.model.simclr import Architecture
+from simclr_dali.shards.durable import refusals_named, sync_folder, write_durably
+from simclr_dali.shards.errors import UserError
 
 _FOLDER = "checkpoints"
 STATE = "state.pt"
@@ -25,7 +27,7 @@ _LATEST = "latest"
 _REQUIRED = {"step", "architecture", "model", "image_size"}
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint cannot be used. The message names it, says why and what to do."""
 
 
@@ -35,33 +37,24 @@ class _UnreadableError(CheckpointError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """path: the file read. sha256: of that file. state: what ``save`` was given.
-
-    passed_over: folder of each newer checkpoint that is damaged, and a sentence that says so.
-    """
+    """A checkpoint as it was read."""
 
     path: Path
+    """The file read."""
     sha256: str
+    """Of that file."""
     state: dict[str, Any]
-    passed_over: tuple[tuple[Path, str], ...] = ()
+    """What ``save`` was given."""
+    skipped: tuple[tuple[Path, str], ...] = ()
+    """Folder of each newer checkpoint that is damaged, and a sentence that says so."""
 
     def architecture(self) -> Architecture:
         """Raises CheckpointError where the state names none that can be built."""
         try:
-            return as_architecture(self.state["architecture"])
-        except (KeyError, TypeError, ValueError) as error:
+            return Architecture.of_plain(self.state["architecture"])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             reason = f"{type(error).__name__}: {error}"[:200]
             raise CheckpointError(f"{self.path} does not name an architecture of this trainer ({reason})") from error
-
-
-def describe(architecture: Architecture) -> dict[str, Any]:
-    """``architecture`` in plain values, as a checkpoint holds it."""
-    return {**asdict(architecture), "projector": list(architecture.projector)}
-
-
-def as_architecture(described: dict[str, Any]) -> Architecture:
-    """The inverse of :func:`describe`."""
-    return Architecture(**{**described, "projector": tuple(described["projector"])})
 
 
 def plain_values(data: bytes) -> dict[Any, Any] | None:
@@ -85,14 +78,19 @@ def is_ours(state: dict[Any, Any]) -> bool:
     return state.keys() >= _REQUIRED
 
 
-def save(run: Path, state: dict[str, Any], keep: int, *, for_good: bool = False) -> Path:
-    """Write ``state`` as the checkpoint of its "step" and let all but the newest ``keep`` and those for good go.
+def save(run: Path, state: dict[str, Any], keep: int, *, keep_forever: bool = False) -> Path:
+    """Write ``state`` as the checkpoint of its "step"; remove all but the newest ``keep`` and those kept forever.
 
     The folder appears under its name only when its files are complete and on disk, and ``latest`` moves after that;
-    a kill at any instant leaves the checkpoint before it usable. Raises OSError where the disk refuses.
+    a kill at any instant leaves the checkpoint before it usable. Raises UserError where the disk refuses.
     """
     assert state.keys() >= _REQUIRED
     folder = run / _FOLDER
+    with refusals_named(folder):
+        return _save(folder, state, keep, keep_forever)
+
+
+def _save(folder: Path, state: dict[str, Any], keep: int, keep_forever: bool) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for leftover in folder.glob("*.tmp"):  # of a save or a removal that was interrupted
         shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink()
@@ -102,24 +100,21 @@ def save(run: Path, state: dict[str, Any], keep: int, *, for_good: bool = False)
     torch.save(state, buffer)
     data = buffer.getbuffer()
     temporary.mkdir()
-    _write(temporary / STATE, data)
+    write_durably(temporary / STATE, data)
     description = {
         "step": state["step"],
         "sha256": hashlib.sha256(data).hexdigest(),
         "bytes": len(data),
-        "for_good": for_good,
+        "keep_forever": keep_forever,
     }
-    _write(temporary / _DESCRIPTION, json.dumps(description).encode())
-    _sync(temporary)
+    write_durably(temporary / _DESCRIPTION, json.dumps(description).encode())
     if final.exists():  # damaged, or it would have been gone on from
         shutil.rmtree(final)
     temporary.rename(final)
-    latest = folder / f"{_LATEST}.tmp"
-    _write(latest, final.name.encode())
-    latest.replace(folder / _LATEST)
-    _sync(folder)
+    sync_folder(folder)
+    write_durably(folder / _LATEST, final.name.encode())
     for old in _steps(folder)[:-keep]:
-        if not _is_for_good(old):
+        if not _is_kept_forever(old):
             gone = old.with_name(f"{old.name}.tmp")
             with suppress(OSError):  # the next time will do
                 old.rename(gone)
@@ -130,12 +125,12 @@ def save(run: Path, state: dict[str, Any], keep: int, *, for_good: bool = False)
 def newest(run: Path) -> Checkpoint | None:
     """The newest sound checkpoint of a run folder, or None where there is none at all.
 
-    Damaged ones are passed over and named in its ``passed_over``. Raises CheckpointError where all are damaged.
+    Damaged ones are skipped and named in its ``skipped``. Raises CheckpointError where all are damaged.
     """
     damaged: list[tuple[Path, str]] = []
     for folder in reversed(_steps(run / _FOLDER)):
         try:
-            return replace(_load_verified(folder), passed_over=tuple(damaged))
+            return replace(_load_verified(folder), skipped=tuple(damaged))
         except _UnreadableError:
             raise
         except CheckpointError as error:
@@ -156,8 +151,8 @@ def load(path: Path) -> Checkpoint:
         found = newest(path)
         if found is None:
             raise CheckpointError(f"{path} holds no checkpoint; give a run folder, a folder step-*, or its {STATE}")
-        if found.passed_over:
-            raise CheckpointError(f"{found.passed_over[0][1]}; to use the one before it, give {found.path.parent}")
+        if found.skipped:
+            raise CheckpointError(f"{found.skipped[0][1]}; to use the one before it, give {found.path.parent}")
         return found
     if not path.is_file():
         raise CheckpointError(f"checkpoint {path} does not exist; give a run folder, a folder step-*, or its {STATE}")
@@ -170,13 +165,14 @@ def _steps(folder: Path) -> list[Path]:
     return sorted(step for step in folder.glob("step-*") if step.suffix != ".tmp")
 
 
-def _is_for_good(folder: Path) -> bool:
+def _is_kept_forever(folder: Path) -> bool:
     try:
-        return bool(json.loads((folder / _DESCRIPTION).read_text()).get("for_good"))
+        description = migrations.checkpoint_description(json.loads((folder / _DESCRIPTION).read_text()))
     except OSError:
-        return True  # not to be told now
-    except ValueError:
+        return True  # it cannot be told now
+    except (ValueError, TypeError):
         return False
+    return bool(description.get("keep_forever"))
 
 
 def _load_verified(folder: Path) -> Checkpoint:
@@ -207,29 +203,3 @@ def _load_file(path: Path, data: bytes) -> Checkpoint:
             f"{path} is no checkpoint of this trainer (it holds {found}); give a run folder or its {STATE}"
         )
     return Checkpoint(path, hashlib.sha256(data).hexdigest(), state)
-
-
-def write_file(path: Path, data: bytes | memoryview) -> None:
-    """Write under a temporary name, bring it to disk, and rename. Raises OSError."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        _write(temporary, data)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _sync(path.parent)
-
-
-def _write(path: Path, data: bytes | memoryview) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

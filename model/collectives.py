@@ -26,29 +26,10 @@ def all_gather(x_R: Tensor) -> Tensor:
     return gathered.view(world_size(), *x_R.shape)
 
 
-def own_first(x_WR: Tensor) -> Iterator[Tensor]:
-    """The blocks of a gathered tensor in the order in which :func:`ring` brings them."""
+def own_rank_first(x_WR: Tensor) -> Iterator[Tensor]:
+    """The blocks of a gathered tensor, beginning with this rank's own and going on with the ranks before it."""
     rank = dist.get_rank() if len(x_WR) > 1 else 0
     return (x_WR[(rank - hop) % len(x_WR)] for hop in range(len(x_WR)))
-
-
-def ring(x_R: Tensor) -> Iterator[Tensor]:
-    """``x_R`` of this rank, then of the ranks before it, each on its way while the caller works on the last.
-
-    All ranks must go through it together. A rank holds its own block, the one it gives, and the one on its way.
-    """
-    rank, world = dist.get_rank() if dist.is_initialized() else 0, world_size()
-    block = x_R.contiguous()
-    for hop in range(world):
-        arriving, requests = block, []
-        if hop + 1 < world:
-            arriving = torch.empty_like(block)
-            to_next = dist.P2POp(dist.isend, block, (rank + 1) % world)
-            requests = dist.batch_isend_irecv([to_next, dist.P2POp(dist.irecv, arriving, (rank - 1) % world)])
-        yield block
-        for request in requests:
-            request.wait()
-        block = arriving
 
 
 def all_sum(x: Tensor) -> Tensor:

@@ -22,7 +22,9 @@ import torch
 from torch import Tensor
 
 from simclr_dali.model.checkpoint import CheckpointError
-from simclr_dali.model.encoder import Architecture, build_encoder, encoder_name
+from simclr_dali.model.encoder import Description
+from simclr_dali.model.resnet import ResNet, resnet_name
+from simclr_dali.model.simclr import Architecture
 
 _STAGES = ("layer1", "layer2", "layer3", "layer4")
 _OURS = re.compile(r"(conv1|bn1|layer[1-4])\.")
@@ -40,23 +42,25 @@ _LISTED = 8  # keys in a message
 
 
 @dataclass(frozen=True)
-class Found:
-    """weights: float32, by torchvision's keys. layout: whose, as listed above. prefix: of its keys in the file.
-
-    left_out: keys of the file that belong to no encoder, as projectors and classifiers do. habits: see Encoder.
-    """
+class ForeignEncoder:
+    """An encoder that was found in a file of another library."""
 
     architecture: Architecture
     weights: dict[str, Tensor]
+    """In float32, by torchvision's keys."""
     layout: str
+    """Whose, as listed above."""
     prefix: str
+    """Of its keys in the file."""
     left_out: tuple[str, ...]
-    habits: dict[str, Any]
+    """Keys of the file that belong to no encoder, as those of projectors and classifiers."""
+    conventions: dict[str, Any]
+    """What its weights do not show: see model.encoder.Encoder."""
 
 
 def find_encoder(
     tensors: dict[str, Tensor], name: str, prefix: str | None = None, stem_padding: int | None = None
-) -> Found:
+) -> ForeignEncoder:
     """The encoder among ``tensors``, whose keys are dotted paths in a file called ``name``.
 
     prefix: where there are several encoders, the beginning of the keys of the one that is meant. stem_padding: of a
@@ -77,7 +81,7 @@ def find_encoder(
         candidates = {key: value for key, value in candidates.items() if key in (prefix, f"{prefix}.")}
         if not candidates:
             raise CheckpointError(f"{name} holds no encoder under {prefix!r}; choose one of {known}")
-    chosen = [beginning for beginning in candidates if not _follows(beginning, candidates)]
+    chosen = [beginning for beginning in candidates if not _is_momentum_copy(beginning, candidates)]
     if len(chosen) > 1:
         raise CheckpointError(
             f"{name} holds {len(chosen)} encoders, with keys that begin with {', '.join(map(repr, chosen))}; say which "
@@ -87,15 +91,15 @@ def find_encoder(
     layout, rename = candidates[beginning]
     renamed = {key: rename(key.removeprefix(beginning)) for key in tensors if key.startswith(beginning)}
     weights = {new: tensors[old] for old, new in renamed.items() if _OURS.match(new)}
-    architecture = _architecture(weights, name)
-    weights = _whole(weights, architecture, name, beginning)
+    encoder = _describe(weights, name)
+    weights = require_complete(weights, encoder, name, beginning)
     taken = {old for old, new in renamed.items() if new in weights}
     left_out = tuple(key for key in tensors if key not in taken)
     whose = layout(beginning, left_out)
-    habits: dict[str, Any] = {"unit_range": whose == "google", "stem_relu": rename is not _LIGHTLY_CHILDREN}
-    if architecture.stem == "3x3":
-        habits["stem_padding"] = _padding(whose, left_out, name) if stem_padding is None else stem_padding
-    return Found(architecture, weights, whose, beginning, left_out, habits)
+    conventions: dict[str, Any] = {"unit_range": whose == "google", "stem_relu": rename is not _LIGHTLY_CHILDREN}
+    if encoder.stem == "3x3":
+        conventions["stem_padding"] = _padding(whose, left_out, name) if stem_padding is None else stem_padding
+    return ForeignEncoder(Architecture(encoder), weights, whose, beginning, left_out, conventions)
 
 
 def _beginnings(tensors: Iterable[str], mark: str) -> list[str]:
@@ -103,7 +107,7 @@ def _beginnings(tensors: Iterable[str], mark: str) -> list[str]:
     return [key.removesuffix(mark) for key in tensors if key == mark or key.endswith(f".{mark}")]
 
 
-def _follows(beginning: str, candidates: Iterable[str]) -> bool:
+def _is_momentum_copy(beginning: str, candidates: Iterable[str]) -> bool:
     parts = beginning.split(".")
     leaders = [
         ".".join([*parts[:place], leader, *parts[place + 1 :]])
@@ -118,14 +122,14 @@ def _follows(beginning: str, candidates: Iterable[str]) -> bool:
     return any(leader in candidates for leader in leaders)
 
 
-def _architecture(weights: dict[str, Tensor], name: str) -> Architecture:
+def _describe(weights: dict[str, Tensor], name: str) -> ResNet:
     depths = []
     for stage in _STAGES:
         numbers = {
             int(key.split(".")[1]) for key in weights if key.startswith(f"{stage}.") and key.split(".")[1].isdigit()
         }
         depths.append(len(numbers))
-    known = encoder_name(any(key.startswith("layer1.0.conv3.") for key in weights), depths)
+    known = resnet_name(any(key.startswith("layer1.0.conv3.") for key in weights), depths)
     if known is None:
         raise CheckpointError(
             f"{name} holds a ResNet with {depths} blocks, which is none of 18, 34, 50, 101 and 152 layers, or not "
@@ -141,16 +145,18 @@ def _architecture(weights: dict[str, Tensor], name: str) -> Architecture:
             f"{name} begins with a convolution of {first.shape[-1]} pixels; only stems of 7 (ImageNet) and 3 are known"
         )
     stem = "7x7" if deep or first.shape[-1] == 7 else "3x3"
-    return Architecture(known, first.shape[0] / 64, stem, (), selective)
+    try:
+        return ResNet(known, first.shape[0] / 64, "3x3" if stem == "3x3" else "7x7", selective)
+    except ValueError as error:
+        raise CheckpointError(f"{name} holds an encoder that cannot be built: {error}") from error
 
 
-def _whole(weights: dict[str, Tensor], architecture: Architecture, name: str, beginning: str) -> dict[str, Tensor]:
-    """``weights`` in float32, if they are all those of ``architecture``."""
+def require_complete(
+    weights: dict[str, Tensor], encoder: Description, name: str, beginning: str = ""
+) -> dict[str, Tensor]:
+    """``weights`` in float32, if they are all those of ``encoder``; else raise CheckpointError."""
     with torch.device("meta"):
-        try:
-            expected = build_encoder(architecture).state_dict()
-        except ValueError as error:
-            raise CheckpointError(f"{name} holds an encoder that cannot be built: {error}") from error
+        expected = encoder.build().state_dict()
     missing = [key for key in expected if key not in weights and not key.endswith("num_batches_tracked")]
     unknown = [key for key in weights if key not in expected]
     other = [key for key, value in weights.items() if key in expected and value.shape != expected[key].shape]
@@ -166,10 +172,7 @@ def _whole(weights: dict[str, Tensor], architecture: Architecture, name: str, be
         if keys
     ]
     if faults:
-        raise CheckpointError(
-            f"{name} holds {architecture.name} (width {architecture.width:g}, {architecture.stem} stem) only in part: "
-            f"it {'; it '.join(faults)}"
-        )
+        raise CheckpointError(f"{name} holds {encoder.label()} only in part: it {'; it '.join(faults)}")
     counted = {key: torch.zeros((), dtype=torch.int64) for key in expected if key.endswith("num_batches_tracked")}
     return {**counted, **{key: value.to(expected[key].dtype) for key, value in weights.items()}}
 
@@ -196,13 +199,13 @@ def _shortcut(key: str) -> str:
 
 
 # Separius/SimCLRv2-Pytorch, resnet.py, with and without selective kernels: place in its nn.Sequentials -> our name.
-_GOOGLE_STEM = {"0": "conv1", "1.0": "bn1"}
-_GOOGLE_STEM_SK = {"0": "conv1.0", "1.0": "conv1.1", "2": "conv1.3", "3.0": "conv1.4", "4": "conv1.6", "5.0": "bn1"}
-_GOOGLE_BLOCK = {
+GOOGLE_STEM = {"0": "conv1", "1.0": "bn1"}
+GOOGLE_STEM_SK = {"0": "conv1.0", "1.0": "conv1.1", "2": "conv1.3", "3.0": "conv1.4", "4": "conv1.6", "5.0": "bn1"}
+GOOGLE_BLOCK = {
     "net.0": "conv1", "net.1.0": "bn1", "net.2": "conv2", "net.3.0": "bn2", "net.4": "conv3", "net.5.0": "bn3",
     "projection.shortcut": "downsample.0", "projection.bn.0": "downsample.1",
 }  # fmt: skip
-_GOOGLE_BLOCK_SK = {
+GOOGLE_BLOCK_SK = {
     "net.0": "conv1", "net.1.0": "bn1", "net.3": "conv3", "net.4.0": "bn3",
     "net.2.main_conv.0": "conv2.conv", "net.2.main_conv.1.0": "conv2.bn",
     "net.2.mixing_conv.0": "conv2.mix1", "net.2.mixing_conv.1.0": "conv2.mix_bn", "net.2.mixing_conv.2": "conv2.mix2",
@@ -272,6 +275,6 @@ _LAYOUTS: tuple[tuple[Callable[[str, Iterable[str]], str], str, Callable[[str], 
     (_by_neighbours, "layer1.0.conv1.weight", _shortcut),
     (_always("lightly"), "4.0.conv1.weight", _sequential(("conv1", "bn1", "relu", "maxpool", *_STAGES))),
     (_always("lightly"), "2.0.conv1.weight", _LIGHTLY_CHILDREN),
-    (_always("google"), "net.1.blocks.0.net.2.weight", _google(_GOOGLE_STEM, _GOOGLE_BLOCK)),
-    (_always("google"), "net.1.blocks.0.net.2.main_conv.0.weight", _google(_GOOGLE_STEM_SK, _GOOGLE_BLOCK_SK)),
+    (_always("google"), "net.1.blocks.0.net.2.weight", _google(GOOGLE_STEM, GOOGLE_BLOCK)),
+    (_always("google"), "net.1.blocks.0.net.2.main_conv.0.weight", _google(GOOGLE_STEM_SK, GOOGLE_BLOCK_SK)),
 )

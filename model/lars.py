@@ -15,6 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.Embedding, nn.EmbeddingBag)
+_LAYERS = (nn.Linear, nn.Bilinear, nn.MultiheadAttention, nn.modules.conv._ConvNd)
+
 
 class LARS(torch.optim.Optimizer):
     """Group options: lr, momentum (0.9), weight_decay, trust_coefficient (0.001), adapt (True)."""
@@ -66,22 +69,30 @@ class LARS(torch.optim.Optimizer):
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups for LARS, by the kind of parameter: weights of convolutions and linear layers; biases and BatchNorm.
+    """Two groups for LARS: the weights that multiply, of convolutions, linear layers and attention; and all others.
 
-    Each has a ``name``. Parameters that are not trained are in neither.
+    The others are neither decayed nor adapted: biases, the scales of BatchNorm, LayerNorm and their like, embeddings,
+    tokens and embeddings of positions. Each group has a ``name``. Parameters that are not trained are in neither.
     """
-    kept_plain = {
-        id(parameter)
-        for module in model.modules()
-        if isinstance(module, nn.modules.batchnorm._NormBase)
-        for parameter in module.parameters(recurse=False)
-    }
     adapted: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            (plain if id(parameter) in kept_plain or name.endswith("bias") else adapted).append(parameter)
+    seen: set[int] = set()
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.requires_grad and id(parameter) not in seen:
+                seen.add(id(parameter))
+                (adapted if _multiplies(module, name, parameter) else plain).append(parameter)
     return [
         {"name": "weights", "params": adapted, "weight_decay": weight_decay, "adapt": True},
         {"name": "biases and BatchNorm", "params": plain, "weight_decay": 0.0, "adapt": False},
     ]
+
+
+def _multiplies(module: nn.Module, name: str, parameter: nn.Parameter) -> bool:
+    """Whether a parameter of ``module`` itself is a matrix or kernel that its input is multiplied with."""
+    if parameter.dim() < 2 or "bias" in name or isinstance(module, _NORMS):
+        return False
+    if isinstance(module, _LAYERS):
+        return True
+    # Of a network's own module: tokens and embeddings of positions have a first dimension of 1, or say so.
+    return parameter.shape[0] > 1 and not any(word in name for word in ("token", "pos", "embed"))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from simclr_dali.model.collectives import all_gather, world_size
 
-_QUERIES, _BANK = 1024, 65_536  # compared at a time; bounds memory to their product of numbers
+QUERIES, BANK = 1024, 65_536  # rows compared at a time; their product bounds memory
 
 
 @torch.inference_mode()
@@ -22,8 +22,8 @@ def nearest(bank: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
     asked = F.normalize(queries, dim=1)
     best = asked.new_empty(len(asked), 0)
     where = torch.empty(len(asked), 0, dtype=torch.int64, device=bank.device)
-    for start in range(0, len(bank), _BANK):
-        block = F.normalize(bank[start : start + _BANK], dim=1)
+    for start in range(0, len(bank), BANK):
+        block = F.normalize(bank[start : start + BANK], dim=1)
         found, at = _largest(asked, block, k)
         best, order = torch.cat([best, found], 1).topk(min(k, best.shape[1] + found.shape[1]), dim=1)
         where = torch.cat([where, at + start], 1).gather(1, order)
@@ -32,7 +32,7 @@ def nearest(bank: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 def _largest(queries: Tensor, block: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Cosines and places in ``block`` of the k rows (or all) nearest to each query; both are unit vectors."""
-    parts = [(rows @ block.T).topk(min(k, len(block)), dim=1) for rows in queries.split(_QUERIES)]
+    parts = [(rows @ block.T).topk(min(k, len(block)), dim=1) for rows in queries.split(QUERIES)]
     return torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts])
 
 
@@ -52,7 +52,7 @@ def nearest_labels(bank: Tensor, labels: Tensor, queries: Tensor, k: int) -> tup
     if world_size() == 1:
         return cosines, found
     merged = []
-    for some, of in zip(cosines.split(_QUERIES), found.split(_QUERIES), strict=True):
+    for some, of in zip(cosines.split(QUERIES), found.split(QUERIES), strict=True):
         best, order = all_gather(some).transpose(0, 1).flatten(1).topk(k, dim=1)
         merged.append((best, all_gather(of).transpose(0, 1).flatten(1).gather(1, order)))
     return torch.cat([best for best, _ in merged]), torch.cat([of for _, of in merged])
@@ -78,7 +78,7 @@ def accuracies(
     for k in ks:
         first = five = 0
         for cosine, voter, true in zip(
-            cosines[:, :k].split(_QUERIES), voters[:, :k].split(_QUERIES), truth.split(_QUERIES), strict=True
+            cosines[:, :k].split(QUERIES), voters[:, :k].split(QUERIES), truth.split(QUERIES), strict=True
         ):
             # Against the nearest one: only ratios matter, and exp(cosine / temperature) itself would overflow.
             weight = ((cosine - cosine[:, :1]) / temperature).exp()

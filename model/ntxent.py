@@ -13,7 +13,8 @@ gradient of L.
 """
 
 import math
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,8 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from simclr_dali.model.collectives import all_gather, own_first, world_size
-from simclr_dali.model.collectives import ring as around_the_ring
+from simclr_dali.model.collectives import all_gather, own_rank_first, world_size
 
 # Rows of a tile by device. On a CPU a tile stays in a core's cache; a GPU wants few launches (64 MiB in float32).
 DEFAULT_TILE = {"cpu": 512, "cuda": 4096}
@@ -33,29 +33,44 @@ SMALLEST_TEMPERATURE = 0.02
 
 @dataclass(frozen=True)
 class Contrast:
-    """loss: mean over this rank's rows, differentiable. The others are detached scalars over this rank's rows.
-
-    positive: mean cosine of the two views of an image. hardest_negative: mean over rows of the largest cosine with a
-    view of another image. top1: share of rows whose other view is nearer than all other rows. potential: mean of
-    exp(-|z_i - z_j|^2 / (2 tau)) over views of different images; its logarithm is the uniformity of Wang and Isola
-    (2020), whose t = 2 is tau = 0.25 here.
-    """
+    """The loss, differentiable, and detached scalars beside it; each is over this rank's rows."""
 
     loss: Tensor
+    """Mean over the rows."""
     positive: Tensor
+    """Mean cosine of the two views of an image."""
     hardest_negative: Tensor
+    """Mean over the rows of the largest cosine with a view of another image."""
     top1: Tensor
+    """Share of the rows whose other view is nearer than all other rows."""
     potential: Tensor
+    """Mean of exp(-|z_i - z_j|^2 / (2 tau)) over views of different images."""
 
 
-def nt_xent(z: Tensor, temperature: float, tile: int | None = None, *, ring: bool = False) -> Contrast:
+@dataclass(frozen=True)
+class NTXent:
+    """NT-Xent as a loss of train.step: embeddings -> loss and named scalars."""
+
+    temperature: float
+
+    def __call__(self, z: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        contrast = nt_xent(z, self.temperature)
+        return contrast.loss, {name: value for name, value in vars(contrast).items() if name != "loss"}
+
+    def derived(self, means: dict[str, float]) -> dict[str, float]:
+        """What is reported, of the means over all ranks: alignment and uniformity (Wang and Isola 2020) in place of
+        the potential. Uniformity is at this temperature; theirs, t = 2, is a temperature of 0.25."""
+        rest = {name: value for name, value in means.items() if name != "potential"}
+        uniformity = math.log(max(means["potential"], sys.float_info.min))
+        return {**rest, "alignment": 2 - 2 * means["positive"], "uniformity": uniformity}
+
+
+def nt_xent(z: Tensor, temperature: float, tile: int | None = None) -> Contrast:
     """NT-Xent of embeddings ``z`` [R, D] of this rank (view 0 of b images, then view 1), any scale.
 
     Computed in float32, or float64 where z is, with autocast off. All ranks must hold equally many rows. tile: rows
-    compared at a time (DEFAULT_TILE). ring: blocks of z go from rank to rank, once more in backward, instead of being
-    gathered, so that memory holds a few blocks instead of all N rows. Besides, it is a tile, in backward two.
-    Raises ValueError for an odd number of rows, fewer than two images over all ranks, or a temperature under
-    SMALLEST_TEMPERATURE.
+    compared at a time (DEFAULT_TILE). Memory holds all N rows and one tile, in backward two. Raises ValueError for an
+    odd number of rows, fewer than two images over all ranks, or a temperature under SMALLEST_TEMPERATURE.
     """
     if len(z) % 2 or len(z) * world_size() < 4:
         raise ValueError(f"NT-Xent needs both views of at least two images, got {len(z)} rows on {world_size()} ranks")
@@ -64,18 +79,27 @@ def nt_xent(z: Tensor, temperature: float, tile: int | None = None, *, ring: boo
             f"temperature is {temperature}; NT-Xent needs at least {SMALLEST_TEMPERATURE} to be computed in float32"
         )
     with torch.autocast(z.device.type, enabled=False):
-        z_RD = F.normalize(z if z.dtype == torch.float64 else z.float(), dim=1)
+        z_RD = _unit(z if z.dtype == torch.float64 else z.float())
         tile = tile or DEFAULT_TILE.get(z.device.type, max(DEFAULT_TILE.values()))
-        return Contrast(*_NTXent.apply(z_RD, temperature, tile, ring))
+        return Contrast(*_NTXentFunction.apply(z_RD, temperature, tile))
 
 
-class _NTXent(torch.autograd.Function):
+def _unit(z_RD: Tensor) -> Tensor:
+    """Rows of norm 1, of rows of any norm: their squares would overflow above 1e19 and vanish below 1e-19.
+
+    Scaling by a power of two is exact.
+    """
+    exponent_R = torch.frexp(z_RD.detach().abs().amax(1)).exponent.clamp(-100, 120)
+    return F.normalize(z_RD * torch.ldexp(z_RD.new_ones(len(z_RD)), -exponent_R)[:, None], dim=1)
+
+
+class _NTXentFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, z_RD: Tensor, tau: float, tile: int, ring: bool) -> tuple[Tensor, ...]:
-        z_WRD = None if ring else all_gather(z_RD)
+    def forward(ctx: Any, z_RD: Tensor, tau: float, tile: int) -> tuple[Tensor, ...]:
+        z_WRD = all_gather(z_RD)
         scaled_RD = z_RD / tau
         sum_R, hardest_R = z_RD.new_zeros(len(z_RD)), z_RD.new_full((len(z_RD),), -torch.inf)
-        for hop, z_BD in enumerate(around_the_ring(z_RD) if z_WRD is None else own_first(z_WRD)):
+        for hop, z_BD in enumerate(own_rank_first(z_WRD)):
             for rows, columns, s_TT in _tiles(scaled_RD, z_BD, tile, own=hop == 0):
                 mirrored = hop == 0 and rows != columns
                 hardest_R[rows] = torch.maximum(hardest_R[rows], s_TT.amax(1))
@@ -90,7 +114,7 @@ class _NTXent(torch.autograd.Function):
         # and the identity above, where nothing but x is left of log(1 + exp(x)).
         loss_R = F.softplus(sum_R.log() - positive_R, threshold=50)
         u_R = (-loss_R - positive_R).exp()
-        ctx.save_for_backward(z_RD, u_R, sum_R, *(() if z_WRD is None else (z_WRD, all_gather(u_R))))
+        ctx.save_for_backward(z_RD, u_R, sum_R, z_WRD, all_gather(u_R))
         ctx.tau, ctx.tile = tau, tile
         # Two computations of the same cosine differ in rounding; a tie, as of collapsed embeddings, is not found.
         top1 = (positive_R > hardest_R + 1e-5 / tau).to(z_RD.dtype).mean()
@@ -101,24 +125,19 @@ class _NTXent(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor, None, None, None]:
-        z_RD, u_R, sum_R, *gathered = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor, None, None]:
+        z_RD, u_R, sum_R, z_WRD, u_WR = ctx.saved_tensors
         scaled_RD = z_RD / ctx.tau
         # For the other view exp(s_ip) (u_i + u_p) - 2, as what the negatives leave of the two probabilities.
         negatives_R = sum_R * u_R
         dz_RD = -(negatives_R + _other_view(negatives_R))[:, None] * _other_view(z_RD)
-        blocks: Iterable[tuple[Tensor, Tensor]]
-        if gathered:
-            blocks = zip(*map(own_first, gathered), strict=True)
-        else:
-            blocks = ((packed[:, :-1], packed[:, -1]) for packed in around_the_ring(torch.cat([z_RD, u_R[:, None]], 1)))
-        for hop, (z_BD, u_B) in enumerate(blocks):
+        for hop, (z_BD, u_B) in enumerate(zip(own_rank_first(z_WRD), own_rank_first(u_WR), strict=True)):
             for rows, columns, s_TT in _tiles(scaled_RD, z_BD, ctx.tile, own=hop == 0):
                 weight_TT = s_TT.exp_().mul_(u_R[rows, None] + u_B[columns])
                 dz_RD[rows].addmm_(weight_TT, z_BD[columns])
                 if hop == 0 and rows != columns:
                     dz_RD[columns].addmm_(weight_TT.T, z_RD[rows])
-        return dz_RD * (grad / (len(z_RD) * ctx.tau)), None, None, None
+        return dz_RD * (grad / (len(z_RD) * ctx.tau)), None, None
 
 
 def _tiles(scaled_RD: Tensor, z_BD: Tensor, tile: int, *, own: bool) -> Iterator[tuple[slice, slice, Tensor]]:

@@ -12,41 +12,48 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from simclr_dali.model import checkpoint
 from simclr_dali.model.checkpoint import Checkpoint, CheckpointError
 from simclr_dali.model.classifier import Classifier, is_classifier
-from simclr_dali.model.encoder import Architecture, Encoder, build_encoder, build_model
-from simclr_dali.model.foreign import find_encoder
+from simclr_dali.model.encoder import Encoder
+from simclr_dali.model.foreign import find_encoder, require_complete
+from simclr_dali.model.resnet import ResNet
+from simclr_dali.model.simclr import Architecture, build_model
 from simclr_dali.model.untrusted import exported_about, read_tensors
 
 _PREFIX = "encoder."
+OURS = "simclr-dali"  # the layout of what this project writes
 EXPORTED = "model.safetensors"
+HEAD = "fc."  # of a classifier's last layer, in a file that other programs read
 
 
 @dataclass(frozen=True)
 class Pretrained:
-    """An encoder in eval mode, on the CPU, in float32, and where it comes from.
-
-    sha256: of the file read. layout: "simclr-dali", or whose keys the file has (model.foreign). step: of pre-training;
-    image_size: side of the views it was trained on, in pixels; data: address of the shards; None where the file does
-    not say. classifier: the whole model, where the file is one of ours. run_state: all that our checkpoint holds.
-    left_out: keys of the file that are not the encoder's. tuned: protocol by which it learned from labels.
-    """
+    """An encoder in eval mode, on the CPU, in float32, and where it comes from; None where its file does not say."""
 
     encoder: Encoder
     architecture: Architecture
     path: Path
     sha256: str
+    """Of the file read."""
     layout: str
+    """"simclr-dali", or whose keys the file has (model.foreign)."""
     step: int | None = None
+    """Of pre-training."""
     image_size: int | None = None
+    """Side of the views it was trained on, in pixels."""
     data: str | None = None
+    """Address of the shards."""
     classifier: Classifier | None = None
+    """The whole model, where the file is a classifier of ours."""
     run_state: dict[str, Any] | None = None
+    """All that our checkpoint holds."""
     left_out: tuple[str, ...] = ()
+    """Keys of the file that are not the encoder's."""
     tuned: str | None = None
+    """Protocol by which it learned from labels."""
 
 
 def load(
@@ -84,10 +91,11 @@ def open_pretrained(
         opened = _of_file(path, path.read_bytes(), prefix, stem_padding)
         if untrained:
             raise CheckpointError(f"{path} does not say what its training began with; --untrained needs a run of ours")
-    if stem_padding is not None and opened.architecture.stem != "3x3":
-        raise CheckpointError(f"{path} has the {opened.architecture.stem} stem; a stem padding is for 3x3")
+    described = opened.architecture.encoder
+    if stem_padding is not None and not (isinstance(described, ResNet) and described.stem == "3x3"):
+        raise CheckpointError(f"{path} holds {described.label()}; a stem padding is for the 3x3 stem")
     given = {"unit_range": unit_range, "stem_padding": stem_padding}
-    opened.encoder.take_habits({name: value for name, value in given.items() if value is not None})
+    opened.encoder.adopt({name: value for name, value in given.items() if value is not None})
     return opened
 
 
@@ -105,17 +113,26 @@ def _of_run(found: Checkpoint, untrained: bool) -> Pretrained:
     if untrained:
         encoder = build_model(architecture, state["seed"]).encoder
     else:
-        encoder = build_encoder(architecture)
+        encoder = architecture.encoder.build()
         weights = {key.removeprefix(_PREFIX): value for key, value in state["model"].items() if key.startswith(_PREFIX)}
         try:
             encoder.load_state_dict(weights)
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:300]
-            raise CheckpointError(f"{found.path} does not hold the {architecture.name} it names: {reason}") from error
+            raise CheckpointError(
+                f"{found.path} does not hold the {architecture.encoder.name} it names: {reason}"
+            ) from error
     return Pretrained(
-        encoder.eval(), architecture, found.path, found.sha256, "simclr-dali", 0 if untrained else state["step"],
-        state["image_size"], state.get("data"), run_state=state,
-    )  # fmt: skip
+        encoder=encoder.eval(),
+        architecture=architecture,
+        path=found.path,
+        sha256=found.sha256,
+        layout=OURS,
+        step=0 if untrained else state["step"],
+        image_size=state["image_size"],
+        data=state.get("data"),
+        run_state=state,
+    )
 
 
 def _of_file(path: Path, data: bytes, prefix: str | None, stem_padding: int | None) -> Pretrained:
@@ -126,19 +143,57 @@ def _of_file(path: Path, data: bytes, prefix: str | None, stem_padding: int | No
             return _of_run(Checkpoint(path, sha256, own), untrained=False)
         if own is not None and is_classifier(own):
             classifier = Classifier.of_state(own, path)
-            about = classifier.about
-            protocol = str(about.get("protocol", ""))
-            tuned = protocol if protocol.startswith("finetune") else about.get("tuned")
-            return Pretrained(
-                classifier.encoder, classifier.architecture, path, sha256, "simclr-dali", about.get("checkpoint_step"),
-                classifier.image_size, about.get("data"), classifier, tuned=tuned,
-            )  # fmt: skip
-    found = find_encoder(read_tensors(path, data), str(path), prefix, stem_padding)
-    encoder = build_encoder(found.architecture)
-    encoder.load_state_dict(found.weights)
+            return _of_classifier(path, sha256, classifier)
+    tensors = read_tensors(path, data)
     about = exported_about(path) if path.suffix == ".safetensors" else {}
-    encoder.take_habits(about.get("habits", found.habits))
+    if "architecture" in about:
+        return _of_export(path, sha256, tensors, about)
+    found = find_encoder(tensors, str(path), prefix, stem_padding)
+    encoder = found.architecture.encoder.build()
+    encoder.load_state_dict(found.weights)
+    encoder.adopt(found.conventions)
+    return Pretrained(encoder.eval(), found.architecture, path, sha256, found.layout, left_out=found.left_out)
+
+
+def _of_classifier(path: Path, sha256: str, classifier: Classifier) -> Pretrained:
+    about = classifier.about
+    protocol = str(about.get("protocol", ""))
     return Pretrained(
-        encoder.eval(), found.architecture, path, sha256, "simclr-dali" if about else found.layout, about.get("step"),
-        about.get("image_size"), left_out=found.left_out, tuned=about.get("tuned"),
-    )  # fmt: skip
+        encoder=classifier.encoder,
+        architecture=classifier.architecture,
+        path=path,
+        sha256=sha256,
+        layout=OURS,
+        step=about.get("checkpoint_step"),
+        image_size=classifier.image_size,
+        data=about.get("data"),
+        classifier=classifier,
+        tuned=protocol if protocol.startswith("finetune") else about.get("tuned"),
+    )
+
+
+def _of_export(path: Path, sha256: str, tensors: dict[str, Tensor], about: dict[str, Any]) -> Pretrained:
+    """What eval/export.py wrote, with its metadata."""
+    try:
+        architecture = Architecture.of_plain(about["architecture"])
+        head = tuple(key for key in tensors if key.startswith(HEAD))
+        weights = {key: value for key, value in tensors.items() if key not in head}
+        weights = require_complete(weights, architecture.encoder, str(path))
+    except (ValueError, TypeError, AttributeError, OverflowError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{path} does not hold the encoder that it describes ({error}); export it again"
+        ) from error
+    encoder = architecture.encoder.build()
+    encoder.load_state_dict(weights)
+    encoder.adopt(about.get("conventions", {}))
+    return Pretrained(
+        encoder=encoder.eval(),
+        architecture=architecture,
+        path=path,
+        sha256=sha256,
+        layout=OURS,
+        step=about.get("step"),
+        image_size=about.get("image_size"),
+        left_out=head,
+        tuned=about.get("tuned"),
+    )

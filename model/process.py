@@ -11,26 +11,29 @@ from typing import Any, TextIO, TypeVar
 import torch
 import torch.distributed as dist
 
+from simclr_dali.shards.errors import UserError
+
 T = TypeVar("T")
 
 
-class LaunchError(ValueError):
+class LaunchError(UserError):
     """The processes that were started do not fit the machine. The message says why and what to do."""
 
 
 @dataclass(frozen=True)
 class Process:
-    """This process among those of the run.
-
-    local_world: processes on this machine. cores: its share of them. patience: how long it waits for the others.
-    """
+    """This process among those of the run."""
 
     rank: int
     world: int
+    """Processes of the run."""
     local_world: int
+    """Processes on this machine."""
     device: torch.device
     cores: int
+    """This process's share of the machine's."""
     patience: timedelta = timedelta(minutes=30)
+    """How long it waits for the others."""
 
 
 def on_gpu() -> bool:
@@ -38,7 +41,7 @@ def on_gpu() -> bool:
     return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
 
 
-def join(patience: timedelta) -> Process:
+def init_distributed(patience: timedelta) -> Process:
     """Join the process group: NCCL with a GPU per process, else gloo on the CPU.
 
     Without a launcher this process is the whole group. patience: how long a rank waits for the others.
@@ -69,7 +72,7 @@ def join(patience: timedelta) -> Process:
     return Process(dist.get_rank(), dist.get_world_size(), local_world, device, cores, patience)
 
 
-def by_rank_0(process: Process, action: Callable[[], T]) -> T:
+def on_rank_0(process: Process, action: Callable[[], T]) -> T:
     """The result of ``action`` on rank 0, given to all ranks; a ValueError of it is raised by all of them."""
     found: list[Any] = [None, None]
     if process.rank == 0:
@@ -84,13 +87,13 @@ def by_rank_0(process: Process, action: Callable[[], T]) -> T:
     return result
 
 
-def say(process: Process, text: str) -> None:
-    """Print on rank 0."""
+def print_rank_0(process: Process, text: str) -> None:
+    """:func:`print_now` on rank 0, nothing on the others."""
     if process.rank == 0:
-        show(text)
+        print_now(text)
 
 
-def show(text: str, *, end: str = "\n", file: TextIO | None = None) -> None:
+def print_now(text: str, *, end: str = "\n", file: TextIO | None = None) -> None:
     """Print at once, to stdout unless ``file`` is another stream.
 
     What cannot be written must not end a run and is dropped; where nobody reads any more (a closed pipe, a terminal

@@ -14,10 +14,11 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from simclr_dali.model import migrations
 from simclr_dali.model.checkpoint import CheckpointError
 
 # Of what eval/export.py writes beside weights.
-_OURS = ("habits", "image_size", "step", "tuned")
+_OURS = ("architecture", "habits", "conventions", "image_size", "step", "tuned")
 
 
 class _Inert(dict[Any, Any]):
@@ -137,13 +138,14 @@ def exported_about(path: Path) -> dict[str, Any]:
     if "checkpoint_sha256" not in metadata:
         return {}
     try:
-        about = {key: json.loads(metadata[key]) for key in _OURS if key in metadata}
+        about = migrations.conventions({key: json.loads(metadata[key]) for key in _OURS if key in metadata})
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} has damaged metadata ({error}); export it again") from error
-    habits = about.get("habits", {})
+    conventions = about.get("conventions", {})
     sound = (
-        isinstance(habits, dict)
-        and _is_count(habits.get("stem_padding", 1))
+        isinstance(conventions, dict)
+        and isinstance(about.get("architecture", {}), dict)
+        and _is_count(conventions.get("stem_padding", 1))
         and all(about.get(key) is None or _is_count(about[key]) for key in ("image_size", "step"))
         and isinstance(about.get("tuned"), str | None)
     )

@@ -4,14 +4,23 @@ A torchvision wheel built for CUDA does not import beside a CPU-only torch: its 
 the operators ``nms`` and ``qnms``, which only its compiled extension defines, and that extension does not load, so
 torch raises "operator torchvision::nms does not exist". We use models only, no operator, so it is enough that the two
 names exist. Where the extension does load, nothing is defined here.
+
+One of its operators also imports torch's compiler, for a function that we never call: 1.4 of the 1.6 seconds that the
+import of torchvision takes. A stand-in of that one module is there meanwhile.
 """
 
 import importlib.util
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import torch
 
 _operators = torch.library.Library("torchvision", "FRAGMENT")
+_COMPILER = "torch._dynamo.utils"
 
 
 def _extension_loads() -> bool:
@@ -27,12 +36,36 @@ def _extension_loads() -> bool:
     return bool(extensions)
 
 
+def _is_compile_supported(device: str) -> Any:
+    from torch._dynamo.utils import is_compile_supported
+
+    return is_compile_supported(device)
+
+
+@contextmanager
+def _compiler_not_imported() -> Iterator[None]:
+    if _COMPILER in sys.modules:
+        yield
+        return
+    stand_in = ModuleType(_COMPILER)
+    stand_in.__dict__["is_compile_supported"] = _is_compile_supported
+    sys.modules[_COMPILER] = stand_in
+    try:
+        yield
+    finally:
+        if sys.modules.get(_COMPILER) is stand_in:
+            del sys.modules[_COMPILER]
+
+
 if not _extension_loads():
     _operators.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     _operators.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
-import torchvision
-import torchvision.transforms.v2
+try:
+    with _compiler_not_imported():
+        import torchvision
+except ImportError:  # another version asks the compiler for more
+    import torchvision
 from torchvision.models import resnet
 
 __all__ = ["resnet", "torchvision"]

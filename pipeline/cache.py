@@ -8,7 +8,7 @@ import fcntl
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -19,12 +19,35 @@ from simclr_dali.shards.errors import UserError
 LOOK_AGAIN = 0.05  # seconds after which what another process holds is asked for once more
 
 
-@dataclass(frozen=True)
+@dataclass
 class Cache:
     """Where remote shards are kept on the local disk, and how many bytes of them at most, over all processes."""
 
     folder: Path
     limit: int
+
+    def room_locked(self) -> AbstractContextManager[None]:
+        """Nobody else counts what is kept, or adds to it, meanwhile."""
+        return locked(self.folder / "room.lock")
+
+    def make_room(self, size: int, worth: dict[Path, int], most: int) -> bool:
+        """Remove shards until ``size`` bytes more fit, those of the least worth first, of these the longest unused.
+
+        worth: of shards that this process needs; all others have 0. most: the worth of what may be removed. Where all
+        of that is not enough nothing is removed, and the answer is False. The caller holds :meth:`room_locked`.
+        """
+        kept = kept_in(self.folder)
+        removable = [path for path in kept if path.suffix == ".tar" and worth.get(path, 0) <= most]
+        removable.sort(key=lambda path: (worth.get(path, 0), kept[path].st_mtime))
+        excess = sum(stat.st_size for stat in kept.values()) + size - self.limit
+        if excess > sum(kept[path].st_size for path in removable):
+            return False
+        for path in removable:
+            if excess <= 0:
+                break
+            path.unlink(missing_ok=True)
+            excess -= kept[path].st_size
+        return True
 
 
 def kept_in(folder: Path) -> dict[Path, os.stat_result]:
@@ -33,7 +56,7 @@ def kept_in(folder: Path) -> dict[Path, os.stat_result]:
     # Only below folders that are named by a manifest: a cache folder may hold tars of its owner too.
     for path in folder.glob(f"{'[0-9a-f]' * 16}/*/*"):
         if path.suffix in (".tar", ".partial"):
-            with suppress(FileNotFoundError):  # another process let go of it
+            with suppress(FileNotFoundError):  # another process removed it
                 kept[path] = path.stat()
     return kept
 
@@ -48,7 +71,7 @@ def remove_leftovers(folder: Path) -> None:
                 partial.unlink(missing_ok=True)
 
 
-def closed() -> UserError:
+def loader_closed() -> UserError:
     return UserError("the loader was closed")
 
 
@@ -63,7 +86,7 @@ def locked(path: Path, stop: threading.Event | None = None) -> Iterator[None]:
     with file:
         while stop and not _try_lock(file):
             if stop.wait(LOOK_AGAIN):
-                raise closed()
+                raise loader_closed()
         if not stop:
             fcntl.flock(file, fcntl.LOCK_EX)
         yield

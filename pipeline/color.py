@@ -14,7 +14,7 @@ from simclr_dali.pipeline.draws import BRIGHTNESS, CONTRAST, HUE, SATURATION, Dr
 Matrices = npt.NDArray[np.float32]
 
 LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601, as Pillow and torchvision
-_GRAY = np.tile(LUMA, (3, 1))
+GRAY = np.tile(LUMA, (3, 1))
 _TO_YIQ = np.array([LUMA, [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
 _FROM_YIQ = np.linalg.inv(_TO_YIQ)
 
@@ -26,17 +26,17 @@ def compose(draws: Draws) -> tuple[Matrices, Matrices]:
     factors = np.where(on, draws.factors, [1.0, 1.0, 1.0, 0.0])
     brightness, contrast, saturation = (factors[:, k, None, None] for k in (BRIGHTNESS, CONTRAST, SATURATION))
     hue = _hue_rotation(factors[:, HUE])
-    saturate = saturation * np.eye(3) + (1 - saturation) * _GRAY
+    saturate = saturation * np.eye(3) + (1 - saturation) * GRAY
 
     m, n = np.tile(np.eye(3), (count, 1, 1)), np.zeros((count, 3, 3))
     for position in range(4):
         step = draws.order[:, position, None, None]
         cases = [step == BRIGHTNESS, step == CONTRAST, step == SATURATION]
         # Contrast: c x + (1 - c) gray(mean), and the mean of the picture so far is (M + N) mean(x).
-        n = np.select(cases, [brightness * n, contrast * n + (1 - contrast) * (_GRAY @ (m + n)), saturate @ n], hue @ n)
+        n = np.select(cases, [brightness * n, contrast * n + (1 - contrast) * (GRAY @ (m + n)), saturate @ n], hue @ n)
         m = np.select(cases, [brightness * m, contrast * m, saturate @ m], hue @ m)
     gray = draws.gray[:, None, None]
-    return np.where(gray, _GRAY @ m, m).astype(np.float32), np.where(gray, _GRAY @ n, n).astype(np.float32)
+    return np.where(gray, GRAY @ m, m).astype(np.float32), np.where(gray, GRAY @ n, n).astype(np.float32)
 
 
 def _hue_rotation(turns: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

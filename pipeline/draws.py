@@ -4,14 +4,22 @@ Source of every distribution and default: SimCLR (Chen et al. 2020), appendix A 
 (google-research/simclr, data_util.py): crop area U(0.08, 1) and aspect log-uniform in (3/4, 4/3), flip 1/2; with
 probability 0.8 brightness, contrast, saturation in U(1 - 0.8 s, 1 + 0.8 s) and hue in U(-0.2 s, 0.2 s) turns, in a
 random order; gray with probability 0.2; blur with probability 0.5 and sigma U(0.1, 2) pixels. The crop is drawn as
-torchvision's RandomResizedCrop draws it: ten tries, then the largest central box of an allowed aspect.
+torchvision's RandomResizedCrop draws it: ten tries, then the largest central box of an allowed aspect. Solarize is not
+SimCLR's: BYOL's second view (Grill et al. 2020, appendix B) has it with probability 0.2 at threshold 128.
+
+A step of a view is a field or two of Recipe and of Draws, a word or two, and a line or two in ``draw``, here; what it
+computes is in pipeline/graph.py and, by torchvision, in scripts/parity.py; pipeline/views.py says what was drawn.
 """
 
 from dataclasses import dataclass
+from enum import IntEnum, auto
 from itertools import permutations
+from typing import Annotated
 
 import numpy as np
 import numpy.typing as npt
+import pydantic
+from pydantic import Field
 
 from simclr_dali.pipeline.philox import VIEW, philox, uniform
 
@@ -22,54 +30,107 @@ BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 _ORDERS = np.array(list(permutations(range(4))), np.int64)  # (24, 4)
 _CROP_TRIES = 10
 _ASPECT = (3 / 4, 4 / 3)  # width / height
-# Words a view uses: 2 per try, 2 for the position, and one each for flip, jitter, 4 factors, order, gray, blur, sigma.
-_WORDS = 2 * _CROP_TRIES + 2 + 10
+Probability = Annotated[float, Field(ge=0, le=1)]
+Range = Annotated[tuple[float, float], Field(strict=False)]  # JSON has lists
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """Probabilities and strengths of one view; the defaults are SimCLR's for ImageNet.
+class _Word(IntEnum):
+    """The random words of a view, after two for each of the tries of its crop. New ones come last: the place of a word
+    is part of what a seed means."""
 
-    strength: s above, scales all four color ranges. area: range of the crop's share of the picture.
-    sigma: range of the blur's standard deviation, in pixels of the view.
-    """
-
-    area: tuple[float, float] = (0.08, 1.0)
-    flip: float = 0.5
-    jitter: float = 0.8
-    strength: float = 1.0
-    gray: float = 0.2
-    blur: float = 0.5
-    sigma: tuple[float, float] = (0.1, 2.0)
-
-    def changes_pixels(self) -> bool:
-        """Whether anything beyond crop and flip can be drawn."""
-        return max(self.jitter, self.gray, self.blur) > 0
+    CROP_X = 0
+    CROP_Y = auto()
+    FLIP = auto()
+    JITTER = auto()
+    BRIGHTNESS = auto()
+    CONTRAST = auto()
+    SATURATION = auto()
+    HUE = auto()
+    ORDER = auto()
+    GRAY = auto()
+    BLUR = auto()
+    SIGMA = auto()
+    SOLARIZE = auto()
 
 
-# The paper's settings for CIFAR-10 (appendix B.9): half the color strength and no blur.
-CIFAR = Recipe(strength=0.5, blur=0.0)
+class Recipe(pydantic.BaseModel):
+    """Probabilities and strengths of one view; the defaults are SimCLR's for ImageNet. A block of the config, too."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    area: Range = (0.08, 1.0)
+    """Smallest and largest share of the picture that a crop covers."""
+    flip: Probability = 0.5
+    """Probability of a horizontal flip."""
+    jitter: Probability = 0.8
+    """Probability of color jitter."""
+    strength: float = Field(default=1.0, ge=0)
+    """Strength s of color jitter (paper: 1 for ImageNet, 0.5 for CIFAR-10); it scales all four ranges."""
+    gray: Probability = 0.2
+    """Probability of dropping all color."""
+    blur: Probability = 0.5
+    """Probability of a Gaussian blur."""
+    sigma: Range = (0.1, 2.0)
+    """Range of the blur's standard deviation, in pixels of the view."""
+    solarize: Probability = 0.0
+    """Probability of inverting all values from the threshold on."""
+    solarize_threshold: float = Field(default=128.0, ge=0, le=255)
+    """In levels of 0..255."""
+
+    @pydantic.model_validator(mode="after")
+    def _refuse_no_ranges(self) -> "Recipe":
+        for name, (low, high), most in (("area", self.area, 1.0), ("sigma", self.sigma, float("inf"))):
+            if not 0 < low <= high <= most:
+                raise ValueError(f"{name} is [{low}, {high}], which is no range of positive numbers up to {most}")
+        return self
+
+    def steps(self) -> frozenset[str]:
+        """What can be drawn beyond crop and flip: "color", "blur" and "solarize" (pipeline.graph)."""
+        chances = {"color": max(self.jitter, self.gray), "blur": self.blur, "solarize": self.solarize}
+        return frozenset(step for step, chance in chances.items() if chance > 0)
+
+
 # What a linear probe is trained on (appendix B.8): random crops and flips only.
 PROBE = Recipe(jitter=0.0, gray=0.0, blur=0.0)
 
 
 @dataclass(frozen=True)
 class Draws:
-    """One view of n samples.
-
-    box: float64 (n, 4), x0, y0, x1, y1 in pixels of the stored picture. flip, jitter, gray, blur: bool (n,).
-    factors: float64 (n, 4), brightness, contrast, saturation (1 = unchanged), hue in turns (0 = unchanged).
-    order: int64 (n, 4), the order in which the factors apply. sigma: float64 (n,), pixels of the view.
-    """
+    """One view of n samples."""
 
     box: Floats
+    """float64 (n, 4): x0, y0, x1, y1 in pixels of the stored picture."""
     flip: Bools
     jitter: Bools
     factors: Floats
+    """float64 (n, 4): brightness, contrast, saturation (1: unchanged), hue in turns (0: unchanged)."""
     order: npt.NDArray[np.int64]
+    """int64 (n, 4): the order in which the factors apply."""
     gray: Bools
     blur: Bools
     sigma: Floats
+    """float64 (n,): pixels of the view."""
+    solarize: Bools
+    threshold: Floats
+    """float64 (n,): of solarize, in levels."""
+
+    @staticmethod
+    def neutral(box: Floats) -> "Draws":
+        """The boxes, and nothing else done to them."""
+        count = len(box)
+        never = np.zeros(count, np.bool_)
+        return Draws(
+            box=box,
+            flip=never,
+            jitter=never,
+            factors=np.tile([1.0, 1.0, 1.0, 0.0], (count, 1)),
+            order=np.tile(np.arange(4), (count, 1)),
+            gray=never,
+            blur=never,
+            sigma=np.ones(count),
+            solarize=never,
+            threshold=np.full(count, 128.0),
+        )
 
 
 def draw(
@@ -86,21 +147,23 @@ def draw(
     A pure function: the row of a sample does not depend on the others in the call.
     """
     u = _uniforms(seed, epoch, ids, view)
-    tries, rest = u[:, : 2 * _CROP_TRIES].reshape(-1, _CROP_TRIES, 2), u[:, 2 * _CROP_TRIES :]
+    tries, word = u[:, : 2 * _CROP_TRIES].reshape(-1, _CROP_TRIES, 2), u[:, 2 * _CROP_TRIES :]
     spread = 0.8 * recipe.strength
     least = max(0.0, 1 - spread)  # at a strength over 1.25 the range would reach below 0; torchvision cuts it there
     low = np.array([least, least, least, -0.2 * recipe.strength])
     high = np.array([1 + spread, 1 + spread, 1 + spread, 0.2 * recipe.strength])
-    factors = low + (high - low) * rest[:, 4:8]
+    factors = low + (high - low) * word[:, _Word.BRIGHTNESS : _Word.HUE + 1]
     return Draws(
-        box=_crop(recipe.area, tries, rest[:, 0], rest[:, 1], width, height),
-        flip=rest[:, 2] < recipe.flip,
-        jitter=rest[:, 3] < recipe.jitter,
+        box=_crop(recipe.area, tries, word[:, _Word.CROP_X], word[:, _Word.CROP_Y], width, height),
+        flip=word[:, _Word.FLIP] < recipe.flip,
+        jitter=word[:, _Word.JITTER] < recipe.jitter,
         factors=factors,
-        order=_ORDERS[(rest[:, 8] * len(_ORDERS)).astype(np.int64)],
-        gray=rest[:, 9] < recipe.gray,
-        blur=rest[:, 10] < recipe.blur,
-        sigma=recipe.sigma[0] + (recipe.sigma[1] - recipe.sigma[0]) * rest[:, 11],
+        order=_ORDERS[(word[:, _Word.ORDER] * len(_ORDERS)).astype(np.int64)],
+        gray=word[:, _Word.GRAY] < recipe.gray,
+        blur=word[:, _Word.BLUR] < recipe.blur,
+        sigma=recipe.sigma[0] + (recipe.sigma[1] - recipe.sigma[0]) * word[:, _Word.SIGMA],
+        solarize=word[:, _Word.SOLARIZE] < recipe.solarize,
+        threshold=np.full(len(ids), recipe.solarize_threshold),
     )
 
 
@@ -117,25 +180,14 @@ def center(width: npt.NDArray[np.int64], height: npt.NDArray[np.int64], fraction
 
     224/256 is "resize the short side to 256, take the central 224" in one resampling instead of two.
     """
-    count = len(width)
     side = fraction * np.minimum(width, height).astype(np.float64)
     x0, y0 = (width - side) / 2, (height - side) / 2
-    never = np.zeros(count, np.bool_)
-    return Draws(
-        box=np.stack([x0, y0, x0 + side, y0 + side], axis=1),
-        flip=never,
-        jitter=never,
-        factors=np.tile([1.0, 1.0, 1.0, 0.0], (count, 1)),
-        order=np.tile(np.arange(4), (count, 1)),
-        gray=never,
-        blur=never,
-        sigma=np.ones(count),
-    )
+    return Draws.neutral(np.stack([x0, y0, x0 + side, y0 + side], axis=1))
 
 
 def _uniforms(seed: int, epoch: int, ids: npt.NDArray[np.int64], view: int) -> Floats:
-    """Uniform numbers, float64 (n, at least _WORDS)."""
-    blocks = -(-_WORDS // 4)
+    """Uniform numbers, float64 (n, at least as many as a view has words)."""
+    blocks = -(-(2 * _CROP_TRIES + len(_Word)) // 4)
     counters = np.empty((len(ids), blocks, 4), np.uint32)
     counters[..., 0] = ids[:, None]
     counters[..., 1] = np.arange(blocks) | view << 16

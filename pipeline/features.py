@@ -10,22 +10,23 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from simclr_dali.pipeline.files import Files
-from simclr_dali.pipeline.loader import Setting, labelled
-from simclr_dali.shards.manifest import ShardSet
+from simclr_dali.pipeline.files import Split
+from simclr_dali.pipeline.graph import LoaderConfig
+from simclr_dali.pipeline.loader import central_views
 
 
 @dataclass(frozen=True)
 class Features:
-    """features: float32 [n, width]; labels: int64 [n]; both on the device, in the order of the ids that were asked.
-
-    seconds: they took; waited: of these, how many the host waited for input (on a GPU not those that it waited itself).
-    """
+    """Of some images, on the device, in the order in which they were asked for."""
 
     features: Tensor
+    """float32 [n, width]."""
     labels: Tensor
+    """int64 [n]."""
     seconds: float = 0.0
+    """How long they took."""
     waited: float = 0.0
+    """How many of these the host waited for input (a GPU's own waiting is not in it)."""
 
 
 def share(count: int, rank: int, world: int) -> npt.NDArray[np.int64]:
@@ -36,35 +37,27 @@ def share(count: int, rank: int, world: int) -> npt.NDArray[np.int64]:
 @torch.inference_mode()
 def extract(
     encoder: Callable[[Tensor], Tensor],
-    shards: ShardSet,
-    files: Callable[[], Files],
-    setting: Setting,
+    split: Split,
+    config: LoaderConfig,
     *,
     batch: int,
     ids: npt.NDArray[np.int64] | None = None,
     max_bad_fraction: float = 0.0,
     silent: bool = False,
 ) -> Features:
-    """Run every image of ``ids`` (default: of the set) once, centrally cropped, through ``encoder``.
+    """Run every image of ``ids`` (default: of the split) once, centrally cropped, through ``encoder``.
 
-    encoder: in eval mode, on setting.device; images [n, 3, size, size] -> features [n, width]. max_bad_fraction: see
-    pipeline.loader.labelled.
+    encoder: in eval mode, on config.device; images [n, 3, size, size] -> features [n, width]. max_bad_fraction: see
+    pipeline.loader.central_views.
     """
     began, waited = time.monotonic(), 0.0
-    count = len(shards) if ids is None else len(ids)
+    count = len(split.shards) if ids is None else len(ids)
     # Its width is known with the first batch; for an empty share, by asking.
-    features = None if count else encoder(torch.zeros(1, 3, setting.size, setting.size, device=setting.device))[:0]
+    features = None if count else encoder(torch.zeros(1, 3, config.size, config.size, device=config.device))[:0]
     labels = torch.empty(count, dtype=torch.int64)
     done = 0
-    images = labelled(
-        shards,
-        setting,
-        batch=batch,
-        ids=ids,
-        max_bad_fraction=max_bad_fraction,
-        files=files,
-    )
-    with tqdm(total=count, desc=f"features of {shards.split}", unit=" images", disable=silent or None) as bar:
+    images = central_views(split, config, batch=batch, ids=ids, max_bad_fraction=max_bad_fraction)
+    with tqdm(total=count, desc=f"features of {split.shards.split}", unit=" images", disable=silent or None) as bar:
         while True:
             asked = time.monotonic()
             found = next(images, None)
@@ -79,4 +72,4 @@ def extract(
             done += len(rows)
             bar.update(len(rows))
     assert features is not None and done == count
-    return Features(features.float(), labels.to(setting.device), time.monotonic() - began, waited)
+    return Features(features.float(), labels.to(config.device), time.monotonic() - began, waited)

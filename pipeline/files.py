@@ -1,26 +1,27 @@
-"""The tars as files that can be read: opened, and fetched ahead in whole shards."""
+"""The tars of a split as files that can be read: opened, and fetched ahead in whole shards."""
 
 import os
 import queue
 import resource
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from simclr_dali.shards.errors import UserError
-from simclr_dali.shards.manifest import ShardSet
+from simclr_dali.shards.manifest import ShardSet, load_split
 
 _FEW_FILES, _SPARE_FILES = 16, 256  # descriptors that the rest of the process will need at least, and in comfort
-_PIECE = 1 << 20  # bytes; the kernel reads no more than about this ahead on one request
+_REQUEST = 1 << 20  # bytes; the kernel reads no more than about this ahead on one request
 
 
 class Files(Protocol):
     """Where a SampleReader finds its shards; numbers are places in the manifest."""
 
-    def expect(self, now: Sequence[int], after: Sequence[int]) -> None:
-        """Say which shards are read now and which after those; they are fetched in the background."""
+    def expect(self, current: Sequence[int], upcoming: Sequence[int]) -> None:
+        """Name the shards that are read now and those that come next; they are fetched in the background."""
 
     def opened(self, shard: int) -> AbstractContextManager[int]:
         """A descriptor to read the shard with; waits for it where it still has to be fetched."""
@@ -30,6 +31,20 @@ class Files(Protocol):
 
     def close(self) -> None:
         """End the threads and close what is open; nobody may be reading."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """A packed split, and what opens its files; every user opens them anew."""
+
+    shards: ShardSet
+    open_files: Callable[[], Files]
+
+    @staticmethod
+    def local(data: Path | str, split: str) -> "Split":
+        """``data/split`` on this machine. Raises UserError where there is none."""
+        shards = load_split(data, split)
+        return Split(shards, lambda: LocalFiles(shards))
 
 
 class LocalFiles:
@@ -53,8 +68,8 @@ class LocalFiles:
         self._thread = threading.Thread(target=self._fetch_expected, name="fetch", daemon=True)
         self._thread.start()
 
-    def expect(self, now: Sequence[int], after: Sequence[int]) -> None:
-        shards = [*now, *after]
+    def expect(self, current: Sequence[int], upcoming: Sequence[int]) -> None:
+        shards = [*current, *upcoming]
         new = [shard for shard in shards if shard not in self._expected]
         self._expected = set(shards)
         for shard in new:
@@ -77,10 +92,10 @@ class LocalFiles:
 
     def _fetch_expected(self) -> None:
         while (shard := self._queue.get()) is not None:
-            for at in range(0, self._sizes[shard], _PIECE):
+            for at in range(0, self._sizes[shard], _REQUEST):
                 if self._stop.is_set():
                     return
-                os.posix_fadvise(self._descriptors[shard], at, _PIECE, os.POSIX_FADV_WILLNEED)
+                os.posix_fadvise(self._descriptors[shard], at, _REQUEST, os.POSIX_FADV_WILLNEED)
 
 
 def _allow_open_files(shards: int) -> None:

@@ -1,7 +1,7 @@
 """The DALI graph: encoded bytes and numbers in, normalised views out. It draws nothing itself.
 
 The same graph runs on CPU and GPU. Per image: decode once; then per view resize the drawn box, map colors (one affine
-map, see pipeline.color), blur, mirror and normalise. Steps that a view did not draw are skipped per sample.
+map, see pipeline.color), blur, solarize, mirror and normalise. Steps that a view did not draw are skipped per sample.
 """
 
 from collections.abc import Callable, Sequence
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from nvidia.dali import fn, math, pipeline_def, types
 from nvidia.dali.pipeline import Pipeline
 
@@ -21,148 +22,196 @@ MEAN = (123.675, 116.28, 103.53)
 STD = (58.395, 57.12, 57.375)
 
 Array = np.ndarray[Any, Any]
+Steps = frozenset[str]
 INTERPOLATIONS = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
-# In the order in which scripts.bench.stages adds them; color and blur come before the output.
-STAGES = ("decode", "crop", "output", "color", "blur")
 _BLACK, _WHITE = np.float32(0), np.float32(255)
 _NO_BLUR = 0.1  # pixels; the next pixel's weight is then exp(-50)
-_REGION_INPUTS = 2
-_BASIC_INPUTS = 3
-_COLOR_INPUTS = 5
+_NO_SOLARIZE = 256.0  # levels; no value reaches it
 
 
 @dataclass(frozen=True)
-class Tuning:
-    """Ways to compute the same views, for measuring on a device; what is best on a CPU is the default.
+class LoaderConfig:
+    """How views are made. No pixel depends on it but by size, device, interpolation and the rounding of dtype."""
 
-    conditionals: skip color and blur for samples that did not draw them, instead of neutral parameters. region: decode
-    only what the views' boxes cover. hw_decoder_load: share of a batch for a GPU's JPEG engine (shards.decode).
-    """
-
+    size: int
+    """Side of the views, in pixels."""
+    device: torch.device
+    threads: int = 2
+    """Of reading, and as many of DALI."""
+    dtype: torch.dtype = torch.float32
+    """float32, float16 or bfloat16."""
+    interpolation: str = "bilinear"
+    """One of INTERPOLATIONS."""
+    read_ahead: int = 4
+    """Batches read ahead of the graph. At most read_ahead + prefetch + 2 batches of encoded images are in memory."""
+    prefetch: int = 2
+    """Batches computed ahead of the caller. prefetch + 1 batches of views are in memory beside those it keeps."""
     conditionals: bool = True
+    """Skip color, blur and solarize for samples that did not draw them, instead of neutral parameters."""
     region: bool = False
-    hw_decoder_load: float = 0.0
+    """Decode only what the views' boxes cover."""
+
+    @property
+    def device_id(self) -> int | None:
+        """Of CUDA, or None for the CPU."""
+        return (self.device.index or 0) if self.device.type == "cuda" else None
 
 
-PLAIN = Tuning()
-
-
-def region_inputs(draws: Sequence[Draws]) -> list[Array]:
+def region_inputs(draws: Sequence[Draws]) -> dict[str, Array]:
     """Corners (y, x), int32 (n, 2), of the smallest box around the boxes of all views."""
     starts = np.floor(np.min([view.box[:, [1, 0]] for view in draws], axis=0))
     ends = np.ceil(np.max([view.box[:, [3, 2]] for view in draws], axis=0))
-    return [starts.astype(np.int32), ends.astype(np.int32)]
+    return {"start": starts.astype(np.int32), "end": ends.astype(np.int32)}
 
 
-def view_inputs(draws: Draws, augment: bool) -> list[Array]:
-    """What the graph takes for one view, in its order: box as (y, x) start and end, mirror, then color and blur.
+def view_inputs(draws: Draws, steps: Steps, conditionals: bool = True) -> dict[str, Array]:
+    """What the graph takes for one view, by name: the box as (y, x) start and end, mirror, and what ``steps`` need.
 
-    Color and blur of a sample that did not draw them are neutral: the identity, and a blur of one pixel.
+    A sample that did not draw a step has neutral values for it; conditionals: and is told by a flag, to skip it.
     """
     box = draws.box.astype(np.float32)
-    inputs: list[Array] = [box[:, [1, 0]], box[:, [3, 2]], draws.flip.astype(np.int32)]
-    if augment:
+    inputs: dict[str, Array] = {"start": box[:, [1, 0]], "end": box[:, [3, 2]], "mirror": draws.flip.astype(np.int32)}
+    if "color" in steps:
         m, n = compose(draws)
+        inputs |= {"if color": draws.jitter | draws.gray, "m": m, "n": n}
+    if "blur" in steps:
         sigma = np.where(draws.blur, draws.sigma, _NO_BLUR).astype(np.float32)
-        inputs += [draws.jitter | draws.gray, m, n, draws.blur, sigma]
-    return [np.ascontiguousarray(array) for array in inputs]
+        inputs |= {"if blur": draws.blur, "sigma": sigma}
+    if "solarize" in steps:
+        threshold = np.where(draws.solarize, draws.threshold, _NO_SOLARIZE).astype(np.float32)
+        inputs |= {"if solarize": draws.solarize, "threshold": threshold}
+    return {
+        name: np.ascontiguousarray(array)
+        for name, array in inputs.items()
+        if conditionals or not name.startswith("if ")
+    }
+
+
+def graph_inputs(encoded: list[Any], draws: Sequence[Draws], steps: Steps, config: LoaderConfig) -> list[Any]:
+    """What ``source`` of :func:`build` gives for a batch: encoded images, and what each view drew."""
+    region = region_inputs(draws) if config.region else {}
+    per_view = [view_inputs(view, steps, config.conditionals) for view in draws]
+    return [encoded, *region.values(), *(array for inputs in per_view for array in inputs.values())]
 
 
 def build(
     source: Callable[[], list[Any]],
+    config: LoaderConfig,
     *,
     batch: int,
     views: int,
-    augment: bool,
-    size: int,
-    interpolation: str,
-    device_id: int | None,
-    threads: int,
-    half: bool,
-    prefetch: int,
-    tuning: Tuning = PLAIN,
-    until: str = STAGES[-1],
+    steps: Steps,
+    until: str | None = None,
 ) -> Pipeline:
-    """Build the pipeline; ``run`` gives one batch per view, [batch, size, size, 3] float16 (``half``) or float32.
+    """Build the pipeline; ``run`` gives one batch per view, [batch, size, size, 3] float16 or float32.
 
-    source: called for each batch, returns [list of encoded images, *region_inputs if tuned so, *view_inputs of each
-    view]; StopIteration ends it.
-    device_id: CUDA device, or None for the CPU. augment: whether color and blur are part of the graph. until: the last
-    of STAGES that is part of the graph, for measuring.
+    source: called for each batch, returns :func:`graph_inputs`; StopIteration ends it. steps: those that any view can
+    draw (Recipe.steps). until: "decode" or "crop" ends the graph there, for measuring.
     """
+    nobody = Draws.neutral(np.empty((0, 4)))
+    names = list(view_inputs(nobody, steps, config.conditionals))
+    region_names = list(region_inputs([nobody])) if config.region else []
 
     @pipeline_def(
         batch_size=batch,
-        num_threads=threads,
-        device_id=device_id,
-        prefetch_queue_depth=prefetch,
+        num_threads=config.threads,
+        device_id=config.device_id,
+        prefetch_queue_depth=config.prefetch,
         enable_conditionals=True,
     )
     def graph() -> tuple[Any, ...]:
-        per_view = _BASIC_INPUTS + (_COLOR_INPUTS if augment else 0)
-        regions = _REGION_INPUTS if tuning.region else 0
-        encoded, *numbers = fn.external_source(source=source, num_outputs=1 + regions + views * per_view, batch=True)
-        region = (numbers[0], numbers[1]) if tuning.region else None
-        image = decoded(encoded, on_gpu=device_id is not None, hw_load=tuning.hw_decoder_load, region=region)
+        count = 1 + len(region_names) + views * len(names)
+        encoded, *numbers = fn.external_source(source=source, num_outputs=count, batch=True)
+        region = (numbers.pop(0), numbers.pop(0)) if config.region else None
+        image = decoded(encoded, on_gpu=config.device_id is not None, region=region)
         if until == "decode":
             return (image,)
         corner = fn.cast(region[0], dtype=types.FLOAT) if region else np.float32(0)
-        per_image = (numbers[regions + v * per_view :][:per_view] for v in range(views))
-        return tuple(view(image, corner, *of_view) for of_view in per_image)
-
-    def view(image: Any, corner: Any, start: Any, end: Any, mirror: Any, *color: Any) -> Any:
-        x = fn.resize(
-            image,
-            size=[size, size],
-            roi_start=start - corner,
-            roi_end=end - corner,
-            interp_type=INTERPOLATIONS[interpolation],
-            antialias=True,
-        )
+        first = [v * len(names) for v in range(views)]
+        of_view = [{name: numbers[at + place] for place, name in enumerate(names)} for at in first]
+        crops = [_cropped(image, corner, drawn, config) for drawn in of_view]
         if until == "crop":
-            return x
-        if augment and until in ("color", "blur"):
-            recolor, m, n, blur, sigma = color
-            x = colored(x, recolor, m, n)
-            if until == "blur":
-                x = blurred(x, blur, sigma)
-        return fn.crop_mirror_normalize(
-            x,
-            mirror=mirror,
-            dtype=types.FLOAT16 if half else types.FLOAT,
-            output_layout="HWC",
-            mean=list(MEAN),
-            std=list(STD),
-        )
-
-    def blurred(x: Any, blur: Any, sigma: Any) -> Any:
-        if not tuning.conditionals:
-            return fn.gaussian_blur(x, sigma=sigma)
-        if blur:
-            x = fn.gaussian_blur(x, sigma=sigma)
-        return x
-
-    def colored(x: Any, recolor: Any, m: Any, n: Any) -> Any:
-        # Bytes up to here, as in torchvision, and floats from here on: on a CPU, DALI resizes to bytes faster than to
-        # floats, but rounds back to bytes more slowly than it computes.
-        if not tuning.conditionals:
-            return mapped(x, m, n)
-        if recolor:  # noqa: SIM108
-            y = mapped(x, m, n)
-        else:  # DALI turns statements into conditionals, not the ternary operator
-            y = fn.cast(x, dtype=types.FLOAT)
-        return y
-
-    def mapped(x: Any, m: Any, n: Any) -> Any:
-        mean = fn.reshape(fn.reductions.mean(x, axes=[0, 1]), shape=[1, 3])
-        shift = fn.coord_transform(mean, M=n)
-        if device_id is None:
-            y = fn.coord_transform(x, M=m, T=fn.reshape(shift, shape=[3]))
-        else:
-            # Named arguments such as T must be on the CPU, where the mean is not.
-            y = fn.coord_transform(x, M=m) + fn.reshape(shift, shape=[1, 1, 3])
-        return fn.reshape(math.min(math.max(y, _BLACK), _WHITE), layout="HWC")
+            return tuple(crops)
+        return tuple(_view(crops[v], of_view[v], steps, config) for v in range(views))
 
     pipeline = graph()
     pipeline.build()
     return pipeline
+
+
+# What the graph is made of. DALI turns an "if" on a node into a conditional of each sample, but no ternary operator.
+
+
+def _cropped(image: Any, corner: Any, drawn: dict[str, Any], config: LoaderConfig) -> Any:
+    """The drawn box at the size of a view, in bytes. corner: (y, x) in the stored picture of the decoded part."""
+    return fn.resize(
+        image,
+        size=[config.size, config.size],
+        roi_start=drawn["start"] - corner,
+        roi_end=drawn["end"] - corner,
+        interp_type=INTERPOLATIONS[config.interpolation],
+        antialias=True,
+    )
+
+
+def _view(x: Any, drawn: dict[str, Any], steps: Steps, config: LoaderConfig) -> Any:
+    # Bytes up to here, as in torchvision, and floats from here on: on a CPU, DALI resizes to bytes faster than to
+    # floats, but rounds back to bytes more slowly than it computes.
+    if "color" in steps:
+        x = _colored(x, drawn, config)
+    elif steps:
+        x = fn.cast(x, dtype=types.FLOAT)
+    if "blur" in steps:
+        x = _blurred(x, drawn, config)
+    if "solarize" in steps:
+        x = _solarized(x, drawn, config)
+    return fn.crop_mirror_normalize(
+        x,
+        mirror=drawn["mirror"],
+        dtype=types.FLOAT16 if config.dtype == torch.float16 else types.FLOAT,
+        output_layout="HWC",
+        mean=list(MEAN),
+        std=list(STD),
+    )
+
+
+def _colored(x: Any, drawn: dict[str, Any], config: LoaderConfig) -> Any:
+    if not config.conditionals:
+        return _mapped(x, drawn["m"], drawn["n"], config)
+    if drawn["if color"]:  # noqa: SIM108
+        y = _mapped(x, drawn["m"], drawn["n"], config)
+    else:
+        y = fn.cast(x, dtype=types.FLOAT)
+    return y
+
+
+def _mapped(x: Any, m: Any, n: Any, config: LoaderConfig) -> Any:
+    mean = fn.reshape(fn.reductions.mean(x, axes=[0, 1]), shape=[1, 3])
+    shift = fn.coord_transform(mean, M=n)
+    if config.device_id is None:
+        y = fn.coord_transform(x, M=m, T=fn.reshape(shift, shape=[3]))
+    else:
+        # Named arguments such as T must be on the CPU, where the mean is not.
+        y = fn.coord_transform(x, M=m) + fn.reshape(shift, shape=[1, 1, 3])
+    return fn.reshape(math.min(math.max(y, _BLACK), _WHITE), layout="HWC")
+
+
+def _blurred(x: Any, drawn: dict[str, Any], config: LoaderConfig) -> Any:
+    if not config.conditionals:
+        return fn.gaussian_blur(x, sigma=drawn["sigma"])
+    if drawn["if blur"]:
+        x = fn.gaussian_blur(x, sigma=drawn["sigma"])
+    return x
+
+
+def _solarized(x: Any, drawn: dict[str, Any], config: LoaderConfig) -> Any:
+    if not config.conditionals:
+        return _inverted(x, drawn["threshold"], config)
+    if drawn["if solarize"]:
+        x = _inverted(x, drawn["threshold"], config)
+    return x
+
+
+def _inverted(x: Any, threshold: Any, config: LoaderConfig) -> Any:
+    limit = threshold if config.device_id is None else threshold.gpu()
+    return fn.reshape(x + (x >= limit) * (_WHITE - x - x), layout="HWC")

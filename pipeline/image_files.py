@@ -6,17 +6,19 @@ otherwise. So a picture gives the same view here and out of a shard.
 
 import os
 import threading
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from simclr_dali.pipeline.draws import Draws, center
+from simclr_dali.pipeline.batch_plan import PlannedBatch
+from simclr_dali.pipeline.draws import center
 from simclr_dali.pipeline.draws import center_fraction as default_fraction
-from simclr_dali.pipeline.loader import Plan, Setting, run_graph
+from simclr_dali.pipeline.graph import LoaderConfig
 from simclr_dali.pipeline.reader import Encoded, Ids
+from simclr_dali.pipeline.stream import ViewSource, stream
 from simclr_dali.shards.decode import decoder
 from simclr_dali.shards.errors import UserError
 from simclr_dali.shards.image import UnusableError, convert, prepare
@@ -26,14 +28,16 @@ from simclr_dali.shards.sources.folder import PICTURE_ENDINGS
 _GRAY = b"P5 1 1 255 \x80"  # a picture of one pixel
 
 
-class Views(NamedTuple):
-    """views: [n, 3, size, size] as the loader's. places: of their files among those that were given."""
+class FileViews(NamedTuple):
+    """Central views of some files."""
 
     views: torch.Tensor
+    """[n, 3, size, size], as the loader's."""
     places: list[int]
+    """Of the files among those that were given."""
 
 
-class PictureFiles:
+class ImageFiles:
     """Reads files by their place, in many threads. failures: why a file could not be used, by place."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
@@ -42,7 +46,7 @@ class PictureFiles:
         self.failures: dict[int, str] = {}
         self._decoder_is_free = threading.Lock()
 
-    def expect(self, now: Sequence[int], after: Sequence[int]) -> None:
+    def expect(self, current: Sequence[int], upcoming: Sequence[int]) -> None:
         pass
 
     def read(self, ids: Ids) -> tuple[list[Encoded], Ids]:
@@ -69,29 +73,21 @@ class PictureFiles:
         return found.encoded
 
 
-def views_of(
-    files: PictureFiles, setting: Setting, *, batch: int, center_fraction: float | None = None
-) -> Generator[Views, None, None]:
+def central_views_of_files(
+    files: ImageFiles, config: LoaderConfig, *, batch: int, center_fraction: float | None = None
+) -> Iterator[FileViews]:
     """The central view (draws.center) of every usable file, in order; ``files.failures`` names the others."""
     count = len(files.samples)
-
-    def plans() -> Iterator[Plan]:
-        for at in range(0, count, batch):
-            yield Plan(np.arange(at, min(at + batch, count)), 0, 0, True, [], [])
-
-    def draws(plan: Plan, width: Ids, height: Ids) -> list[Draws]:
-        return [center(width, height, center_fraction or default_fraction(setting.size))]
-
-    made = run_graph(
-        files.samples, files, plans(), draws, setting, batch=min(batch, count), views=1, augment=False
-    )  # fmt: skip
-    for _, images in made:
+    fraction = center_fraction or default_fraction(config.size)
+    source = ViewSource(files.samples, files, lambda plan, width, height: [center(width, height, fraction)])
+    planned = (PlannedBatch(np.arange(at, min(at + batch, count))) for at in range(0, count, batch))
+    for _, images in stream(source, planned, config, batch=min(batch, count)):
         places = [int(place) for place in images.ids if int(place) not in files.failures]
         usable = torch.tensor([int(place) not in files.failures for place in images.ids])
-        yield Views(images.views[usable.to(images.views.device)], places)
+        yield FileViews(images.views[usable.to(images.views.device)], places)
 
 
-def find_pictures(paths: Iterable[Path]) -> list[Path]:
+def find_images(paths: Iterable[Path]) -> list[Path]:
     """Files as they are given, and all pictures in and under folders, sorted. Raises UserError where there are none."""
     found: list[Path] = []
     for path in paths:
@@ -114,7 +110,7 @@ def find_pictures(paths: Iterable[Path]) -> list[Path]:
     return found
 
 
-def refuse_failures(files: PictureFiles, paths: Sequence[Path]) -> None:
+def refuse_failures(files: ImageFiles, paths: Sequence[Path]) -> None:
     """Raise UserError where some files could not be used; for the end, when the others are done."""
     if files.failures:
         named = [f"{paths[place]} ({reason})" for place, reason in sorted(files.failures.items())]

@@ -21,17 +21,18 @@ Ids = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Order:
-    """The order of a run. Sample ids are positions in the shard set's storage order.
-
-    shard_sizes: samples per shard. global_batch: pairs per step over all ranks (B). lanes: L, divides B.
-    window: neighbouring shards of a lane that are shuffled together. seed: of the run.
-    """
+    """The order of a run. Sample ids are positions in the shard set's storage order."""
 
     shard_sizes: tuple[int, ...]
+    """Samples per shard."""
     global_batch: int
+    """Pairs per step over all ranks (B)."""
     lanes: int
+    """L, divides B."""
     window: int
+    """Neighbouring shards of a lane that are shuffled together."""
     seed: int
+    """Of the run."""
     samples: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -77,21 +78,21 @@ class Order:
     def windows(self, epoch: int, step: int, rank: int = 0, world: int = 1) -> tuple[list[int], list[int]]:
         """Shards of the windows that ``rank`` reads from at global batch ``step``, and of the windows after those.
 
-        Both are numbers in storage order, each once; at the end of an epoch the windows after are not known yet.
+        Both are numbers in storage order, each once; at the end of an epoch those after are not known yet.
         """
         per_lane = self.global_batch // self.lanes
         lanes = self._lanes(rank, world)
         epoch_layout = layout(self, epoch)
-        now: dict[int, None] = {}
-        after: dict[int, None] = {}
+        current: dict[int, None] = {}
+        upcoming: dict[int, None] = {}
         for lane in lanes:
             first, last = (
                 epoch_layout.window_at(lane, place) for place in (step * per_lane, (step + 1) * per_lane - 1)
             )
             for window in range(first, last + 1):
-                now |= dict.fromkeys(epoch_layout.shards(lane, window))
-            after |= dict.fromkeys(epoch_layout.shards(lane, last + 1))
-        return list(now), [shard for shard in after if shard not in now]
+                current |= dict.fromkeys(epoch_layout.shards(lane, window))
+            upcoming |= dict.fromkeys(epoch_layout.shards(lane, last + 1))
+        return list(current), [shard for shard in upcoming if shard not in current]
 
     def _lanes(self, rank: int, world: int) -> range:
         """The lanes that ``rank`` serves."""

@@ -12,9 +12,8 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from simclr_dali.pipeline.files import Files
+from simclr_dali.pipeline.files import Split
 from simclr_dali.shards.errors import UserError
-from simclr_dali.shards.manifest import ShardSet
 
 Encoded = npt.NDArray[np.uint8]
 Ids = npt.NDArray[np.int64]
@@ -31,7 +30,7 @@ class DamagedError(UserError):
 class Reader(Protocol):
     """Where encoded images come from; safe to use from many threads."""
 
-    def expect(self, now: Sequence[int], after: Sequence[int]) -> None: ...
+    def expect(self, current: Sequence[int], upcoming: Sequence[int]) -> None: ...
 
     def read(self, ids: Ids) -> tuple[list[Encoded], Ids]: ...
 
@@ -41,15 +40,15 @@ class Reader(Protocol):
 
 
 class SampleReader:
-    """Reads samples of a shard set; checks the crc32 of each. Safe to use from many threads.
+    """Reads samples of a split; checks the crc32 of each. Safe to use from many threads.
 
-    max_bad_fraction: how much of the shard set may be damaged; each damaged sample up to that is replaced by the next
+    max_bad_fraction: how much of the split may be damaged; each damaged sample up to that is replaced by the next
     sound one in storage order, whoever reads it. 0: the first one is an error.
     """
 
-    def __init__(self, shards: ShardSet, files: Files, max_bad_fraction: float = 0.0) -> None:
-        self._shards, self._files = shards, files
-        self._limit = max_bad_fraction * len(shards)
+    def __init__(self, split: Split, max_bad_fraction: float = 0.0) -> None:
+        self._shards, self._files = split.shards, split.open_files()
+        self._limit = max_bad_fraction * len(split.shards)
         self._damaged: set[int] = set()
         self._lock = threading.Lock()
 
@@ -71,9 +70,9 @@ class SampleReader:
                     shown[i] = (shown[i] + 1) % len(self._shards)
         return images, shown
 
-    def expect(self, now: Sequence[int], after: Sequence[int]) -> None:
-        """Name the shards that are read now and those that come after; fetching them begins in the background."""
-        self._files.expect(now, after)
+    def expect(self, current: Sequence[int], upcoming: Sequence[int]) -> None:
+        """Name the shards that are read now and those that come next; fetching them begins in the background."""
+        self._files.expect(current, upcoming)
 
     def stop(self) -> None:
         self._files.stop()
@@ -119,7 +118,7 @@ class SampleReader:
             ) from error
 
 
-def ahead(
+def map_ahead(
     plans: Iterable[Plan], prepare: Callable[[Plan], Prepared], threads: int, depth: int
 ) -> Generator[Prepared, None, None]:
     """``prepare`` of each plan, in order, computed by ``threads`` threads and at most ``depth`` plans ahead.

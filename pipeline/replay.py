@@ -1,8 +1,7 @@
 """A batch kept to be looked at later: which samples it was made of, and what their views drew."""
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +18,22 @@ Ids = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Replay:
-    """data: where the shards are. manifest: fingerprint of their set. size: of the views, in pixels. ids: planned.
-
-    about: step, rank and reason, for the reader.
-    """
+    """A batch of a run, and all that its views depend on."""
 
     data: str
+    """Where the shards are."""
     manifest: str
+    """Fingerprint of their set."""
     about: dict[str, Any]
+    """Step, rank and reason, for the reader."""
     seed: int
     epoch: int
     size: int
+    """Side of the views, in pixels."""
     interpolation: str
     recipes: tuple[Recipe, ...]
     ids: Ids
+    """As planned; damaged samples were replaced."""
 
     def draws(self, shards: ShardSet, shown: Ids | None = None) -> list[Draws]:
         """What each view drew. shown: the samples that stood in for damaged ones, and those that did not."""
@@ -52,7 +53,7 @@ def write(path: Path, replay: Replay, shards: ShardSet) -> None:
         for row, sample in enumerate(replay.ids)
     ]
     head = {field.name: getattr(replay, field.name) for field in fields(replay) if field.name not in ("recipes", "ids")}
-    content = {**head, "recipes": [asdict(recipe) for recipe in replay.recipes], "samples": samples}
+    content = {**head, "recipes": [recipe.model_dump(mode="json") for recipe in replay.recipes], "samples": samples}
     write_durably(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
@@ -63,10 +64,10 @@ def read(path: Path, shards: ShardSet | None = None) -> Replay:
     """
     try:
         content = json.loads(path.read_text())
-        recipes = tuple(Recipe(**_with_tuples(recipe)) for recipe in content.pop("recipes"))
+        recipes = tuple(Recipe.model_validate(recipe) for recipe in content.pop("recipes"))
         samples = content.pop("samples")
         replay = Replay(**content, recipes=recipes, ids=np.array([sample["id"] for sample in samples], np.int64))
-        recorded = [sample["views"] for sample in samples]
+        kept_draws = [sample["views"] for sample in samples]
     except OSError as error:
         raise UserError(
             f"cannot read {path} ({error.strerror}); give a file bad-step-*.json of a run folder"
@@ -79,14 +80,10 @@ def read(path: Path, shards: ShardSet | None = None) -> Replay:
         if not all(0 <= sample < len(shards) for sample in replay.ids):
             raise UserError(f"{path} names samples that {shards.folder} does not have; give an untouched file")
         draws = replay.draws(shards)
-        if any(views != [_row(view, row) for view in draws] for row, views in enumerate(recorded)):
+        if any(views != [_row(view, row) for view in draws] for row, views in enumerate(kept_draws)):
             raise UserError(f"{path} holds other draws than this version makes; use the version that wrote it")
     return replay
 
 
 def _row(draws: Draws, row: int) -> dict[str, Any]:
     return {field.name: getattr(draws, field.name)[row].tolist() for field in fields(draws)}
-
-
-def _with_tuples(recipe: dict[str, Any]) -> dict[str, Any]:
-    return {key: tuple(value) if isinstance(value, Sequence) else value for key, value in recipe.items()}

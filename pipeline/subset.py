@@ -1,13 +1,13 @@
 """Training on a part of a set: which samples, their names, and the order over them alone."""
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
-from simclr_dali.pipeline.files import Files
+from simclr_dali.pipeline.files import Split
 from simclr_dali.pipeline.order import Order
 from simclr_dali.pipeline.philox import SUBSET, permutation
 from simclr_dali.shards.errors import UserError
@@ -54,8 +54,8 @@ class Subset:
     def windows(self, epoch: int, step: int, rank: int = 0, world: int = 1) -> tuple[list[int], list[int]]:
         if len(self.ids) < SPARSE * len(self.shards):
             return [], []
-        now, after = self._order.windows(epoch, step, rank, world)
-        return self._numbers[now].tolist(), self._numbers[after].tolist()
+        current, upcoming = self._order.windows(epoch, step, rank, world)
+        return self._numbers[current].tolist(), self._numbers[upcoming].tolist()
 
     def fingerprint(self) -> str:
         """sha256 of the ids."""
@@ -89,34 +89,34 @@ def class_balanced(labels: npt.NDArray[np.int32], classes: int, fraction: float,
     return np.sort(np.concatenate(parts))
 
 
-def keys(shards: ShardSet, files: Callable[[], Files], ids: Ids | None = None) -> list[str]:
+def keys(split: Split, ids: Ids | None = None) -> list[str]:
     """The WebDataset key of each of ``ids`` (default: all), which names the picture it was packed from.
 
     Raises UserError where a tar is damaged there.
     """
-    opened = files()
-    found = []
+    shards, files, found = split.shards, split.open_files(), []
     try:
         for sample in range(len(shards)) if ids is None else ids:
             row = shards.samples[sample]
-            with opened.opened(int(row["shard"])) as descriptor, open(descriptor, "rb", 0, closefd=False) as tar:
+            with files.opened(int(row["shard"])) as descriptor, open(descriptor, "rb", 0, closefd=False) as tar:
                 name = member_name(tar, int(row["offset"]), int(row["length"]))
             if name is None:
                 raise UserError(f"damaged name of the sample in {shards.where(int(sample))}; copy the shard again")
             found.append(name.rpartition(".")[0])
     finally:
-        opened.close()
+        files.close()
     return found
 
 
-def listed(names: Iterable[str], shards: ShardSet, files: Callable[[], Files], what: str) -> Ids:
+def ids_of_names(names: Iterable[str], split: Split, what: str) -> Ids:
     """Ids, in storage order, of the samples whose pictures are named: ``n01440764_10026.JPEG``, or ``class/name``.
 
     what: the list, for a message. Raises UserError where a name is not in the set, or is there more than once.
     """
     places: dict[tuple[str, str], list[int]] = {}
+    shards = split.shards
     labels = shards.samples["label"]
-    for sample, key in enumerate(keys(shards, files)):
+    for sample, key in enumerate(keys(split)):
         stem = _stem(key)
         for folder in ("", shards.classes[labels[sample]]):
             places.setdefault((folder, stem), []).append(sample)

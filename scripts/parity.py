@@ -16,64 +16,49 @@ enlarged, DALI mixes in the pixel beside the crop where Pillow repeats the last 
 import argparse
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:1] = [str(ROOT), str(ROOT / ".package")]
+
+from simclr_dali.shards.command_line import positive_int
+from simclr_dali.shards.errors import UserError, run_main
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Compare with torchvision.")
+    parser.add_argument("images", type=Path, nargs="+", help="JPEG files, or folders of them")
+    parser.add_argument("--html", type=Path, metavar="OUT", help="write the report with pictures and histograms")
+    parser.add_argument("--most", type=positive_int, default=24, metavar="N", help="images to use (default: 24)")
+    parser.add_argument("--draws", type=positive_int, default=4, metavar="N", help="views of each (default: 4)")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    ARGUMENTS = parse_arguments()  # --help and mistakes are answered before torch is imported, which takes seconds
 
 import numpy as np
 import numpy.typing as npt
 import PIL.Image
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:1] = [str(ROOT), str(ROOT / ".package")]
-
-from scripts.parity_page import page
+from scripts.parity_page import Pixels, Result, Stage, Step, page
 from simclr_dali.model.vision import torchvision
 from simclr_dali.pipeline import graph
 from simclr_dali.pipeline.color import LUMA
 from simclr_dali.pipeline.draws import BRIGHTNESS, CONTRAST, HUE, SATURATION, Draws, Recipe, draw
 from simclr_dali.shards.durable import refusals_named
-from simclr_dali.shards.errors import UserError, positive_int, run_main
 from simclr_dali.shards.image import rgb
 from simclr_dali.shards.sources.folder import PICTURE_ENDINGS
 
 SIZE = 224
+RECIPE = Recipe(solarize=0.2)  # what can be drawn must be in the graph
+ALL_STEPS = RECIPE.steps()
 KERNEL = 23  # pixels, a tenth of the view, as the paper's
 _F = torchvision.transforms.functional
 _NEUTRAL = np.array([1.0, 1.0, 1.0, 0.0])
-
-Pixels = npt.NDArray[np.float64]
-Step = Callable[[torch.Tensor, Draws, int], torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One comparison. steps: of the reference, in order. limit: most of the mean difference, None where only stated.
-
-    change: the draws with all but this stage neutral. keep: which rows count (default: all).
-    """
-
-    name: str
-    change: Callable[[Draws], Draws]
-    steps: Callable[[Draws, int], list[Step]]
-    limit: float | None
-    keep: Callable[[Pixels, Draws, int], bool] = lambda crop, draws, row: True
-
-
-@dataclass(frozen=True)
-class Result:
-    """mean, worst: over all kept views. ours, theirs: float64 (views, SIZE, SIZE, 3), in levels."""
-
-    stage: Stage
-    mean: float
-    worst: float
-    ours: Pixels
-    theirs: Pixels
-
-    @property
-    def within(self) -> bool:
-        return self.stage.limit is None or self.mean <= self.stage.limit
 
 
 def compare(images: list[bytes], draws_per_image: int = 4) -> list[Result]:
@@ -81,9 +66,9 @@ def compare(images: list[bytes], draws_per_image: int = 4) -> list[Result]:
     pictures = [rgb(data) for data in images for _ in range(draws_per_image)]
     encoded = [data for data in images for _ in range(draws_per_image)]
     width, height = np.array([picture.size for picture in pictures]).T
-    drawn = draw(Recipe(), 0, 0, np.arange(len(pictures)), 0, width, height)
-    never, always = np.zeros(len(pictures), np.bool_), np.ones(len(pictures), np.bool_)
-    plain = replace(drawn, flip=never, jitter=never, gray=never, blur=never)
+    drawn = draw(RECIPE, 0, 0, np.arange(len(pictures)), 0, width, height)
+    always = np.ones(len(pictures), np.bool_)
+    plain = replace(Draws.neutral(drawn.box), factors=drawn.factors, order=drawn.order, sigma=drawn.sigma)
     crops = _ours(encoded, plain)
 
     def only(*factors: int) -> Callable[[Draws], Draws]:
@@ -106,6 +91,7 @@ def compare(images: list[bytes], draws_per_image: int = 4) -> list[Result]:
         Stage("hue", only(HUE), jittered(HUE), None),
         Stage("all four", only(*all_four), jittered(*all_four), None),
         Stage("blur", lambda d: replace(d, blur=always), lambda d, row: [_blur], 1.0),
+        Stage("solarize", lambda d: replace(d, solarize=always), lambda d, row: [_solarize], 1.0),
         Stage("whole view, as drawn", lambda d: drawn, _whole, None),
     ]
     reference_crops = np.stack([_reference_crop(*pair) for pair in zip(pictures, drawn.box, strict=True)])
@@ -128,13 +114,11 @@ def _ours(encoded: list[bytes], draws: Draws) -> Pixels:
     """Our graph's views, in levels; the normalisation is taken back and its rounding with it."""
 
     def batches() -> Iterator[list[Any]]:
-        yield [[np.frombuffer(data, np.uint8) for data in encoded], *graph.view_inputs(draws, True)]
+        yield graph.graph_inputs([np.frombuffer(data, np.uint8) for data in encoded], [draws], ALL_STEPS, config)
 
+    config = graph.LoaderConfig(SIZE, torch.device("cpu"), threads=1, prefetch=1)
     source = batches()
-    pipeline = graph.build(
-        lambda: next(source), batch=len(encoded), views=1, augment=True, size=SIZE, interpolation="bilinear",
-        device_id=None, threads=1, half=False, prefetch=1,
-    )  # fmt: skip
+    pipeline = graph.build(lambda: next(source), config, batch=len(encoded), views=1, steps=ALL_STEPS)
     (views,) = pipeline.run()
     levels: Pixels = np.asarray(views.as_tensor()).astype(np.float64) * graph.STD + graph.MEAN
     return levels.round(3)
@@ -165,6 +149,10 @@ def _blur(image: torch.Tensor, draws: Draws, row: int) -> torch.Tensor:
     return _F.gaussian_blur(image, [KERNEL, KERNEL], [float(draws.sigma[row])] * 2)
 
 
+def _solarize(image: torch.Tensor, draws: Draws, row: int) -> torch.Tensor:
+    return _F.solarize(image, draws.threshold[row] / 255)
+
+
 _ADJUST: dict[int, Step] = {
     BRIGHTNESS: lambda image, draws, row: _F.adjust_brightness(image, draws.factors[row, BRIGHTNESS]),
     CONTRAST: lambda image, draws, row: _F.adjust_contrast(image, draws.factors[row, CONTRAST]),
@@ -174,10 +162,11 @@ _ADJUST: dict[int, Step] = {
 
 
 def _whole(draws: Draws, row: int) -> list[Step]:
-    """The steps of a view in torchvision's recipe: flip, jitter, gray, blur."""
+    """The steps of a view in torchvision's order: flip, jitter, gray, blur, solarize."""
     steps: list[Step] = [_flip] if draws.flip[row] else []
     steps += [_ADJUST[step] for step in draws.order[row]] if draws.jitter[row] else []
-    return steps + [_gray] * bool(draws.gray[row]) + [_blur] * bool(draws.blur[row])
+    steps += [_gray] * bool(draws.gray[row]) + [_blur] * bool(draws.blur[row])
+    return steps + [_solarize] * bool(draws.solarize[row])
 
 
 def _stays_inside(crop: Pixels, draws: Draws, row: int) -> bool:
@@ -216,13 +205,7 @@ def _read(paths: list[Path], most: int) -> list[bytes]:
     return images
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Compare with torchvision.")
-    parser.add_argument("images", type=Path, nargs="+", help="JPEG files, or folders of them")
-    parser.add_argument("--html", type=Path, metavar="OUT", help="write the report with pictures and histograms")
-    parser.add_argument("--most", type=positive_int, default=24, metavar="N", help="images to use (default: 24)")
-    parser.add_argument("--draws", type=positive_int, default=4, metavar="N", help="views of each (default: 4)")
-    given = parser.parse_args()
+def main(given: argparse.Namespace) -> None:
     images = _read(given.images, given.most)
     results = compare(images, given.draws)
     print(f"{len(images)} images, {given.draws} draws each; differences in levels of 0..255")
@@ -240,4 +223,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(lambda: main(ARGUMENTS))

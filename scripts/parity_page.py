@@ -3,15 +3,16 @@
 import base64
 import html
 import io
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import PIL.Image
+import torch
 
-if TYPE_CHECKING:
-    from scripts.parity import Result
+from simclr_dali.pipeline.draws import Draws
 
 _SHOWN = 3  # views per stage: the best, the middle and the worst
 _AMPLIFIED = 8  # of the difference, or nothing would be seen
@@ -25,7 +26,41 @@ figcaption { color: #555; font-size: 13px }
 """
 
 
-def page(about: str, results: "Sequence[Result]") -> str:
+Pixels = npt.NDArray[np.float64]
+Step = Callable[[torch.Tensor, Draws, int], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One comparison."""
+
+    name: str
+    change: Callable[[Draws], Draws]
+    """The draws with all but this stage neutral."""
+    steps: Callable[[Draws, int], list[Step]]
+    """Of the reference, in order."""
+    limit: float | None
+    """The largest mean difference that is accepted, None where it is only stated."""
+    keep: Callable[[Pixels, Draws, int], bool] = lambda crop, draws, row: True
+    """Which views count."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """Both sides of a comparison, float64 (views, SIZE, SIZE, 3) in levels, and how far they are apart."""
+
+    stage: Stage
+    mean: float
+    worst: float
+    ours: Pixels
+    theirs: Pixels
+
+    @property
+    def within(self) -> bool:
+        return self.stage.limit is None or self.mean <= self.stage.limit
+
+
+def page(about: str, results: Sequence[Result]) -> str:
     """The whole report."""
     rows = "".join(_row(result) for result in results)
     sections = "".join(_section(result) for result in results)
@@ -37,7 +72,7 @@ def page(about: str, results: "Sequence[Result]") -> str:
     )
 
 
-def _row(result: "Result") -> str:
+def _row(result: Result) -> str:
     limit = "stated only" if result.stage.limit is None else f"{result.stage.limit:g}"
     most = np.percentile(np.abs(result.ours - result.theirs), 99)
     return (
@@ -46,7 +81,7 @@ def _row(result: "Result") -> str:
     )
 
 
-def _section(result: "Result") -> str:
+def _section(result: Result) -> str:
     difference = np.abs(result.ours - result.theirs)
     by_mean = difference.mean(axis=(1, 2, 3)).argsort()
     places = np.unique(np.linspace(0, len(by_mean) - 1, _SHOWN).astype(int))

@@ -27,12 +27,24 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:1] = [str(ROOT), str(ROOT / ".package")]
 
+from simclr_dali.shards.command_line import positive_int
+from simclr_dali.shards.errors import UserError, run_main
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="soak.sh", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("minutes", type=positive_int, nargs="?", default=30, help="default: 30")
+    parser.add_argument("--seed", type=int, default=0, help="of what is done when (default: 0)")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    ARGUMENTS = parse_arguments()  # --help and mistakes are answered before torch is imported, which takes seconds
+
 import psutil
 
 from scripts.quickstart import TOOLS, launcher_port, stage
 from simclr_dali.model import checkpoint
-from simclr_dali.model.checkpoint import CheckpointError
-from simclr_dali.shards.errors import positive_int, run_main
 from simclr_dali.shards.manifest import ShardSet, load_split
 from simclr_dali.shards.verify import verify_split
 
@@ -111,7 +123,7 @@ class Soak:
         """Step of the newest checkpoint, which must be sound."""
         try:
             found = checkpoint.newest(self.run)
-        except CheckpointError as error:
+        except UserError as error:
             self.lose(str(error))
             return 0
         return int(found.state["step"]) if found else 0
@@ -194,11 +206,7 @@ def watch_memory(soak: Soak, seconds: float) -> list[float]:
     return megabytes
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="soak.sh", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("minutes", type=positive_int, nargs="?", default=30, help="default: 30")
-    parser.add_argument("--seed", type=int, default=0, help="of what is done when (default: 0)")
-    given = parser.parse_args()
+def main(given: argparse.Namespace) -> None:
     started = time.monotonic()
     if FOLDER.exists():
         shutil.rmtree(FOLDER)
@@ -234,4 +242,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(lambda: main(ARGUMENTS))

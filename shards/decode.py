@@ -11,13 +11,13 @@ from nvidia.dali.pipeline import Pipeline
 BATCH = 16  # images at a time; more do not fit the processor's cache once decoded
 
 
-def decoded(encoded: Any, *, on_gpu: bool, hw_load: float = 0.0, region: tuple[Any, Any] | None = None) -> Any:
+def decoded(encoded: Any, *, on_gpu: bool, region: tuple[Any, Any] | None = None) -> Any:
     """A DALI node: encoded images to uint8 RGB (height, width, 3).
 
     EXIF rotation stays off, as in torchvision: crop boxes are drawn for the picture as stored. Fancy upsampling makes
-    the GPU decoder interpolate chroma as libjpeg does on the CPU. hw_load: share of a batch for the JPEG engine of GPUs
-    that have one; which images it gets depends on the batch, and it may round otherwise than the rest, so it is off.
-    region: nodes with the corners (y, x), int32, that decoding may be limited to.
+    the GPU decoder interpolate chroma as libjpeg does on the CPU. The JPEG engine of GPUs that have one is off: which
+    images it gets depends on the batch, and it may round otherwise than the rest. region: nodes with the corners
+    (y, x), int32, that decoding may be limited to.
     """
     common: dict[str, Any] = {
         "device": "mixed" if on_gpu else "cpu",
@@ -26,7 +26,7 @@ def decoded(encoded: Any, *, on_gpu: bool, hw_load: float = 0.0, region: tuple[A
         "jpeg_fancy_upsampling": True,
     }
     if on_gpu:
-        common["hw_decoder_load"] = hw_load
+        common["hw_decoder_load"] = 0.0
     if region is None:
         return fn.decoders.image(encoded, **common)
     return fn.decoders.image_slice(encoded, start=region[0], end=region[1], axes=[0, 1], **common)

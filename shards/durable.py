@@ -28,7 +28,7 @@ def writing(path: Path, tag: str = "") -> Iterator[BinaryIO]:
         sync_folder(path.parent)
 
 
-def write_durably(path: Path, data: bytes) -> None:
+def write_durably(path: Path, data: bytes | memoryview) -> None:
     """Write a whole file so that it is either there, complete and on disk, or not there."""
     with writing(path) as file:
         file.write(data)

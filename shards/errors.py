@@ -1,6 +1,5 @@
 """How a mistake of the user ends a program: one sentence on stderr, exit code 2, no traceback."""
 
-import argparse
 import os
 import signal
 import sys
@@ -17,8 +16,8 @@ class UserError(ValueError):
     """What the user gave cannot be used. The message says what was wrong, the offending value and what to do."""
 
 
-def run_main(main: Callable[[], None], *also: type[Exception]) -> None:
-    """Run ``main`` and turn a :class:`UserError` (or one of ``also``) into one sentence and exit code 2.
+def run_main(main: Callable[[], None]) -> None:
+    """Run ``main`` and turn a :class:`UserError` into one sentence and exit code 2.
 
     Every other exception is a bug of ours and keeps its traceback. Under a launcher all ranks meet most
     mistakes together; rank 0 speaks first, and another rank only if it is still alive some seconds later
@@ -30,7 +29,7 @@ def run_main(main: Callable[[], None], *also: type[Exception]) -> None:
         rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
         if world > 1:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher's, once another rank has left
-        if not isinstance(error, (UserError, *also)):
+        if not isinstance(error, UserError):
             if world > 1 and isinstance(error, RuntimeError):
                 # Most likely what torch says of a rank that has left: the launcher then ends this one too.
                 time.sleep(SECONDS_FOR_THE_LAUNCHER)
@@ -44,19 +43,3 @@ def run_main(main: Callable[[], None], *also: type[Exception]) -> None:
             print(f"error: {speaker}{' '.join(str(error).split())}", file=sys.stderr, flush=True)
         # Not sys.exit: a process group or a reader thread that is still up must not hold the exit back.
         os._exit(EXIT_CODE)
-
-
-def seed(text: str) -> int:
-    """The type of a command line's argument that seeds what is drawn."""
-    number = int(text)
-    if not 0 <= number < 2**63:
-        raise argparse.ArgumentTypeError(f"{number} is not in 0 .. 2^63-1")
-    return number
-
-
-def positive_int(text: str) -> int:
-    """The type of a command line's argument that counts something."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not at least 1")
-    return number

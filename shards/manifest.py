@@ -56,15 +56,18 @@ class Shard:
 
 @dataclass(frozen=True)
 class ShardSet:
-    """A split as read from disk. ``samples`` has dtype SAMPLE and is ordered by shard, then offset."""
+    """A split as read from disk."""
 
     folder: Path
     split: str
     classes: tuple[str, ...]
     shards: tuple[Shard, ...]
     samples: npt.NDArray[Any]
-    fingerprint: str  # sha256 of manifest.json, which itself holds the hashes of everything else
-    source: str = ""  # URL of the split where it is remote; folder is then the cache of its shards
+    """Of dtype SAMPLE, ordered by shard, then offset."""
+    fingerprint: str
+    """sha256 of manifest.json, which itself holds the hashes of everything else."""
+    source: str = ""
+    """URL of the split where it is remote; the folder is then the cache of its shards."""
 
     def __len__(self) -> int:
         return len(self.samples)

@@ -18,28 +18,21 @@ import shutil
 import sys
 import time
 from contextlib import closing
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
+from simclr_dali.shards.claim import claim, finish, is_finished, machines_of, partial_folder
+from simclr_dali.shards.command_line import parser_of, positive_int
 from simclr_dali.shards.durable import write_durably
-from simclr_dali.shards.errors import UserError, positive_int, run_main
+from simclr_dali.shards.errors import UserError, run_main
 from simclr_dali.shards.manifest import seal, unseal, write_split
-from simclr_dali.shards.pack_shard import Notes, Part, Piece, is_done, part_path, read_part, write_piece
-from simclr_dali.shards.parallel import unordered
-from simclr_dali.shards.plan import (
-    DECODERS,
-    Options,
-    claimed,
-    cut,
-    finish,
-    is_finished,
-    partial_of,
-    recorded,
-    tar_bytes,
-)
+from simclr_dali.shards.pack_shard import PackedShard, ShardTask, is_done, pack_shard, read_record, record_of
+from simclr_dali.shards.parallel import map_unordered
+from simclr_dali.shards.plan import DECODERS, Options, describe_pack, split_into_shards, tar_bytes
 from simclr_dali.shards.sources.find import find_sources
 from simclr_dali.shards.sources.source import SPLITS, Source
 
@@ -78,31 +71,31 @@ def pack(
     if dry_run:
         describe(sources, out, options, parts)
         return
-    made_with = recorded(options, sources)
+    made_with = describe_pack(options, sources)
     if is_finished(out, made_with):
         print(f"{out} is already packed from these images; nothing to do")
         return
     if merge:
-        parts = _parts_of(partial_of(out))
-    with claimed(out, made_with, sources, 0 if merge else number, parts) as partial:
-        pieces = [_pieces(one, partial / one.split, options) for one in sources]
+        parts = machines_of(partial_folder(out))
+    with claim(out, made_with, sources, 0 if merge else number, parts) as partial:
+        tasks = [_tasks(one, partial / one.split, options) for one in sources]
         if not merge:
-            mine = [[piece for piece in split if piece.number % parts == number - 1] for split in pieces]
-            _write(mine, partial, workers, max_bad, share=_share(pieces, mine))
+            mine = [[task for task in split if task.number % parts == number - 1] for split in tasks]
+            _write(mine, partial, workers, max_bad, share=_share(tasks, mine))
             for one in sources:
                 one.check_unchanged()
             if parts > 1:
                 print(f"part {number} of {parts} is packed; when all are, the same command with --merge instead")
                 return
-        _join(sources, pieces, partial, made_with)
+        _write_manifests(sources, tasks, partial, made_with)
         finish(partial, out)
-    _say_what_was_left(sources, out)
+    _print_summary(sources, out)
 
 
 def describe(sources: list[Source], out: Path, options: Options, parts: int) -> None:
     """Print what would be packed."""
     for source in sources:
-        shards = len(cut(source, options))
+        shards = len(split_into_shards(source, options))
         size = sum(item.length for item in source.items)
         print(
             f"{source.split}: {len(source.items):,} images of {len(source.classes):,} classes, {size / 1e9:.3f} GB, in "
@@ -117,47 +110,40 @@ def _existing(path: Path) -> Path:
     return next(folder for folder in (path, *path.absolute().parents) if folder.exists())
 
 
-def _parts_of(partial: Path) -> int:
-    """N of the ``--part I/N`` that filled ``partial``."""
-    counts = {int(path.stem.rpartition("-")[2]) for path in partial.glob("plan-*-of-*.json")}
-    if len(counts) != 1:
-        raise UserError(f"{partial} holds no parts to merge; pack them first with --part 1/N to N/N")
-    return counts.pop()
-
-
-def _pieces(source: Source, folder: Path, options: Options) -> list[Piece]:
-    pieces: list[Piece] = []
+def _tasks(source: Source, folder: Path, options: Options) -> list[ShardTask]:
+    tasks: list[ShardTask] = []
     start = 0
-    for number, chosen in enumerate(cut(source, options)):
+    for number, chosen in enumerate(split_into_shards(source, options)):
         tar = folder / f"{source.split}-{number:06d}.tar"
         items = [source.items[i] for i in chosen]
-        pieces.append(Piece(source.root, items, tar, number, start, options.resize, options.quality, options.decoder))
+        how = options.resize, options.quality, options.decoder
+        tasks.append(ShardTask(source.root, items, tar, number, start, *how))
         start += len(items)
-    return pieces
+    return tasks
 
 
-def _share(pieces: list[list[Piece]], mine: list[list[Piece]]) -> float:
-    total, own = (sum(len(piece.items) for split in some for piece in split) for some in (pieces, mine))
+def _share(tasks: list[list[ShardTask]], mine: list[list[ShardTask]]) -> float:
+    total, own = (sum(len(task.items) for split in some for task in split) for some in (tasks, mine))
     return own / total
 
 
-def _write(splits: list[list[Piece]], partial: Path, workers: int, max_bad: float, share: float) -> None:
+def _write(splits: list[list[ShardTask]], partial: Path, workers: int, max_bad: float, share: float) -> None:
     """Write the shards that are not there yet; raise UserError as soon as too many images had to be left out."""
     todo, given, bad = [], 0, 0
-    for piece in (piece for pieces in splits for piece in pieces):
-        given += len(piece.items)
-        if is_done(piece):
-            bad += len(read_part(part_path(piece.tar)).notes.left_out)
+    for task in (task for tasks in splits for task in tasks):
+        given += len(task.items)
+        if is_done(task):
+            bad += len(read_record(record_of(task.tar)).changes.left_out)
         else:
-            todo.append(piece)
+            todo.append(task)
     _check_space(todo, partial)
-    for pieces in splits:
-        if pieces:
-            pieces[0].tar.parent.mkdir(exist_ok=True)
-    started, todo_images = time.monotonic(), sum(len(piece.items) for piece in todo)
+    for tasks in splits:
+        if tasks:
+            tasks[0].tar.parent.mkdir(exist_ok=True)
+    started, todo_images = time.monotonic(), sum(len(task.items) for task in todo)
     with (
         tqdm(total=given, initial=given - todo_images, desc="pack", unit=" images", disable=None) as bar,
-        closing(unordered(write_piece, todo, min(workers, max(1, len(todo))))) as results,
+        closing(map_unordered(pack_shard, todo, min(workers, max(1, len(todo))))) as results,
     ):
         _check_bad(bad, given, max_bad, splits)
         for images, left_out in results:
@@ -171,10 +157,10 @@ def _write(splits: list[list[Piece]], partial: Path, workers: int, max_bad: floa
     )
 
 
-def _check_space(todo: list[Piece], partial: Path) -> None:
-    if any(piece.resize for piece in todo):
+def _check_space(todo: list[ShardTask], partial: Path) -> None:
+    if any(task.resize for task in todo):
         return
-    needed, free = sum(tar_bytes(piece.items) for piece in todo), shutil.disk_usage(partial).free
+    needed, free = sum(tar_bytes(task.items) for task in todo), shutil.disk_usage(partial).free
     if needed > free:
         raise UserError(
             f"{partial} needs {needed / 1e9:.3f} GB more and {free / 1e9:.3f} GB are free; make room, choose another "
@@ -182,49 +168,53 @@ def _check_space(todo: list[Piece], partial: Path) -> None:
         )
 
 
-def _check_bad(bad: int, images: int, max_bad: float, splits: list[list[Piece]]) -> None:
+def _check_bad(bad: int, images: int, max_bad: float, splits: list[list[ShardTask]]) -> None:
     if bad <= images * max_bad / 100:
         return
-    finished = [part_path(piece.tar) for pieces in splits for piece in pieces]
-    first = next(notes.left_out[0] for notes in (read_part(p).notes for p in finished if p.exists()) if notes.left_out)
+    records = (record_of(task.tar) for tasks in splits for task in tasks)
+    left_out = (read_record(path).changes.left_out for path in records if path.exists())
+    first = next(filter(None, left_out))[0]
     raise UserError(
         f"{bad} of {images:,} images cannot be decoded, more than --max-bad {max_bad:g} %; one is {first[0]} "
         f"({first[1]}); allow more, or repair them and remove {splits[0][0].tar.parent.parent} before you pack again"
     )
 
 
-def _join(sources: list[Source], pieces: list[list[Piece]], partial: Path, made_with: dict[str, Any]) -> None:
-    """Write manifests, tables and the report from the finished parts."""
-    missing = [piece.tar.name for split in pieces for piece in split if not is_done(piece)]
+def _write_manifests(
+    sources: list[Source], tasks: list[list[ShardTask]], partial: Path, made_with: dict[str, Any]
+) -> None:
+    """Write manifests, tables and the report from the records of the finished shards."""
+    missing = [task.tar.name for split in tasks for task in split if not is_done(task)]
     if missing:
         raise UserError(
             f"{len(missing)} shards are missing or cut in {partial}, the first is {missing[0]}; pack all parts, and "
             f"copy what other machines packed into it"
         )
     report: dict[str, Any] = {}
-    for source, split in zip(sources, pieces, strict=True):
-        parts = [read_part(part_path(piece.tar)) for piece in split]
-        rows = np.concatenate([one.rows for one in parts])
+    for source, split in zip(sources, tasks, strict=True):
+        packed = [read_record(record_of(task.tar)) for task in split]
+        rows = np.concatenate([one.rows for one in packed])
         folder = partial / source.split
-        write_split(folder, source.split, source.classes, [one.shard for one in parts], rows, made_with)
-        report[source.split] = _reported(parts)
+        write_split(folder, source.split, source.classes, [one.shard for one in packed], rows, made_with)
+        report[source.split] = _reported(packed)
     write_durably(partial / "report.json", seal(report))
 
 
-def _reported(parts: list[Part]) -> dict[str, Any]:
-    def listed(notes: list[Notes], kind: str) -> list[dict[str, str]]:
-        return [{"image": name, "reason": reason} for one in notes for name, reason in getattr(one, kind)]
+def _reported(packed: list[PackedShard]) -> dict[str, Any]:
+    changes = [one.changes for one in packed]
 
-    notes = [part.notes for part in parts]
+    def listed(kind: str) -> list[dict[str, str]]:
+        return [{"image": name, "reason": reason} for one in changes for name, reason in getattr(one, kind)]
+
     return {
-        "stored": sum(len(part.rows) for part in parts),
-        "resized": sum(one.resized for one in notes),
-        "converted": listed(notes, "converted"),
-        "left_out": listed(notes, "left_out"),
+        "stored": sum(len(one.rows) for one in packed),
+        "resized": sum(one.resized for one in changes),
+        "converted": listed("converted"),
+        "left_out": listed("left_out"),
     }
 
 
-def _say_what_was_left(sources: list[Source], out: Path) -> None:
+def _print_summary(sources: list[Source], out: Path) -> None:
     report = unseal((out / "report.json").read_bytes())
     counts = ", ".join(f"{report[source.split]['stored']:,} {source.split}" for source in sources)
     changed, lost = (sum(len(report[source.split][kind]) for source in sources) for kind in ("converted", "left_out"))
@@ -242,9 +232,7 @@ def _part(text: str) -> tuple[int, int]:
 
 def parse_arguments() -> argparse.Namespace:
     about, _, rest = (__doc__ or "").partition("\n")
-    parser = argparse.ArgumentParser(
-        description=about, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(about, rest)
     add = parser.add_argument
     add("source", type=Path, metavar="SRC", help="folder with images, the ILSVRC2012 archives, or WebDataset tars")
     add("out", type=Path, nargs="?", metavar="OUT", help="folder to create (default: SRC-shards)")
@@ -270,10 +258,7 @@ def main() -> None:
     given = parse_arguments()
     source = Path(os.path.normpath(given.source))
     out = given.out or source.with_name(f"{source.name}-shards")
-    options = Options(
-        given.samples_per_shard, given.shard_size, given.seed, given.resize, given.quality, given.limit_per_class,
-        given.split, given.decoder,
-    )  # fmt: skip
+    options = Options(**{field.name: getattr(given, field.name) for field in fields(Options)})
     try:
         pack(
             source,

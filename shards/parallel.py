@@ -15,7 +15,7 @@ Thing = TypeVar("Thing")
 Result = TypeVar("Result")
 
 
-def unordered(
+def map_unordered(
     function: Callable[[Thing], Result], things: Iterable[Thing], workers: int
 ) -> Generator[Result, None, None]:
     """``function`` of each thing, as they get done; in this process where there is one worker.

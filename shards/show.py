@@ -4,7 +4,6 @@ simclr-dali show /data/imagenet-shards
 simclr-dali show /data/imagenet-shards --pictures sheet.png --split val
 """
 
-import argparse
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,9 @@ import numpy.typing as npt
 import PIL.Image
 import PIL.ImageDraw
 
+from simclr_dali.shards.command_line import parser_of, positive_int
 from simclr_dali.shards.durable import refusals_named
-from simclr_dali.shards.errors import UserError, positive_int, run_main
+from simclr_dali.shards.errors import UserError, run_main
 from simclr_dali.shards.image import rgb
 from simclr_dali.shards.manifest import ShardSet, load_split, unseal
 from simclr_dali.shards.sources.source import SPLITS
@@ -101,7 +101,7 @@ def _report_lines(data: Path) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Say what is in a packed data set.")
+    parser = parser_of("Say what is in a packed data set.", __doc__)
     parser.add_argument("data", type=Path, metavar="DIR", help="folder made by scripts/make_shards.sh")
     parser.add_argument("--pictures", type=Path, metavar="OUT.png", help="write a sheet of pictures")
     parser.add_argument("--split", choices=SPLITS, help="of the sheet (default: the first there is)")

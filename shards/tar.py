@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -56,6 +56,22 @@ def header(name: str, size: int) -> bytes:
     return encoded.ljust(100, b"\0") + _OWNER + octal + _TIME + checksum + _KIND
 
 
+class Around(NamedTuple):
+    """What a shard holds of a sample beside the bytes of its image, in order; the image follows its header."""
+
+    header: bytes
+    padding: bytes
+    label_header: bytes
+    label: bytes
+
+
+def around_image(key: str, length: int, label: int) -> Around:
+    """For an image of ``length`` bytes."""
+    text = str(label).encode("ascii")
+    padding = b"\0" * (-length % BLOCK)
+    return Around(header(f"{key}.jpg", length), padding, header(f"{key}.cls", len(text)), text.ljust(BLOCK, b"\0"))
+
+
 def write_shard(path: Path, shard_number: int, images: Iterable[Image]) -> tuple[Shard, npt.NDArray[Any]]:
     """Write ``path`` and ``path.with_suffix('.idx')``; return the shard's description and its rows of SAMPLE.
 
@@ -78,20 +94,20 @@ def write_shard(path: Path, shard_number: int, images: Iterable[Image]) -> tuple
             position += len(data)
 
         for image in images:
-            label = str(image.label).encode("ascii")
-            padding = -len(image.encoded) % BLOCK
-            picture_at = position + BLOCK
-            label_at = picture_at + len(image.encoded) + padding + BLOCK
-            put(header(f"{image.key}.jpg", len(image.encoded)))
+            around = around_image(image.key, len(image.encoded), image.label)
+            image_at = position + BLOCK
+            put(around.header)
             put(image.encoded)
-            put(b"\0" * padding + header(f"{image.key}.cls", len(label)) + label.ljust(BLOCK, b"\0"))
+            put(around.padding + around.label_header)
             index.append(
-                f"jpg {picture_at} {len(image.encoded)} {image.key}.jpg cls {label_at} {len(label)} {image.key}.cls\n"
+                f"jpg {image_at} {len(image.encoded)} {image.key}.jpg cls {position} {len(str(image.label))} "
+                f"{image.key}.cls\n"
             )
+            put(around.label)
             rows.append(
                 (
                     shard_number,
-                    picture_at,
+                    image_at,
                     len(image.encoded),
                     image.width,
                     image.height,

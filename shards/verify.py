@@ -6,7 +6,6 @@
 Every damage found is named on its own line, by tar and sample; the exit code is 1 if there is any, 0 if there is none.
 """
 
-import argparse
 import hashlib
 import os
 import sys
@@ -19,10 +18,12 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from simclr_dali.shards.errors import UserError, positive_int, run_main
+from simclr_dali.shards.command_line import parser_of, positive_int
+from simclr_dali.shards.errors import UserError, run_main
 from simclr_dali.shards.manifest import BLOCK, Shard, ShardSet, load_split, member_name, unseal
-from simclr_dali.shards.parallel import unordered
+from simclr_dali.shards.parallel import map_unordered
 from simclr_dali.shards.sources.source import SPLITS
+from simclr_dali.shards.tar import END_OF_ARCHIVE, around_image
 
 
 class _Task(NamedTuple):
@@ -50,7 +51,7 @@ def verify_split(shards: ShardSet, *, full: bool, workers: int = 1, decoder: str
     ]
     damages: dict[int, list[str]] = {}
     with tqdm(total=len(shards), desc=f"verify {shards.split}", unit=" images", disable=None, leave=False) as bar:
-        for number, found in unordered(_check_shard, tasks, workers):
+        for number, found in map_unordered(_check_shard, tasks, workers):
             damages[number] = found
             bar.update(len(rows[number]))
     return [damage for number in sorted(damages) for damage in damages[number]]
@@ -105,7 +106,6 @@ def _index_damage(path: Path, rows: npt.NDArray[Any], names: list[str | None] | 
 
 def _content_damage(task: _Task, names: list[str | None]) -> Iterator[str]:
     data = task.path.read_bytes()
-    whole = hashlib.sha256(data).hexdigest() == task.shard.sha256
     spans = [(int(row["offset"]), int(row["offset"]) + int(row["length"])) for row in task.rows]
     sound = [zlib.crc32(data[start:end]) == row["crc32"] for (start, end), row in zip(spans, task.rows, strict=True)]
     decodes = _decodes(task, [data[start:end] for start, end in spans], sound)
@@ -113,8 +113,41 @@ def _content_damage(task: _Task, names: list[str | None]) -> Iterator[str]:
         if not sound[i] or not decodes[i]:
             what = "its bytes are damaged" if not sound[i] else "it does not decode to its size"
             yield f"{task.path}: sample {i}, {names[i] or 'name unreadable'}, at offset {start}: {what}"
-    if not whole and all(sound):
-        yield f"{task.path}: its sha256 differs; the images are whole, a label, header or padding is not"
+    if hashlib.sha256(data).hexdigest() != task.shard.sha256:
+        others = list(_damage_around_images(task, data, names))
+        yield from others
+        if not others and all(sound) and all(names):
+            yield f"{task.path}: its sha256 is not its manifest's, though all that it holds is as it should be"
+
+
+def _damage_around_images(task: _Task, data: bytes, names: list[str | None]) -> Iterator[str]:
+    """Name each header, padding and label that is not what the packer wrote; unreadable headers were named before."""
+    indexed = _indexed_names(task.path.with_suffix(".idx"), len(task.rows))
+    for i, (row, name) in enumerate(zip(task.rows, names, strict=True)):
+        known = name or indexed[i]
+        if known is None:
+            continue
+        at, length = int(row["offset"]), int(row["length"])
+        around = around_image(Path(known).stem, length, int(row["label"]))
+        label_header_at = at + length + len(around.padding)
+        places = (at - BLOCK, at + length, label_header_at, label_header_at + BLOCK)
+        for part, expected, start in zip(around._fields, around, places, strict=True):
+            if data[start : start + len(expected)] != expected and not (part == "header" and name is None):
+                what = "label's header" if part == "label_header" else part
+                yield f"{task.path}: sample {i}, {known}: its {what}, at offset {start}, is damaged"
+    if not data.endswith(END_OF_ARCHIVE):
+        yield f"{task.path}: its end is damaged"
+
+
+def _indexed_names(path: Path, count: int) -> list[str | None]:
+    """The names of a shard's images by its index, None where it does not say them."""
+    try:
+        lines = path.read_text("ascii").split("\n")[1:-1]
+    except (OSError, UnicodeDecodeError):
+        lines = []
+    words = [line.split(" ") for line in lines]
+    found = [line[3] if len(line) == 8 else None for line in words]
+    return found if len(found) == count else [None] * count
 
 
 def _decodes(task: _Task, images: list[bytes], sound: list[bool]) -> list[bool]:
@@ -151,7 +184,7 @@ def verify(data: Path, *, full: bool, workers: int = 1, decoder: str = "cpu") ->
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Check a packed data set.")
+    parser = parser_of("Check a packed data set.", __doc__)
     add = parser.add_argument
     add("data", type=Path, metavar="DIR", help="folder made by scripts/make_shards.sh")
     add("--full", action="store_true", help="read every byte and decode every image")

@@ -1,6 +1,10 @@
 """Pictures, packed sets and helper processes shared by the tests."""
 
+import atexit
+import functools
 import hashlib
+import multiprocessing
+import multiprocessing.forkserver
 import os
 import shutil
 import subprocess
@@ -15,16 +19,17 @@ import PIL.Image
 import pytest
 import torch
 import torch.distributed
-from torch.multiprocessing.spawn import spawn
+from torch.multiprocessing.spawn import start_processes
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / ".package")]
 
-import simclr_dali.model.vision  # noqa: F401 (before any library that imports torchvision)
+import simclr_dali.model.vision
 from scripts.draw_pictures import draw_set
 from simclr_dali.shards.manifest import ShardSet, load_split
 from simclr_dali.shards.pack import pack
 from simclr_dali.shards.plan import Options
+from tests.zygote import Zygote
 
 TIMEOUT = 240  # seconds for one process that a test starts
 
@@ -102,10 +107,24 @@ def originals(folder: Path, split: str) -> dict[bytes, str]:
     return {path.read_bytes(): path.parent.name for path in (folder / split).rglob("*.*")}
 
 
+@functools.cache
+def zygote() -> Zygote:
+    """This test process's own; it ends with it."""
+    started = Zygote({**os.environ, "DS_ACCELERATOR": "cpu"})
+    atexit.register(started.close)
+    return started
+
+
 def run_python(*words: Any, env: dict[str, str] | None = None, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    """Run the interpreter on ``words``, on the CPU unless ``env`` says otherwise; its output is kept."""
+    """Run the interpreter on ``words``, on the CPU unless ``env`` says otherwise; its output is kept.
+
+    A script, or a module, runs in a fork of one process that has imported the libraries (tests.zygote), unless it has
+    an environment of its own.
+    """
     command = [sys.executable, *map(str, words)]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", **(env or {})}
+    if env is None and (command[1].endswith(".py") or command[1:2] == ["-m"]):
+        return zygote().run(command[1:], cwd, environment, TIMEOUT)
     return subprocess.run(
         command, capture_output=True, text=True, timeout=TIMEOUT, env=environment, cwd=cwd, check=False
     )
@@ -139,9 +158,23 @@ def on_small_disk(kilobytes: int, script: str) -> subprocess.CompletedProcess[st
     )  # fmt: skip
 
 
+@functools.cache
+def fork_server() -> Any:
+    """A context of processes that have imported the libraries and our own modules (tests.preload)."""
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = f"{ROOT}:{ROOT / '.package'}"  # its only way to find them
+    try:
+        multiprocessing.set_forkserver_preload(["tests.preload", "tests.test_kills"])
+        multiprocessing.forkserver.ensure_running()
+    finally:
+        os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)
+    return multiprocessing.get_context("forkserver")
+
+
 def run_ranks(function: Callable[..., Any], world: int, folder: Path, *arguments: Any) -> list[Any]:
     """Call ``function(rank, *arguments)`` in ``world`` processes joined by gloo; return their results by rank."""
-    spawn(_rank_main, (function, world, str(folder), arguments), nprocs=world)
+    fork_server()
+    start_processes(_rank_main, (function, world, str(folder), arguments), nprocs=world, start_method="forkserver")
     return [torch.load(folder / f"result-{world}-{rank}.pt", weights_only=False) for rank in range(world)]
 
 

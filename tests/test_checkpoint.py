@@ -16,11 +16,12 @@ import torch
 
 from simclr_dali.model import checkpoint
 from simclr_dali.model.checkpoint import CheckpointError
-from simclr_dali.model.encoder import Architecture, build_model
 from simclr_dali.model.pretrained import fingerprint, load, open_pretrained
+from simclr_dali.model.resnet import ResNet
+from simclr_dali.model.simclr import Architecture, build_model
 from tests.conftest import ROOT
 
-SMALL = Architecture("resnet18", 0.25, "7x7", (16, 8))
+SMALL = Architecture(ResNet("resnet18", 0.25, "7x7"), (16, 8))
 
 
 def state(step: int, seed: int = 0) -> dict[str, Any]:
@@ -28,7 +29,7 @@ def state(step: int, seed: int = 0) -> dict[str, Any]:
     return {
         "step": step,
         "model": model.state_dict(),
-        "architecture": checkpoint.describe(SMALL),
+        "architecture": SMALL.plain(),
         "image_size": 32,
         "seed": seed,
     }

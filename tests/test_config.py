@@ -1,12 +1,12 @@
 """The configuration: presets are sound, mistakes are one sentence before anything is built."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from simclr_dali.model.resnet import ResNet
 from simclr_dali.pipeline.draws import Recipe
 from simclr_dali.shards.errors import UserError
 from simclr_dali.train.config import Config, LARSParams
@@ -53,19 +53,19 @@ def test_presets_hold_the_published_settings(
 
 def test_cifar10_has_no_blur_weaker_color_and_the_small_stem() -> None:
     config = load_config("cifar10.json", [], data="somewhere")
-    assert config.simclr.views.recipe() == replace(Recipe(), blur=0.0, strength=0.5)
-    assert config.architecture().stem == "3x3"
+    assert config.simclr.views.recipes()[0] == Recipe(blur=0.0, strength=0.5)
+    assert config.architecture().encoder == ResNet("resnet18", 1.0, "3x3")
 
 
 def test_ds_lars_is_the_papers_recipe() -> None:
     config = load_config("ds_lars.json", [])
     simclr, params = config.simclr, config.optimizer.params
     assert isinstance(params, LARSParams)
-    assert config.train_batch_size == 4096 and config.gradient_clipping == 0
+    assert config.train_batch_size == 4096
     assert (params.lr, params.momentum, params.weight_decay, params.trust_coefficient) == (4.8, 0.9, 1e-6, 0.001)
     assert (simclr.temperature, simclr.epochs, simclr.warmup_epochs, simclr.image_size) == (0.1, 200, 10, 224)
     assert simclr.encoder.name == "resnet50" and simclr.encoder.projector == [2048, 128]
-    assert simclr.views.recipe() == Recipe()
+    assert simclr.views.recipes() == (Recipe(), Recipe())
 
 
 @pytest.mark.parametrize(("world", "micro"), [(1, 256), (4, 256), (8, 256), (16, 256), (32, 128), (64, 64)])
@@ -98,9 +98,10 @@ def test_overrides_and_defaults(tmp_path: Path) -> None:
 
 def test_stem_follows_the_size_of_the_views(tmp_path: Path) -> None:
     name = written(tmp_path, MINIMAL)
-    assert load_config(name, ["simclr.image_size=32"]).architecture().stem == "3x3"
-    assert load_config(name, ["simclr.image_size=224"]).architecture().stem == "7x7"
-    assert load_config(name, ["simclr.image_size=32", "simclr.encoder.stem=7x7"]).architecture().stem == "7x7"
+    for words, stem in (([32], "3x3"), ([224], "7x7"), ([32, "simclr.encoder.stem=7x7"], "7x7")):
+        size, *rest = words
+        encoder = load_config(name, [f"simclr.image_size={size}", *map(str, rest)]).architecture().encoder
+        assert isinstance(encoder, ResNet) and encoder.stem == stem
 
 
 @pytest.mark.parametrize(
@@ -116,6 +117,14 @@ def test_stem_follows_the_size_of_the_views(tmp_path: Path) -> None:
         ("simclr.temperature=0.001", ["simclr.temperature is 0.001"]),
         ("simclr.encoder.name=resnet20", ["resnet20", "resnet50"]),
         ("simclr.encoder.width=0.3", ["simclr.encoder.width is 0.3"]),
+        ("simclr.encoder.width=wide", ["simclr.encoder.width is 'wide'"]),
+        ("simclr.encoder.depth=18", ["simclr.encoder.resnet50 has no 'depth'", "stem"]),
+        ("simclr.encoder.stem=5x5", ["simclr.encoder.stem is '5x5'"]),
+        ("simclr.ring=true", ["simclr.ring is True", "remove it"]),
+        ("communication_data_type=fp16", ["communication_data_type is 'fp16'", "'fp32'"]),
+        ("torch_autocast.dtype=float16", ["torch_autocast.dtype is 'float16'"]),
+        ("simclr.views.solarize=2", ["simclr.views.solarize is 2"]),
+        ("simclr.views.second.sigma=[2,1]", ["simclr.views.second.sigma", "2.0, 1.0"]),
         ("simclr.lanes=7", ["lanes is 7", "64"]),
         ("simclr.views.area=[0.5,0.1]", ["simclr.views.area", "0.1"]),
         ("simclr.views.area=[0.5,2]", ["simclr.views.area", "2"]),
@@ -182,7 +191,8 @@ def test_what_no_optimizer_or_encoder_can_do_is_refused(tmp_path: Path) -> None:
 
 def test_selective_kernels_need_bottlenecks(tmp_path: Path) -> None:
     name = written(tmp_path, MINIMAL)
-    assert load_config(name, ["simclr.encoder.selective_kernels=true"]).architecture().selective_kernels
+    encoder = load_config(name, ["simclr.encoder.selective_kernels=true"]).architecture().encoder
+    assert isinstance(encoder, ResNet) and encoder.selective_kernels
     with pytest.raises(UserError, match=r"selective_kernels.*resnet18"):
         load_config(name, ["simclr.encoder.selective_kernels=true", "simclr.encoder.name=resnet18"])
 
@@ -237,8 +247,36 @@ def test_the_second_view_inherits_what_it_does_not_override() -> None:
     config = load_config("ds_lars.json", ["simclr.views.strength=0.5", "simclr.views.second.blur=0.1"], data="d")
     first, second = config.simclr.views.recipes()
     assert (first.strength, first.blur) == (0.5, 0.5)
-    assert second == replace(first, blur=0.1)
+    assert second == first.model_copy(update={"blur": 0.1})
     same = load_config("ds_lars.json", [], data="d").simclr.views.recipes()
     assert same[0] == same[1] == Recipe()
     with pytest.raises(UserError, match=r"views\.second\.area"):
         load_config("ds_lars.json", ["simclr.views.second.area=[0.5, 0.1]"], data="d")
+
+
+def test_a_config_says_only_what_differs_from_its_base(tmp_path: Path) -> None:
+    (tmp_path / "half.json").write_text(
+        json.dumps({"base": "ds_lars.json", "simclr": {"epochs": 50, "views": {"blur": 0.0}}})
+    )
+    (tmp_path / "mine.json").write_text(json.dumps({"base": "half.json", "simclr": {"data": "d", "seed": 3}}))
+    mine, base = load_config(str(tmp_path / "mine.json"), []), load_config("ds_lars.json", [])
+    assert (mine.simclr.epochs, mine.simclr.seed, mine.simclr.views.blur, mine.simclr.run) == (50, 3, 0.0, "runs/mine")
+    assert mine.train_batch_size == base.train_batch_size and mine.simclr.views.sigma == base.simclr.views.sigma
+    (tmp_path / "half.json").write_text(json.dumps({"base": "mine.json"}))
+    with pytest.raises(UserError, match="its own base"):
+        load_config(str(tmp_path / "mine.json"), [])
+    with pytest.raises(UserError, match="base is 3"):
+        load_config(written(tmp_path, {**MINIMAL, "base": 3}), [])
+
+
+def test_what_deepspeed_must_be_told_may_stand_in_a_config_and_changes_nothing(tmp_path: Path) -> None:
+    constants = {
+        "gradient_clipping": 0,
+        "zero_optimization": {"stage": 0},
+        "communication_data_type": "fp32",
+        "torch_autocast": {"enabled": False, "dtype": "bfloat16"},
+    }
+    plain = load_config(written(tmp_path, MINIMAL), [])
+    assert load_config(written(tmp_path, {**MINIMAL, **constants}), []) == plain
+    with pytest.raises(UserError, match=r"unknown key 'zero_optimization"):
+        load_config(written(tmp_path, {**MINIMAL, "zero_optimization": {"stage": 0, "overlap_comm": True}}), [])

@@ -1,7 +1,6 @@
 """The draws of the views follow the paper's distributions and torchvision's samplers, and are pure."""
 
 from collections import Counter
-from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -12,13 +11,17 @@ from scipy import stats
 
 from simclr_dali.model.vision import torchvision
 from simclr_dali.pipeline.color import LUMA, compose
-from simclr_dali.pipeline.draws import BRIGHTNESS, CIFAR, CONTRAST, HUE, PROBE, SATURATION, Draws, Recipe, center, draw
+from simclr_dali.pipeline.draws import BRIGHTNESS, CONTRAST, HUE, PROBE, SATURATION, Draws, Recipe, center, draw
 
 transforms = torchvision.transforms
 COUNT = 20_000
 IDS = np.arange(COUNT)
 # With fixed seeds a test either always passes or always fails; this level only says how odd a result may look.
 LEVEL = 1e-4
+
+
+# The paper's settings for CIFAR-10 (appendix B.9): half the color strength and no blur.
+CIFAR = Recipe(strength=0.5, blur=0.0)
 
 
 def drawn(recipe: Recipe | None = None, *, width: int = 500, height: int = 375, epoch: int = 0, view: int = 0) -> Draws:
@@ -121,7 +124,14 @@ def test_the_variants_draw_what_they_should() -> None:
     assert not (probe.jitter | probe.gray | probe.blur).any() and is_share(probe.flip, 0.5)
     # The same sample is cropped alike by every recipe of the same area: only what a recipe names changes.
     assert np.array_equal(probe.box, drawn().box) and np.array_equal(cifar.box, drawn().box)
-    assert Recipe().changes_pixels() and CIFAR.changes_pixels() and not PROBE.changes_pixels()
+    assert Recipe().steps() == {"color", "blur"} and CIFAR.steps() == {"color"} and not PROBE.steps()
+
+
+def test_solarize_is_drawn_where_a_recipe_asks_for_it_and_changes_no_other_draw() -> None:
+    plain, some = drawn(), drawn(Recipe(solarize=0.2, solarize_threshold=100.0))
+    assert not plain.solarize.any() and is_share(some.solarize, 0.2) and np.all(some.threshold == 100)
+    for name in vars(plain).keys() - {"solarize", "threshold"}:
+        assert np.array_equal(getattr(plain, name), getattr(some, name)), name
 
 
 def test_a_picture_that_no_crop_fits_falls_back_to_its_center() -> None:
@@ -183,7 +193,7 @@ def reference_colors(pixels: npt.NDArray[np.float64], d: Draws, row: int) -> npt
 
 
 def test_the_composed_map_is_the_steps_in_their_drawn_order() -> None:
-    d = drawn(replace(Recipe(), gray=0.3))
+    d = drawn(Recipe(gray=0.3))
     pixels = np.random.default_rng(0).uniform(0, 255, (50, 3))
     m, n = compose(d)
     for row in range(300):

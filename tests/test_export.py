@@ -16,8 +16,9 @@ from simclr_dali import load
 from simclr_dali.eval.export import export
 from simclr_dali.eval.export_formats import FORMATS
 from simclr_dali.model.classifier import Classifier, save_classifier
-from simclr_dali.model.encoder import Architecture, build_encoder
 from simclr_dali.model.pretrained import Pretrained, open_pretrained
+from simclr_dali.model.resnet import ResNet
+from simclr_dali.model.simclr import Architecture
 from simclr_dali.model.vision import torchvision
 from simclr_dali.shards.errors import UserError
 from tests.conftest import ROOT, assert_sentence, run_python
@@ -28,8 +29,8 @@ IMAGES = torch.randn(5, 3, 64, 64, generator=torch.Generator().manual_seed(3))
 
 def source(tmp_path: Path, name: str = "resnet50", head: int = 0, **other: Any) -> Pretrained:
     """An encoder as another library would save it, or a classifier of ours on top of it."""
-    architecture = Architecture(name, other.get("width", 1.0), other.get("stem", "7x7"), (), other.get("sk", False))
-    encoder = settled(build_encoder(architecture))
+    architecture = Architecture(ResNet(name, other.get("width", 1.0), other.get("stem", "7x7"), other.get("sk", False)))
+    encoder = settled(architecture.encoder.build())
     if not head:
         torch.save(encoder.state_dict(), tmp_path / "source.pth")
         return open_pretrained(tmp_path / "source.pth")
@@ -170,7 +171,7 @@ def test_the_card_of_a_run_says_how_it_was_made(run: Path, tmp_path: Path) -> No
     assert "None was measured" in card and "weights that a run began with" in card
     card = (tmp_path / "hub/README.md").read_text()
     top1 = json.loads((run / "knn.json").read_text())["k5"]["top1"]
-    for word in ("8, global batch 16", "trust_coefficient 0.02", "32-16", f"| kNN, k 5 | {top1:.2f} %", "width 0.125"):
+    for word in ("8, global batch 16", "trust_coefficient 0.02", "32-16", f"| kNN, k 5 | {top1:.2f} %", "x0.125"):
         assert word in card, word
     assert_sentence(run_python(*command), "exists already")
     words = ["--ckpt", run, "--format", "timm", "--out"]

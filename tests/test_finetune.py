@@ -15,12 +15,13 @@ from simclr_dali import load
 from simclr_dali.model.classifier import load_classifier
 from simclr_dali.model.pretrained import fingerprint
 from simclr_dali.pipeline.draws import PROBE
-from simclr_dali.pipeline.files import LocalFiles
-from simclr_dali.pipeline.loader import Setting, labelled, two_views
-from simclr_dali.pipeline.subset import Subset, class_balanced, keys, listed
+from simclr_dali.pipeline.graph import LoaderConfig
+from simclr_dali.pipeline.loader import central_views
+from simclr_dali.pipeline.subset import Subset, class_balanced, ids_of_names, keys
 from simclr_dali.shards.errors import UserError
 from simclr_dali.shards.manifest import ShardSet, load_split
 from tests.conftest import ROOT, assert_sentence, run_python
+from tests.loaders import local, two_views
 from tests.runs import kill_between, launch_script
 
 
@@ -55,28 +56,26 @@ def test_another_seed_takes_other_images() -> None:
 
 
 def test_names_of_a_list_are_found(train_split: ShardSet, tmp_path: Path) -> None:
-    def files() -> LocalFiles:
-        return LocalFiles(train_split)
-
+    split = local(train_split)
     wanted = [3, 50, 51, 200]
-    names = [key.partition("_")[2] for key in keys(train_split, files, np.array(wanted))]
+    names = [key.partition("_")[2] for key in keys(split, np.array(wanted))]
     folders = [train_split.classes[train_split.samples["label"][sample]] for sample in wanted]
     lines = [f"{folder}/{name}.JPEG" for folder, name in zip(folders, names, strict=True)]
-    assert listed([*lines, "", lines[0]], train_split, files, "list.txt").tolist() == wanted
+    assert ids_of_names([*lines, "", lines[0]], split, "list.txt").tolist() == wanted
     with pytest.raises(UserError, match=r"1 of 2 names of list\.txt.*nobody\.JPEG"):
-        listed([lines[0], "nobody.JPEG"], train_split, files, "list.txt")
+        ids_of_names([lines[0], "nobody.JPEG"], split, "list.txt")
     with pytest.raises(UserError, match="no pictures"):
-        listed(["", " "], train_split, files, "list.txt")
+        ids_of_names(["", " "], split, "list.txt")
     # The drawn pictures are called alike in every class: without the folder a name means several.
     with pytest.raises(UserError, match="write it as class/name"):
-        listed([f"{names[0]}.JPEG"], train_split, files, "list.txt")
+        ids_of_names([f"{names[0]}.JPEG"], split, "list.txt")
 
 
 @pytest.mark.parametrize("count", [24, 200])
 def test_a_training_on_a_subset_sees_it_and_nothing_else(count: int, train_split: ShardSet) -> None:
     ids = np.sort(np.random.default_rng(1).choice(len(train_split), count, replace=False))
     order = Subset(train_split, ids, 8, 4, 8, seed=3)
-    setting = Setting(32, torch.device("cpu"))
+    setting = LoaderConfig(32, torch.device("cpu"))
     seen: dict[int, list[int]] = {}
     for world in (1, 2):
         per_rank = [
@@ -94,16 +93,18 @@ def test_a_training_on_a_subset_sees_it_and_nothing_else(count: int, train_split
 
 
 def test_central_views_of_chosen_images(train_split: ShardSet) -> None:
-    setting = Setting(32, torch.device("cpu"))
-    whole = torch.cat([batch.views.clone() for batch in labelled(train_split, setting, batch=50, center_fraction=0.9)])
+    setting = LoaderConfig(32, torch.device("cpu"))
+    whole = torch.cat(
+        [batch.views.clone() for batch in central_views(local(train_split), setting, batch=50, center_fraction=0.9)]
+    )
     ids = np.array([2, 40, 41, 239])
     parts = [
         (batch.views.clone(), batch.ids)
-        for batch in labelled(train_split, setting, batch=3, center_fraction=0.9, ids=ids)
+        for batch in central_views(local(train_split), setting, batch=3, center_fraction=0.9, ids=ids)
     ]
     assert torch.cat([found for _, found in parts]).tolist() == ids.tolist()
     assert torch.equal(torch.cat([views for views, _ in parts]), whole[ids])
-    assert list(labelled(train_split, setting, batch=3, center_fraction=0.9, ids=ids[:0])) == []
+    assert list(central_views(local(train_split), setting, batch=3, center_fraction=0.9, ids=ids[:0])) == []
 
 
 WORDS: list[Any] = ["--fraction", 0.2, "--epochs", 4, "--train-batch", 16, "--save-every", 3]
@@ -132,8 +133,8 @@ def test_a_killed_fine_tuning_ends_as_if_undisturbed(run: Path, packed: Path, tm
     val = load_split(packed, "val")
     views = torch.cat([
         batch.views.clone()
-        for batch in labelled(
-            val, Setting(32, torch.device("cpu"), interpolation="bicubic"), batch=48
+        for batch in central_views(
+            local(val), LoaderConfig(32, torch.device("cpu"), interpolation="bicubic"), batch=48
         )
     ])  # fmt: skip
     with torch.no_grad():

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from simclr_dali import load
 from simclr_dali.model.checkpoint import CheckpointError
-from simclr_dali.model.encoder import Architecture, build_encoder
 from simclr_dali.model.pretrained import fingerprint, open_pretrained
+from simclr_dali.model.resnet import ResNet
+from simclr_dali.model.simclr import Architecture
 from simclr_dali.model.vision import torchvision
 from tests.conftest import ROOT, assert_sentence, run_python
 
@@ -152,7 +153,7 @@ def test_every_layout_gives_the_encoder_that_was_saved(layout: str, tmp_path: Pa
     torch.save(save(copy.deepcopy(model)), tmp_path / "weights.pth")
     found = open_pretrained(tmp_path / "weights.pth")
     assert found.layout == name and not found.encoder.training
-    assert found.architecture == Architecture("resnet18", 1.0, "7x7", ())
+    assert found.architecture == Architecture(ResNet("resnet18", 1.0, "7x7"))
     with torch.no_grad():
         assert torch.equal(found.encoder(IMAGES), model(IMAGES))
     assert found.left_out or layout in ("torchvision", "compiled and wrapped")
@@ -165,7 +166,7 @@ def test_depths_are_told_by_the_keys(name: str, tmp_path: Path) -> None:
     model = getattr(torchvision.models, name)()
     safetensors.torch.save_file(model.state_dict(), tmp_path / "weights.safetensors")
     found = open_pretrained(tmp_path / "weights.safetensors")
-    assert found.architecture.name == name and set(found.left_out) == {"fc.weight", "fc.bias"}
+    assert found.architecture.encoder.name == name and set(found.left_out) == {"fc.weight", "fc.bias"}
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
@@ -184,7 +185,7 @@ def test_lightlys_own_resnet_with_the_small_stem(name: str, ours: str, sequentia
     pooled = nn.Sequential(*list(model.children())[:-1], nn.AdaptiveAvgPool2d(1), nn.Flatten())
     torch.save(prefixed(pooled if sequential else model, "backbone."), tmp_path / "lightly.ckpt")
     found = open_pretrained(tmp_path / "lightly.ckpt")
-    assert (found.architecture.name, found.architecture.stem) == (ours, "3x3")
+    assert found.architecture.encoder == ResNet(ours, 1.0, "3x3")
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         # As a nn.Sequential of its children the network has no ReLU after the first BatchNorm.
@@ -202,7 +203,9 @@ def test_solo_learns_small_stem_has_its_padding(tmp_path: Path) -> None:
     found = open_pretrained(tmp_path / "solo.ckpt")
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        assert found.architecture.stem == "3x3" and same_features(found.encoder, model(images), images)
+        assert found.architecture.encoder == ResNet("resnet18", 1.0, "3x3") and same_features(
+            found.encoder, model(images), images
+        )
         # Somebody else's network with the same keys; and weights of another stem have no such choice.
         model.conv1.padding = (1, 1)
         assert same_features(load(tmp_path / "solo.ckpt", stem_padding=1), model(images), images)
@@ -231,13 +234,13 @@ def test_solo_learns_small_stem_has_its_padding(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("selective", "width"), [(False, 1.0), (False, 2.0), (True, 1.0)])
 def test_google_converted_weights(selective: bool, width: float, tmp_path: Path) -> None:
     """The keys of Separius/SimCLRv2-Pytorch, whose modules stand in the order in which ours are computed."""
-    encoder = settled(build_encoder(Architecture("resnet50", width, "7x7", (), selective)))
+    encoder = settled(ResNet("resnet50", width, "7x7", selective).build())
     google = {_google_key(key, selective): value for key, value in encoder.state_dict().items()}
     google |= {"fc.weight": torch.zeros(1000, 2048), "fc.bias": torch.zeros(1000)}
     torch.save({"resnet": google, "head": {"layers.0.weight": torch.zeros(2, 2)}}, tmp_path / "r50.pth")
     found = open_pretrained(tmp_path / "r50.pth")
     assert found.layout == "google" and found.encoder.unit_range
-    assert found.architecture == Architecture("resnet50", width, "7x7", (), selective)
+    assert found.architecture == Architecture(ResNet("resnet50", width, "7x7", selective))
     assert fingerprint(found.encoder) == fingerprint(encoder)
     # Its inputs are in 0..1; ours come normalised, and are brought there.
     mean, std = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
@@ -250,10 +253,10 @@ def test_google_converted_weights(selective: bool, width: float, tmp_path: Path)
 
 
 def _google_key(key: str, selective: bool) -> str:
-    from simclr_dali.model.foreign import _GOOGLE_BLOCK, _GOOGLE_BLOCK_SK, _GOOGLE_STEM, _GOOGLE_STEM_SK
+    from simclr_dali.model.foreign import GOOGLE_BLOCK, GOOGLE_BLOCK_SK, GOOGLE_STEM, GOOGLE_STEM_SK
 
-    stem = {ours: theirs for theirs, ours in (_GOOGLE_STEM_SK if selective else _GOOGLE_STEM).items()}
-    block = {ours: theirs for theirs, ours in (_GOOGLE_BLOCK_SK if selective else _GOOGLE_BLOCK).items()}
+    stem = {ours: theirs for theirs, ours in (GOOGLE_STEM_SK if selective else GOOGLE_STEM).items()}
+    block = {ours: theirs for theirs, ours in (GOOGLE_BLOCK_SK if selective else GOOGLE_BLOCK).items()}
     module, _, kind = key.rpartition(".")
     if module in stem:
         return f"net.0.{stem[module]}.{kind}"

@@ -10,17 +10,20 @@ import torch
 
 from simclr_dali.eval.logistic import fit_linear, score
 from simclr_dali.eval.sweep import Point, sweep
-from simclr_dali.model.encoder import Architecture, build_model
 from simclr_dali.model.lars import LARS, parameter_groups
 from simclr_dali.model.neighbours import accuracies
-from simclr_dali.model.ntxent import nt_xent
+from simclr_dali.model.ntxent import NTXent, nt_xent
+from simclr_dali.model.resnet import ResNet
+from simclr_dali.model.simclr import Architecture, build_model
 from simclr_dali.pipeline.draws import Recipe
-from simclr_dali.pipeline.loader import Batch, Setting, two_views
+from simclr_dali.pipeline.graph import LoaderConfig
 from simclr_dali.pipeline.order import Order
+from simclr_dali.pipeline.stream import Batch
 from simclr_dali.shards.manifest import ShardSet
-from simclr_dali.train.micro_batches import Parked
+from simclr_dali.train.micro_batches import MicroBatches
 from simclr_dali.train.step import train_step
 from tests.conftest import ROOT, run_python
+from tests.loaders import two_views
 from tests.runs import metrics, tiny_config
 from tests.test_linear import problem
 from tests.test_ntxent import embeddings
@@ -29,10 +32,10 @@ from tests.test_step import PlainEngine
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 ON_GPU = {"DS_ACCELERATOR": "cuda"}
-GPU = Setting(size=32, device=torch.device("cuda", 0))
+GPU = LoaderConfig(size=32, device=torch.device("cuda", 0))
 
 
-def views_of(shards: ShardSet, setting: Setting, **options: object) -> list[Batch]:
+def views_of(shards: ShardSet, setting: LoaderConfig, **options: object) -> list[Batch]:
     order = Order(shards.shard_sizes(), 24, 4, 2, 9)
     return list(two_views(shards, order, Recipe(), setting, epochs=2, **options))  # type: ignore[arg-type]
 
@@ -82,19 +85,19 @@ def test_the_loss_on_the_gpu_is_that_of_the_cpu() -> None:
 
 @pytest.mark.parametrize("passes", [1, 3])
 def test_a_step_on_the_gpu_never_waits(passes: int) -> None:
-    model = build_model(Architecture("resnet18", 0.25, "7x7", (16, 8)), 0).cuda()
+    model = build_model(Architecture(ResNet("resnet18", 0.25, "7x7"), (16, 8)), 0).cuda()
     engine = PlainEngine(model, passes)
     engine.optimizer = LARS(parameter_groups(model, 1e-6), lr=0.1)
     device = torch.device("cuda", 0)
-    parked = Parked(device, passes)
+    parked = MicroBatches(device, passes)
     parts = [torch.randn(16, 3, 64, 64, device=device) for _ in range(passes)]
     for _ in range(2):  # what is made once: memory, the optimizer's state
         parked.begin(iter(parts))
-        train_step(engine, parked, 0.1)
+        train_step(engine, parked, NTXent(0.1))
     torch.cuda.set_sync_debug_mode("error")
     try:
         parked.begin(iter(parts))
-        train_step(engine, parked, 0.1)
+        train_step(engine, parked, NTXent(0.1))
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -106,7 +109,7 @@ def test_views_parked_by_the_gpu_come_back_in_order_and_take_no_more_memory_when
     for count in (3, 24):
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        parked = Parked(device, count)
+        parked = MicroBatches(device, count)
         seen, expected = [], []
         for step in range(3):
             torch.cuda._sleep(20_000_000)

@@ -8,14 +8,16 @@ import numpy as np
 import numpy.typing as npt
 import PIL.Image
 import pytest
+import torch
 
 from simclr_dali.pipeline import graph
 from simclr_dali.pipeline.color import compose
 from simclr_dali.pipeline.draws import Draws, Recipe, draw
-from simclr_dali.pipeline.graph import MEAN, STD, Tuning
+from simclr_dali.pipeline.graph import MEAN, STD, LoaderConfig
 
 SIZE = 48
 COUNT = 24
+ALL_STEPS = frozenset({"color", "blur", "solarize"})
 
 Pixels = npt.NDArray[np.float64]
 
@@ -54,20 +56,15 @@ def draws_for(images: list[bytes], **recipe: Any) -> Draws:
     return draw(Recipe(**recipe), 3, 0, np.arange(len(images)), 0, sizes[:, 0], sizes[:, 1])
 
 
-def run(
-    images: list[bytes], draws: Draws, *, threads: int = 2, half: bool = False, tuning: Tuning = graph.PLAIN
-) -> Pixels:
+def run(images: list[bytes], draws: Draws, steps: frozenset[str] = ALL_STEPS, **changes: Any) -> Pixels:
     """The graph's view of each image, in levels of 0..255, float64 (n, SIZE, SIZE, 3)."""
+    config = LoaderConfig(**{"size": SIZE, "device": torch.device("cpu"), "prefetch": 1, **changes})
 
     def batches() -> Iterator[list[Any]]:
-        region = graph.region_inputs([draws]) if tuning.region else []
-        yield [[np.frombuffer(data, np.uint8) for data in images], *region, *graph.view_inputs(draws, True)]
+        yield graph.graph_inputs([np.frombuffer(data, np.uint8) for data in images], [draws], steps, config)
 
     source = batches()
-    pipeline = graph.build(
-        lambda: next(source), batch=len(images), views=1, augment=True, size=SIZE, interpolation="bilinear",
-        device_id=None, threads=threads, half=half, prefetch=1, tuning=tuning,
-    )  # fmt: skip
+    pipeline = graph.build(lambda: next(source), config, batch=len(images), views=1, steps=steps)
     (views,) = pipeline.run()
     return np.asarray(views.as_tensor()).astype(np.float64) * STD + MEAN
 
@@ -124,6 +121,25 @@ def test_blur_is_a_gaussian_of_the_drawn_sigma(images: list[bytes]) -> None:
         assert np.abs(views[row] - expected).mean() < 0.1
 
 
+def test_solarize_inverts_from_the_threshold_on(images: list[bytes]) -> None:
+    plain = run(images, draws_for(images, **PLAIN))
+    draws = draws_for(images, **{**PLAIN, "solarize": 0.5, "solarize_threshold": 100.0})
+    views = run(images, draws)
+    assert 0 < draws.solarize.sum() < COUNT
+    inverted = np.where(plain >= 100, 255 - plain, plain)
+    for row, solarized in enumerate(draws.solarize):
+        # A level that lies at the threshold may fall to either side, by the rounding of the normalisation.
+        near = np.abs(plain[row] - 100) < 0.01
+        expected = inverted[row] if solarized else plain[row]
+        assert np.abs(views[row] - expected)[~near].max() < 0.01
+
+
+def test_a_step_that_no_view_draws_changes_nothing_by_being_in_the_graph(images: list[bytes]) -> None:
+    draws = draws_for(images)
+    assert not draws.solarize.any()
+    assert np.array_equal(run(images, draws, steps=Recipe().steps()), run(images, draws))
+
+
 def test_nothing_but_the_inputs_decides_the_pixels(images: list[bytes]) -> None:
     draws = draws_for(images)
     assert np.array_equal(run(images, draws, threads=1), run(images, draws, threads=2))
@@ -134,17 +150,17 @@ def test_nothing_but_the_inputs_decides_the_pixels(images: list[bytes]) -> None:
 
 def test_half_output_is_the_rounded_full_output(images: list[bytes]) -> None:
     draws = draws_for(images)
-    assert np.abs(run(images, draws, half=True) - run(images, draws)).max() < 0.2
+    assert np.abs(run(images, draws, dtype=torch.float16) - run(images, draws)).max() < 0.2
 
 
 def test_neutral_parameters_instead_of_conditionals_give_the_same_views(images: list[bytes]) -> None:
-    draws = draws_for(images)
-    assert np.abs(run(images, draws, tuning=Tuning(conditionals=False)) - run(images, draws)).max() < 0.01
+    draws = draws_for(images, solarize=0.3)
+    assert np.abs(run(images, draws, conditionals=False) - run(images, draws)).max() < 0.01
 
 
 def test_decoding_a_region_gives_the_same_views_but_at_its_border(images: list[bytes]) -> None:
     draws = draws_for(images)
-    difference = np.abs(run(images, draws, tuning=Tuning(region=True)) - run(images, draws))
+    difference = np.abs(run(images, draws, region=True) - run(images, draws))
     # Where a crop is enlarged, resizing sees one pixel beside the box, which a region does not have.
     assert difference[:, 4:-4, 4:-4].max() < 1.01 and difference.mean() < 0.1
 

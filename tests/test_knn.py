@@ -13,9 +13,8 @@ from simclr_dali.model import neighbours
 from simclr_dali.model.neighbours import accuracies, nearest
 from simclr_dali.model.pretrained import load
 from simclr_dali.pipeline.features import extract
-from simclr_dali.pipeline.files import LocalFiles
-from simclr_dali.pipeline.loader import Setting
-from simclr_dali.shards.manifest import load_split
+from simclr_dali.pipeline.files import Split
+from simclr_dali.pipeline.graph import LoaderConfig
 from tests.conftest import ROOT, assert_sentence, run_python
 
 
@@ -63,8 +62,8 @@ def test_blocks_do_not_change_the_neighbours(rows: int, columns: int, monkeypatc
     bank, labels, queries, truth = problem()
     expected = nearest(bank, queries, 20)
     figures = accuracies(bank, labels, queries, truth, 7, [3, 20], 0.1)
-    monkeypatch.setattr(neighbours, "_QUERIES", rows)
-    monkeypatch.setattr(neighbours, "_BANK", columns)
+    monkeypatch.setattr(neighbours, "QUERIES", rows)
+    monkeypatch.setattr(neighbours, "BANK", columns)
     cosines, places = nearest(bank, queries, 20)
     assert torch.equal(places, expected[1]) and torch.allclose(cosines, expected[0], atol=1e-6)
     assert accuracies(bank, labels, queries, truth, 7, [3, 20], 0.1) == figures
@@ -85,12 +84,8 @@ def test_the_command_reports_what_a_second_count_finds(run: Path, packed: Path) 
     assert result["val_images"] == 48 and result["checkpoint_step"] == 8 and result["temperature"] == 0.1
 
     encoder = load(run)
-    setting = Setting(size=32, device=torch.device("cpu"))
-    splits = [load_split(packed, split) for split in ("train", "val")]
-    train, val = (
-        extract(encoder, shards, lambda s=shards: LocalFiles(s), setting, batch=9)  # type: ignore[misc]
-        for shards in splits
-    )
+    setting = LoaderConfig(size=32, device=torch.device("cpu"))
+    train, val = (extract(encoder, Split.local(packed, split), setting, batch=9) for split in ("train", "val"))
     for k in (5, 40):
         ranked = [by_definition(train.features, train.labels, query, 12, k, 0.1)[0] for query in val.features]
         right = sum(label == true for label, true in zip(ranked, val.labels.tolist(), strict=True))

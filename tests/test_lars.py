@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from simclr_dali.model.encoder import Architecture, build_model
 from simclr_dali.model.lars import LARS, parameter_groups
+from simclr_dali.model.resnet import ResNet
 from simclr_dali.model.schedule import learning_rate
-from simclr_dali.train.config import Config
-from simclr_dali.train.optimizer import build_optimizer
-from simclr_dali.train.schedule import LR_RULES
+from simclr_dali.model.simclr import Architecture, build_model
+from simclr_dali.train.config import LR_RULES, Config
+from simclr_dali.train.engine import build_optimizer
 
 
 class Reference:
@@ -100,7 +100,7 @@ def test_mmpretrains_rule_differs_by_the_decay_in_the_norm_only(decay: float, to
 
 
 def test_biases_and_batchnorm_get_neither_decay_nor_adaptation() -> None:
-    model = build_model(Architecture("resnet18", 0.25, "7x7", (32, 8)), 0)
+    model = build_model(Architecture(ResNet("resnet18", 0.25, "7x7"), (32, 8)), 0)
     weights, plain = parameter_groups(model, 1e-4)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     assert weights["weight_decay"] == 1e-4 and weights["adapt"]
@@ -127,7 +127,7 @@ def test_the_named_optimizer_is_built_as_configured(name: str, params: dict[str,
         "optimizer": {"type": name, "params": params},
         "simclr": {"lr_rule": "none", "data": "d"},
     }
-    model = build_model(Architecture("resnet18", 0.125, "7x7", (32, 8)), 0)
+    model = build_model(Architecture(ResNet("resnet18", 0.125, "7x7"), (32, 8)), 0)
     optimizer = build_optimizer(model, Config.model_validate(raw))
     weights, plain = optimizer.param_groups
     assert type(optimizer).__name__ == name

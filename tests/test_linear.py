@@ -1,6 +1,5 @@
 """The linear probe: a true optimum, an untouched encoder, an honest count."""
 
-import argparse
 import json
 import math
 import os
@@ -10,14 +9,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from simclr_dali.eval.evaluation import add_arguments, open_evaluation
+from simclr_dali.eval.arguments import DataChoice, EncoderChoice
+from simclr_dali.eval.evaluation import open_evaluation
 from simclr_dali.eval.logistic import fit_linear, interval_95, score
 from simclr_dali.model.pretrained import fingerprint, open_pretrained
 from simclr_dali.pipeline.features import extract
-from simclr_dali.pipeline.files import LocalFiles
-from simclr_dali.pipeline.loader import Setting
+from simclr_dali.pipeline.graph import LoaderConfig
 from simclr_dali.shards.manifest import load_split
 from tests.conftest import ROOT, assert_sentence, run_python
+from tests.loaders import local
 
 
 def problem(count: int = 300, width: int = 5, classes: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
@@ -83,14 +83,39 @@ def test_the_probe_reports_what_a_second_count_finds(run: Path, packed: Path) ->
     val = load_split(packed, "val")
     saved = torch.load(run / "linear.pt", weights_only=True)
     assert saved["classes"] == list(val.classes)
-    setting = Setting(size=32, device=torch.device("cpu"))
-    features = extract(encoder, val, lambda: LocalFiles(val), setting, batch=7)
+    setting = LoaderConfig(size=32, device=torch.device("cpu"))
+    features = extract(encoder, local(val), setting, batch=7)
     scores = features.features @ saved["weight"].T + saved["bias"]
     right = (scores.argmax(1) == features.labels).double().mean()
     assert result["top1"] == pytest.approx(100 * right.item(), abs=0.01 + 100 / len(val))
     assert result["val_images"] == len(val) == 48 and result["classes"] == 12
     low, high = result["top1_interval_95"]
     assert low <= result["top1"] <= high and result["top1"] <= result["top5"]
+
+
+def test_features_that_never_change_say_nothing_and_the_fit_reaches_its_optimum() -> None:
+    """Against scikit-learn's optimum, with half of the features constant but for rounding, at scales 1e-3 to 10."""
+    from sklearn.linear_model import LogisticRegression
+
+    random = torch.Generator().manual_seed(0)
+    hidden = torch.randn(2000, 12, generator=random)
+    labels = (hidden[:, :5] + torch.randn(2000, 5, generator=random)).argmax(1)
+    varying = (hidden @ torch.randn(12, 60, generator=random)).relu() * torch.logspace(-3, 1, 60)
+    constant = 0.37 + 1e-8 * torch.randn(2000, 60, generator=random)
+    fit = fit_linear(torch.cat([constant, varying], 1), labels, 5, 1e-3)
+    assert fit.converged and not fit.layer.weight[:, :60].any()
+
+    scaled = ((varying - varying.mean(0)) / varying.std(0, correction=0)).double()
+    best = LogisticRegression(C=1 / (1e-3 * 2000), max_iter=10_000, tol=1e-8).fit(scaled.numpy(), labels.numpy())
+
+    def objective(weight: torch.Tensor, bias: torch.Tensor) -> float:
+        loss = torch.nn.functional.cross_entropy(scaled @ weight.T + bias, labels)
+        return float(loss + 1e-3 / 2 * weight.square().sum())
+
+    weight = fit.layer.weight[:, 60:].double() * varying.std(0, correction=0)
+    bias = fit.layer(torch.cat([constant, varying], 1).mean(0)).double()
+    optimum = objective(torch.from_numpy(best.coef_), torch.from_numpy(best.intercept_))
+    assert objective(weight.detach(), bias.detach()) == pytest.approx(optimum, rel=1e-5)
 
 
 def test_untrained_is_kept_apart(run: Path, tmp_path: Path) -> None:
@@ -105,10 +130,8 @@ def test_untrained_is_kept_apart(run: Path, tmp_path: Path) -> None:
 
 
 def test_an_encoder_that_changes_is_noticed(run: Path, packed: Path) -> None:
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
     try:
-        job = open_evaluation(parser.parse_args(["--ckpt", str(run), "--data", str(packed)]))
+        job = open_evaluation(EncoderChoice(run), DataChoice(str(packed)), batch=48, out=None)
         job.refuse_change()
         job.encoder.layer1[0].bn1.num_batches_tracked += 1
         with pytest.raises(RuntimeError, match="the encoder changed"):

@@ -10,24 +10,27 @@ import torch
 
 from simclr_dali.pipeline.draws import PROBE, Recipe
 from simclr_dali.pipeline.files import LocalFiles
-from simclr_dali.pipeline.loader import Batch, Setting, labelled, two_views
+from simclr_dali.pipeline.graph import LoaderConfig
+from simclr_dali.pipeline.loader import central_views
 from simclr_dali.pipeline.memory import Recycled
 from simclr_dali.pipeline.order import Order
-from simclr_dali.pipeline.reader import Encoded, Ids, SampleReader, ahead
+from simclr_dali.pipeline.reader import Encoded, Ids, SampleReader, map_ahead
+from simclr_dali.pipeline.stream import Batch
 from simclr_dali.shards.errors import UserError
 from simclr_dali.shards.manifest import ShardSet, load_split
 from simclr_dali.shards.pack import pack
 from simclr_dali.shards.plan import Options
+from tests.loaders import local, two_views
 
 CPU = torch.device("cpu")
-SETTING = Setting(size=32, device=CPU)
+SETTING = LoaderConfig(size=32, device=CPU)
 
 
 def order_of(shards: ShardSet, batch: int = 24, lanes: int = 4) -> Order:
     return Order(shards.shard_sizes(), batch, lanes, 2, 9)
 
 
-def views_of(shards: ShardSet, setting: Setting = SETTING, **options: object) -> list[Batch]:
+def views_of(shards: ShardSet, setting: LoaderConfig = SETTING, **options: object) -> list[Batch]:
     return list(two_views(shards, order_of(shards), Recipe(), setting, epochs=2, **options))  # type: ignore[arg-type]
 
 
@@ -55,8 +58,8 @@ def test_ranks_see_the_parts_of_the_same_global_batches(train_split: ShardSet) -
 
 
 def test_threads_and_depths_change_nothing(train_split: ShardSet) -> None:
-    plain = views_of(train_split, Setting(size=32, device=CPU, threads=1, read_ahead=0, prefetch=1))
-    busy = views_of(train_split, Setting(size=32, device=CPU, threads=5, read_ahead=9, prefetch=3))
+    plain = views_of(train_split, LoaderConfig(size=32, device=CPU, threads=1, read_ahead=0, prefetch=1))
+    busy = views_of(train_split, LoaderConfig(size=32, device=CPU, threads=5, read_ahead=9, prefetch=3))
     assert all(torch.equal(a.views, b.views) and torch.equal(a.ids, b.ids) for a, b in zip(plain, busy, strict=True))
 
 
@@ -65,7 +68,7 @@ def test_threads_and_depths_change_nothing(train_split: ShardSet) -> None:
 def test_global_batches_are_the_orders_for_every_world_and_number_of_reader_threads(
     train_split: ShardSet, world: int, threads: int
 ) -> None:
-    order, setting = order_of(train_split), Setting(size=16, device=CPU, threads=threads)
+    order, setting = order_of(train_split), LoaderConfig(size=16, device=CPU, threads=threads)
     ranks = [two_views(train_split, order, Recipe(), setting, epochs=1, rank=r, world=world) for r in range(world)]
     for step, parts in enumerate(zip(*ranks, strict=True)):
         assert np.array_equal(np.concatenate([part.ids for part in parts]), order.batch(0, step))
@@ -86,7 +89,7 @@ def test_micro_batches_are_slices_of_the_batch(train_split: ShardSet) -> None:
 
 
 def test_labelled_gives_every_image_once(train_split: ShardSet) -> None:
-    batches = list(labelled(train_split, SETTING, batch=50, center_fraction=0.875))
+    batches = list(central_views(local(train_split), SETTING, batch=50, center_fraction=0.875))
     ids = torch.cat([batch.ids for batch in batches])
     assert torch.equal(ids, torch.arange(len(train_split)))
     assert [len(batch.views) for batch in batches] == [50, 50, 50, 50, 40]
@@ -117,7 +120,7 @@ def damaged_set(odd_pictures: Path, tmp_path: Path) -> ShardSet:
 
 def test_evaluation_stops_at_a_flipped_bit_with_the_name_of_the_sample(damaged_set: ShardSet) -> None:
     with pytest.raises(UserError, match=rf"offset {damaged_set.samples['offset'][7]}, member 00000007_"):
-        list(labelled(damaged_set, SETTING, batch=4, center_fraction=1.0))
+        list(central_views(local(damaged_set), SETTING, batch=4, center_fraction=1.0))
 
 
 def test_damaged_samples_are_replaced_named_and_counted_the_same_for_any_world(
@@ -125,7 +128,7 @@ def test_damaged_samples_are_replaced_named_and_counted_the_same_for_any_world(
 ) -> None:
     order = order_of(damaged_set, batch=12)
     options = {"epochs": 2, "max_bad_fraction": 0.1}
-    loader = two_views(damaged_set, order, Recipe(), SETTING, **options)  # type: ignore[arg-type]
+    loader = two_views(damaged_set, order, Recipe(), SETTING, **options)
     whole = list(loader)
     planned = np.concatenate([order.batch(epoch, step) for epoch in range(2) for step in range(2)])
     shown = torch.cat([batch.ids for batch in whole]).numpy()
@@ -135,10 +138,7 @@ def test_damaged_samples_are_replaced_named_and_counted_the_same_for_any_world(
     assert np.array_equal(labels, damaged_set.samples["label"][shown])
     assert loader.damaged() == [7, 8]
     assert sum("member 00000007_" in record.message for record in caplog.records) == 1
-    parts = [
-        list(two_views(damaged_set, order, Recipe(), SETTING, rank=rank, world=2, **options))  # type: ignore[arg-type]
-        for rank in range(2)
-    ]
+    parts = [list(two_views(damaged_set, order, Recipe(), SETTING, rank=rank, world=2, **options)) for rank in range(2)]
     for one, *split in zip(whole, *parts, strict=True):
         assert torch.equal(one.ids, torch.cat([part.ids for part in split]))
         assert torch.equal(one.views.chunk(2)[1], torch.cat([part.views.chunk(2)[1] for part in split]))
@@ -175,7 +175,7 @@ def test_length_and_position(train_split: ShardSet) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_lower_precisions_are_the_rounded_views(train_split: ShardSet, dtype: torch.dtype) -> None:
-    full, low = views_of(train_split)[0], views_of(train_split, Setting(size=32, device=CPU, dtype=dtype))[0]
+    full, low = views_of(train_split)[0], views_of(train_split, LoaderConfig(size=32, device=CPU, dtype=dtype))[0]
     assert low.views.dtype == dtype and low.views.is_contiguous(memory_format=torch.channels_last)
     assert torch.allclose(low.views.float(), full.views, atol=0.02)
 
@@ -211,7 +211,7 @@ def test_no_more_batches_are_read_ahead_than_stated(train_split: ShardSet, monke
         return plain(self, ids)
 
     monkeypatch.setattr(SampleReader, "read", counted)
-    setting = Setting(size=32, device=CPU, read_ahead=2, prefetch=1)
+    setting = LoaderConfig(size=32, device=CPU, read_ahead=2, prefetch=1)
     loader = two_views(train_split, order_of(train_split), Recipe(), setting, epochs=50)
     for taken in range(1, 6):
         next(loader)
@@ -221,7 +221,7 @@ def test_no_more_batches_are_read_ahead_than_stated(train_split: ShardSet, monke
 
 
 def test_reader_gives_the_asked_order(train_split: ShardSet) -> None:
-    reader = SampleReader(train_split, LocalFiles(train_split))
+    reader = SampleReader(local(train_split))
     ids = np.array([200, 3, 77, 3])
     images, shown = reader.read(ids)
     assert np.array_equal(shown, ids)
@@ -263,7 +263,7 @@ def test_ahead_keeps_order_bounds_its_depth_and_passes_errors_on() -> None:
             raise UserError("twelve")
         return plan * plan
 
-    stream = ahead(plans(), prepare, threads=3, depth=4)
+    stream = map_ahead(plans(), prepare, threads=3, depth=4)
     assert [next(stream) for _ in range(3)] == [0, 1, 4]
     assert max(running) <= 3 + 4
     with pytest.raises(UserError, match="twelve"):

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from simclr_dali.model.batchnorm import CPUSyncBatchNorm, synchronised
-from simclr_dali.model.encoder import Architecture, build_encoder, build_model, build_projector, encoder_width
+from simclr_dali.model.resnet import ResNet
 from simclr_dali.model.selective_kernels import SelectiveKernel
+from simclr_dali.model.simclr import Architecture, build_model, build_projector, describe
 from simclr_dali.model.vision import resnet
 from tests.conftest import run_ranks
 
@@ -17,7 +18,7 @@ from tests.conftest import run_ranks
 @pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"])
 def test_encoders_take_torchvisions_weights(name: str) -> None:
     theirs = getattr(resnet, name)()
-    ours = build_encoder(Architecture(name, 1.0, "7x7", (8,)))
+    ours = ResNet(name, 1.0, "7x7").build()
     missing, unexpected = ours.load_state_dict(theirs.state_dict(), strict=False)
     assert not missing and set(unexpected) == {"fc.weight", "fc.bias"}
     theirs.fc = nn.Identity()
@@ -27,17 +28,17 @@ def test_encoders_take_torchvisions_weights(name: str) -> None:
 
 @pytest.mark.parametrize("width", [0.25, 0.5, 2.0])
 def test_width_scales_every_layer(width: float) -> None:
-    architecture = Architecture("resnet18", width, "3x3", (8,))
-    encoder = build_encoder(architecture)
-    plain = dict(build_encoder(Architecture("resnet18", 1.0, "3x3", (8,))).named_parameters())
-    assert encoder_width(architecture) == round(512 * width)
+    architecture = Architecture(ResNet("resnet18", width, "3x3"), (8,))
+    encoder = architecture.encoder.build()
+    plain = dict(ResNet("resnet18", 1.0, "3x3").build().named_parameters())
+    assert encoder.width == round(512 * width)
     assert encoder(torch.randn(1, 3, 32, 32)).shape == (1, round(512 * width))
     for name, parameter in encoder.named_parameters():
         assert parameter.shape[0] == round(plain[name].shape[0] * width)
 
 
 def test_stem_3x3_keeps_the_resolution() -> None:
-    encoder = build_encoder(Architecture("resnet18", 1.0, "3x3", (8,)))
+    encoder = ResNet("resnet18", 1.0, "3x3").build()
     shapes = []
     encoder.layer1.register_forward_hook(lambda module, inputs, output: shapes.append(output.shape))
     encoder(torch.randn(1, 3, 32, 32))
@@ -47,8 +48,10 @@ def test_stem_3x3_keeps_the_resolution() -> None:
 @pytest.mark.parametrize(("name", "last"), [("resnet18", "bn2"), ("resnet50", "bn3")])
 def test_the_last_batchnorm_of_each_block_starts_at_zero(name: str, last: str) -> None:
     for width in (0.5, 1.0):
-        encoder = build_encoder(Architecture(name, width, "7x7", (8,)))
-        weights = [p for key, p in encoder.named_parameters() if key.endswith(f"{last}.weight") and "layer" in key]
+        encoder = ResNet(name, width, "7x7").build()
+        weights: list[torch.Tensor] = [
+            p for key, p in encoder.named_parameters() if key.endswith(f"{last}.weight") and "layer" in key
+        ]
         assert len(weights) in (8, 16) and not torch.cat(weights).any()
 
 
@@ -71,7 +74,7 @@ def test_projector_has_no_linear_bias_and_no_shift_at_its_end() -> None:
 def test_encoders_are_as_large_as_simclrv2s(name: str, width: float, plain: int, selective: int) -> None:
     for with_selective_kernels, expected in ((False, plain), (True, selective)):
         with torch.device("meta"):
-            encoder = build_encoder(Architecture(name, width, "7x7", (8,), with_selective_kernels))
+            encoder = ResNet(name, width, "7x7", with_selective_kernels).build()
         assert round(sum(p.numel() for p in encoder.parameters()) / 1e6) == expected
 
 
@@ -88,8 +91,8 @@ def test_a_selective_kernel_mixes_two_streams_by_a_softmax() -> None:
 
 
 @pytest.mark.parametrize("stem", ["7x7", "3x3"])
-def test_encoders_with_selective_kernels_train(stem: str) -> None:
-    architecture = Architecture("resnet50", 0.25, stem, (16, 8), selective_kernels=True)
+def test_encoders_with_selective_kernels_train(stem: Any) -> None:
+    architecture = Architecture(ResNet("resnet50", 0.25, stem, selective_kernels=True), (16, 8))
     model = build_model(architecture, 0)
     z = model(torch.randn(4, 3, 33, 33))
     assert z.shape == (4, 8)
@@ -102,7 +105,7 @@ def test_encoders_with_selective_kernels_train(stem: str) -> None:
 
 
 def test_the_seed_alone_decides_the_weights() -> None:
-    architecture = Architecture("resnet18", 0.25, "7x7", (16, 8))
+    architecture = Architecture(ResNet("resnet18", 0.25, "7x7"), (16, 8))
     state = torch.random.get_rng_state()
     first, again, other = (build_model(architecture, seed).state_dict() for seed in (0, 0, 1))
     assert torch.equal(torch.random.get_rng_state(), state)
@@ -111,14 +114,16 @@ def test_the_seed_alone_decides_the_weights() -> None:
 
 
 def test_unknown_architectures_are_refused() -> None:
-    for architecture in (
-        Architecture("resnet20", 1.0, "7x7", (8,)),
-        Architecture("resnet18", 1.0, "5x5", (8,)),
-        Architecture("resnet18", 0.3, "7x7", (8,)),
-        Architecture("resnet34", 1.0, "7x7", (8,), selective_kernels=True),
-    ):
-        with pytest.raises(ValueError, match=r"resnet20|5x5|0\.3|resnet34"):
-            build_encoder(architecture)
+    wrong: list[tuple[str, dict[str, Any]]] = [
+        ("resnet20", {}),
+        ("resnet18", {"stem": "5x5"}),
+        ("resnet18", {"width": 0.3}),
+        ("resnet34", {"selective_kernels": True}),
+        ("resnet18", {"depth": 18}),
+    ]
+    for name, fields in wrong:
+        with pytest.raises(ValueError, match=r"resnet20|5x5|0\.3|resnet34|depth"):
+            describe(name, fields)
 
 
 def small_network() -> nn.Sequential:

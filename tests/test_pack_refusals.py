@@ -14,8 +14,8 @@ import pytest
 
 from simclr_dali.shards.errors import UserError
 from simclr_dali.shards.pack import pack
-from simclr_dali.shards.pack_shard import Piece, write_piece
-from simclr_dali.shards.plan import Options, cut
+from simclr_dali.shards.pack_shard import ShardTask, pack_shard
+from simclr_dali.shards.plan import Options, split_into_shards
 from simclr_dali.shards.sources.find import find_sources
 from simclr_dali.shards.sources.source import Item
 from simclr_dali.shards.verify import verify
@@ -69,10 +69,10 @@ def test_source_that_changes_while_it_is_packed_is_refused(
     change: str, odd_pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     victim = odd_pictures / "train" / "b" / "5.JPEG"
-    original = write_piece
-    calls: list[Piece] = []
+    original = pack_shard
+    calls: list[ShardTask] = []
 
-    def disturbed(one: Piece) -> tuple[int, int]:
+    def disturbed(one: ShardTask) -> tuple[int, int]:
         if len(calls) == 1 and change == "added":
             shutil.copy(victim, victim.with_stem("new"))
             later(victim.parent)
@@ -85,8 +85,8 @@ def test_source_that_changes_while_it_is_packed_is_refused(
         return original(one)
 
     # The victim must not lie in the first shard, which is written before the change.
-    monkeypatch.setattr("simclr_dali.shards.pack.write_piece", disturbed)
-    first = {item.name for item in _first_piece(odd_pictures)}
+    monkeypatch.setattr("simclr_dali.shards.pack.pack_shard", disturbed)
+    first = {item.name for item in _first_shard(odd_pictures)}
     assert "train/b/5.JPEG" not in first
     word = "cannot read" if change == "removed" else "changed while it was packed"
     with pytest.raises(UserError, match=word):
@@ -95,9 +95,9 @@ def test_source_that_changes_while_it_is_packed_is_refused(
     assert (tmp_path / "out.partial" / "train" / "train-000000.tar.part.npz").exists()
 
 
-def _first_piece(source: Path) -> list[Item]:
+def _first_shard(source: Path) -> list[Item]:
     train = find_sources(source)[0]
-    return [train.items[i] for i in cut(train, Options(samples_per_shard=4))[0]]
+    return [train.items[i] for i in split_into_shards(train, Options(samples_per_shard=4))[0]]
 
 
 def test_images_written_again_under_a_stopped_pack_are_refused(odd_pictures: Path, tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ def exceeded() -> set[str]:
 
 
 def test_other_gray_weights_would_be_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(color, "_GRAY", np.tile([0.5, 0.3, 0.2], (3, 1)))
+    monkeypatch.setattr(color, "GRAY", np.tile([0.5, 0.3, 0.2], (3, 1)))
     assert {"saturation", "gray"} <= exceeded()
 
 

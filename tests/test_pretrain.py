@@ -145,5 +145,5 @@ def test_a_damaged_index_is_refused_by_all_ranks_together(odd_pictures: Path, tm
     done = launch(2, tiny_config(tmp_path), tmp_path / "packed", tmp_path / "run")
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert len(errors) == 1 and index.name in errors[0] and "shards.verify --full" in errors[0]
+    assert len(errors) == 1 and index.name in errors[0] and "simclr-dali verify --full" in errors[0]
     assert not (tmp_path / "run").exists()

@@ -148,7 +148,7 @@ def test_a_checkpoint_of_lightning_itself(tmp_path: Path) -> None:
     pictures: Any = torch.randn(8, 3, 32, 32)
     trainer.fit(model, torch.utils.data.DataLoader(pictures, batch_size=4))
     found = open_pretrained(tmp_path / "last.ckpt")
-    assert found.layout == "lightly" and found.architecture.name == "resnet18"
+    assert found.layout == "lightly" and found.architecture.encoder.name == "resnet18"
     model.eval()
     with torch.no_grad():
         assert same_features(found.encoder, model.backbone(IMAGES).flatten(1))

@@ -13,24 +13,33 @@ from typing import Any
 import pytest
 import torch
 
-from simclr_dali.pipeline import remote
 from simclr_dali.pipeline.cache import Cache, kept_in
+from simclr_dali.pipeline.download import Patience
 from simclr_dali.pipeline.draws import Recipe
-from simclr_dali.pipeline.loader import Batch, Setting, labelled, two_views
+from simclr_dali.pipeline.files import Split
+from simclr_dali.pipeline.graph import LoaderConfig
+from simclr_dali.pipeline.loader import central_views
 from simclr_dali.pipeline.order import Order
-from simclr_dali.pipeline.remote import RemoteFiles, open_split
+from simclr_dali.pipeline.remote import open_split
+from simclr_dali.pipeline.stream import Batch
 from simclr_dali.shards.errors import UserError
 from simclr_dali.shards.manifest import ShardSet, load_split
 from tests.conftest import run_python
+from tests.loaders import two_views
 from tests.runs import metrics, pretrain, tiny_config
 
-SETTING = Setting(size=16, device=torch.device("cpu"))
+SETTING = LoaderConfig(size=16, device=torch.device("cpu"))
 PLENTY = 1 << 30
 
 
-def stream(shards: ShardSet, files: Any, epochs: int = 2) -> list[Batch]:
-    order = Order(shards.shard_sizes(), 24, 2, 1, 3)
-    return list(two_views(shards, order, Recipe(), SETTING, epochs=epochs, files=files))
+def stream(split: Split, epochs: int = 2) -> list[Batch]:
+    order = Order(split.shards.shard_sizes(), 24, 2, 1, 3)
+    return list(two_views(split, order, Recipe(), SETTING, epochs=epochs))
+
+
+def opened(url: str, cache: Cache, split: str = "train") -> Split:
+    """A split on a server that is asked again at once."""
+    return open_split(url, split, cache, Patience(pause=0.01))
 
 
 def assert_same(ours: list[Batch], expected: list[Batch]) -> None:
@@ -156,42 +165,34 @@ def web(packed: Path) -> Iterator[str]:
     server.server_close()
 
 
-@pytest.fixture
-def fast_retries(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "_PAUSE", 0.01)
-
-
 def test_s3_gives_the_batches_of_the_disk(
     bucket: str, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     use_s3_at(bucket, monkeypatch)
-    shards, files = open_split("s3://pictures", "train", Cache(tmp_path, PLENTY))
-    local = load_split(packed, "train")
-    assert shards.fingerprint == local.fingerprint
-    assert_same(stream(shards, files), stream(local, None))
+    split, local = open_split("s3://pictures", "train", Cache(tmp_path, PLENTY)), Split.local(packed, "train")
+    assert split.shards.fingerprint == local.shards.fingerprint
+    assert_same(stream(split), stream(local))
     assert_same(
-        list(labelled(shards, SETTING, batch=50, center_fraction=1.0, files=files)),
-        list(labelled(local, SETTING, batch=50, center_fraction=1.0)),
+        list(central_views(split, SETTING, batch=50, center_fraction=1.0)),
+        list(central_views(local, SETTING, batch=50, center_fraction=1.0)),
     )
 
 
 def test_slow_failing_and_cut_answers_of_s3_change_nothing(
-    bucket: str, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fast_retries: None
+    bucket: str, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     proxy = Proxy(bucket, lambda number, path: {0: "refuse", 1: "cut", 3: "slow"}.get(number % 5))
     use_s3_at(proxy.url, monkeypatch)
     try:
-        shards, files = open_split("s3://pictures", "train", Cache(tmp_path, PLENTY))
-        assert_same(stream(shards, files), stream(load_split(packed, "train"), None))
+        assert_same(stream(opened("s3://pictures", Cache(tmp_path, PLENTY))), stream(Split.local(packed, "train")))
         assert proxy.requests > 16  # two each for manifest, table and six shards: some were asked again
     finally:
         proxy.close()
 
 
 def test_a_web_server_without_ranges_serves_too(
-    web: str, packed: Path, tmp_path: Path, fast_retries: None, monkeypatch: pytest.MonkeyPatch
+    web: str, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remote, "_CHUNK", 5000)  # several a shard
     asked: Counter[str] = Counter()
 
     def cut_at_first(number: int, path: str) -> str | None:
@@ -200,60 +201,61 @@ def test_a_web_server_without_ranges_serves_too(
 
     proxy = Proxy(web, cut_at_first)
     try:
-        shards, files = open_split(proxy.url, "train", Cache(tmp_path, PLENTY))
-        assert_same(stream(shards, files), stream(load_split(packed, "train"), None))
+        several_a_shard = Patience(chunk=5000, pause=0.01)
+        split = open_split(proxy.url, "train", Cache(tmp_path, PLENTY), several_a_shard)
+        assert_same(stream(split), stream(Split.local(packed, "train")))
         assert max(asked.values()) > 4  # it was asked for again
     finally:
         proxy.close()
 
 
 def test_the_cache_stays_within_its_bound_and_gives_the_same_batches(web: str, packed: Path, tmp_path: Path) -> None:
-    local = load_split(packed, "train")
+    local = Split.local(packed, "train")
     # Two lanes with windows of one shard, of which a batch may see the end and the next: four of six.
-    cache = fits(local, tmp_path, 4)
-    shards, files = open_split(web, "train", cache)
+    cache = fits(local.shards, tmp_path, 4)
+    split = open_split(web, "train", cache)
     most = 0
-    order = Order(shards.shard_sizes(), 24, 2, 1, 3)
+    order = Order(split.shards.shard_sizes(), 24, 2, 1, 3)
     batches = []
-    for batch in two_views(shards, order, Recipe(), SETTING, epochs=3, files=files):
+    for batch in two_views(split, order, Recipe(), SETTING, epochs=3):
         batches.append(batch)
         most = max(most, cached(cache))
-    assert 0 < most <= cache.limit < sum(shard.bytes for shard in shards.shards)
-    assert_same(batches, stream(local, None, epochs=3))
+    assert 0 < most <= cache.limit < sum(shard.bytes for shard in split.shards.shards)
+    assert_same(batches, stream(local, epochs=3))
 
 
 def test_a_second_start_fetches_nothing_but_the_manifest(web: str, tmp_path: Path) -> None:
-    stream(*open_split(web, "train", Cache(tmp_path, PLENTY)))
+    stream(opened(web, Cache(tmp_path, PLENTY)))
     proxy = Proxy(web, lambda number, path: "refuse" if path.endswith(".tar") else None)
     try:
         # The cache is known by the manifest, wherever it came from.
-        stream(*open_split(proxy.url, "train", Cache(tmp_path, PLENTY)))
+        stream(opened(proxy.url, Cache(tmp_path, PLENTY)))
     finally:
         proxy.close()
 
 
 def test_processes_share_the_cache_and_leftovers_of_a_killed_one_are_removed(web: str, tmp_path: Path) -> None:
     cache = Cache(tmp_path, PLENTY)
-    shards, files = open_split(web, "train", cache)
-    leftover = shards.folder / "train-000001.partial"
+    split = open_split(web, "train", cache)
+    leftover = split.shards.folder / "train-000001.partial"
     leftover.write_bytes(b"x" * 100)
     results: list[list[Batch]] = []
-    threads = [threading.Thread(target=lambda: results.append(stream(shards, files))) for _ in range(2)]
+    threads = [threading.Thread(target=lambda: results.append(stream(split))) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert_same(*results)
-    assert not leftover.exists() and not list(shards.folder.glob("*.partial"))
+    assert not leftover.exists() and not list(split.shards.folder.glob("*.partial"))
 
 
 def refusal(url: str, cache: Cache, split: str = "train") -> str:
     with pytest.raises(UserError) as refused:
-        stream(*open_split(url, split, cache))
+        stream(opened(url, cache, split))
     return str(refused.value)
 
 
-def test_a_shard_that_arrives_wrong_is_refused_by_name(packed: Path, tmp_path: Path, fast_retries: None) -> None:
+def test_a_shard_that_arrives_wrong_is_refused_by_name(packed: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(packed, broken)
     tar = broken / "train" / load_split(packed, "train").shards[2].name
@@ -265,7 +267,7 @@ def test_a_shard_that_arrives_wrong_is_refused_by_name(packed: Path, tmp_path: P
     assert not list((tmp_path / "cache").rglob("*.partial"))
 
 
-def test_an_answer_that_is_always_cut_ends_with_a_sentence(web: str, tmp_path: Path, fast_retries: None) -> None:
+def test_an_answer_that_is_always_cut_ends_with_a_sentence(web: str, tmp_path: Path) -> None:
     proxy = Proxy(web, lambda number, path: "cut" if path.endswith(".tar") else None)
     try:
         assert "cannot be read after 6 attempts" in refusal(proxy.url, Cache(tmp_path, PLENTY))
@@ -281,7 +283,7 @@ def test_an_unfinished_upload_is_named_and_asked_for_again(packed: Path, tmp_pat
     table.write_bytes(whole[:-100])
     assert "its upload is not finished" in refusal(f"file://{upload}", cache)
     table.write_bytes(whole)
-    assert_same(stream(*open_split(f"file://{upload}", "train", cache)), stream(load_split(packed, "train"), None))
+    assert_same(stream(opened(f"file://{upload}", cache)), stream(Split.local(packed, "train")))
 
 
 def test_a_cache_folder_with_tars_of_the_user_leaves_them_alone(web: str, packed: Path, tmp_path: Path) -> None:
@@ -290,11 +292,11 @@ def test_a_cache_folder_with_tars_of_the_user_leaves_them_alone(web: str, packed
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"x" * 1_000_000)
     cache = fits(load_split(packed, "train"), tmp_path, 4)
-    stream(*open_split(web, "train", cache), epochs=3)
+    stream(opened(web, cache), epochs=3)
     assert all(path.stat().st_size == 1_000_000 for path in mine)
 
 
-def test_what_cannot_be_reached_is_named(web: str, tmp_path: Path, fast_retries: None) -> None:
+def test_what_cannot_be_reached_is_named(web: str, tmp_path: Path) -> None:
     cache = Cache(tmp_path, PLENTY)
     assert "nowhere/train" in refusal(f"{web}/nowhere", cache)
     closed = Proxy(web, lambda number, path: None)
@@ -316,8 +318,7 @@ def test_a_cache_that_is_too_small_is_refused_with_both_numbers(web: str, tmp_pa
 def test_closing_ends_a_fetch_that_waits(web: str, tmp_path: Path) -> None:
     proxy = Proxy(web, lambda number, path: "refuse" if path.endswith(".tar") else None)
     try:
-        shards, _ = open_split(proxy.url, "train", Cache(tmp_path, PLENTY))
-        files = RemoteFiles(shards, Cache(tmp_path, PLENTY))
+        files = open_split(proxy.url, "train", Cache(tmp_path, PLENTY)).open_files()
         asked = proxy.requests
         files.expect([0], [1])
         while proxy.requests == asked:

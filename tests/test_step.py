@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from simclr_dali.model.encoder import Architecture, build_model
+from simclr_dali.model.ntxent import NTXent
+from simclr_dali.model.resnet import ResNet
+from simclr_dali.model.simclr import Architecture, build_model
 from simclr_dali.train.config import Config
-from simclr_dali.train.micro_batches import Parked
-from simclr_dali.train.optimizer import build_optimizer
+from simclr_dali.train.engine import build_optimizer
+from simclr_dali.train.micro_batches import MicroBatches
 from simclr_dali.train.step import train_step
 
 
@@ -38,7 +40,7 @@ class PlainEngine:
 
 def model_with_fixed_statistics() -> nn.Module:
     """BatchNorm in eval mode: micro-batches then see what one batch sees."""
-    model = build_model(Architecture("resnet18", 0.25, "7x7", (16, 8)), 0).double()
+    model = build_model(Architecture(ResNet("resnet18", 0.25, "7x7"), (16, 8)), 0).double()
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.eval()
@@ -67,13 +69,13 @@ def test_a_step_never_waits_for_a_value(name: str, passes: int) -> None:
     """AdamW is left out: torch's reads its step counters, which lie on the CPU on purpose."""
     raw = {"train_batch_size": 8, "optimizer": {"type": name, "params": {"lr": 0.1}}}
     raw["simclr"] = {"lr_rule": "none", "lanes": 8}
-    model = build_model(Architecture("resnet18", 0.25, "7x7", (16, 8)), 0)
+    model = build_model(Architecture(ResNet("resnet18", 0.25, "7x7"), (16, 8)), 0)
     engine = PlainEngine(model, passes)
     engine.optimizer = build_optimizer(model, Config.model_validate(raw))
     parts = [torch.randn(8, 3, 32, 32) for _ in range(passes)]
-    train_step(engine, parts, 0.1)  # the state of the optimizer is made
+    train_step(engine, parts, NTXent(0.1))  # the state of the optimizer is made
     with HostReads() as reads:
-        result = train_step(engine, parts, 0.1)
+        result = train_step(engine, parts, NTXent(0.1))
     assert not reads.seen
     with reads:
         result.gradient_norm.item()
@@ -86,14 +88,14 @@ def test_steps_on_one_batch_fit_it(name: str, lr: float, passes: int) -> None:
     """Two views each of 16 pictures of noise, as unlike as any two pictures: only learning makes pairs of them."""
     raw = {"train_batch_size": 16, "optimizer": {"type": name, "params": {"lr": lr}}}
     raw["simclr"] = {"lr_rule": "none", "lanes": 8}
-    model = build_model(Architecture("resnet18", 0.25, "7x7", (16, 8)), 0)
+    model = build_model(Architecture(ResNet("resnet18", 0.25, "7x7"), (16, 8)), 0)
     engine = PlainEngine(model, passes)
     engine.optimizer = build_optimizer(model, Config.model_validate(raw))
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
     views = torch.randn(2, 16, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     parts = [part.flatten(0, 1) for part in views.chunk(passes, dim=1)]
-    losses = [train_step(engine, parts, 0.5).contrast.loss.item() for _ in range(40)]
+    losses = [train_step(engine, parts, NTXent(0.5)).loss.item() for _ in range(40)]
     # Embeddings that tell nothing have log 31 = 3.43. Over two seeds, 3.74 and more became 1.86 and less.
     assert losses[0] > 3.4 and losses[-1] < 2.4
 
@@ -104,21 +106,21 @@ def test_micro_batches_equal_one_batch_when_batchnorm_is_fixed(passes: int) -> N
     views = torch.randn(2, 8, 3, 32, 32, dtype=torch.float64)
     whole, parts = PlainEngine(copy.deepcopy(model), 1), PlainEngine(copy.deepcopy(model), passes)
     for _ in range(2):
-        one = train_step(whole, [views.flatten(0, 1)], 0.1)
-        many = train_step(parts, [part.flatten(0, 1) for part in views.chunk(passes, dim=1)], 0.1)
-        assert abs(one.contrast.loss - many.contrast.loss) < 1e-10
+        one = train_step(whole, [views.flatten(0, 1)], NTXent(0.1))
+        many = train_step(parts, [part.flatten(0, 1) for part in views.chunk(passes, dim=1)], NTXent(0.1))
+        assert abs(one.loss - many.loss) < 1e-10
         assert abs(one.gradient_norm - many.gradient_norm) < 1e-10 * one.gradient_norm
     for a, b in zip(whole.module.parameters(), parts.module.parameters(), strict=True):
         assert (a - b).abs().max() <= 1e-10 * (1 + a.abs().max())
 
 
 def test_running_statistics_count_each_micro_batch_once() -> None:
-    architecture = Architecture("resnet18", 0.25, "7x7", (16, 8))
+    architecture = Architecture(ResNet("resnet18", 0.25, "7x7"), (16, 8))
     cached, plain = build_model(architecture, 0), build_model(architecture, 0)
     parts = [torch.randn(8, 3, 32, 32) for _ in range(3)]
     engine = PlainEngine(cached, 3)
     engine.optimizer = torch.optim.SGD(cached.parameters(), lr=0.0)
-    train_step(engine, parts, 0.1)
+    train_step(engine, parts, NTXent(0.1))
     for part in parts:
         plain(part)
     for (name, a), b in zip(cached.named_buffers(), plain.buffers(), strict=True):
@@ -135,7 +137,7 @@ def test_parked_views_come_from_the_loader_first_and_again_as_often_as_asked_for
             taken.append(number)
             yield torch.tensor(float(number))
 
-    stream, parked = loader(), Parked(torch.device("cpu"), 3)
+    stream, parked = loader(), MicroBatches(torch.device("cpu"), 3)
     for step, expected in enumerate(([0, 1, 2], [3, 4, 5])):
         parked.begin(stream)
         assert len(parked) == 3
@@ -148,7 +150,7 @@ def test_parked_views_come_from_the_loader_first_and_again_as_often_as_asked_for
 
 
 def test_a_captured_model_gives_the_same_embeddings_from_one_graph() -> None:
-    model = build_model(Architecture("resnet18", 0.25, "7x7", (16, 8)), 0)
+    model = build_model(Architecture(ResNet("resnet18", 0.25, "7x7"), (16, 8)), 0)
     images = torch.randn(4, 3, 32, 32)
     expected = model(images)
     counters = torch._dynamo.utils.counters

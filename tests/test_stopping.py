@@ -47,7 +47,7 @@ def starter_of(launcher: subprocess.Popen[str]) -> psutil.Process:
 def kept_step(run: Path) -> int:
     """Step of the newest checkpoint; every step before it has its one line of metrics, and none is after it."""
     found = checkpoint.newest(run)
-    assert found is not None and not found.passed_over
+    assert found is not None and not found.skipped
     assert [line["step"] for line in metrics(run)] == list(range(found.state["step"]))
     return int(found.state["step"])
 

@@ -9,13 +9,12 @@ import torch.distributed as dist
 from torch import nn
 
 from simclr_dali.model import checkpoint
-from simclr_dali.model.ntxent import Contrast
-from simclr_dali.model.process import Process, by_rank_0
+from simclr_dali.model.process import Process, on_rank_0
 from simclr_dali.shards.errors import UserError
 from simclr_dali.train.metrics import Reporter
-from simclr_dali.train.saver import Saver
+from simclr_dali.train.saver import Saver, all_finite, refuse_drift
 from simclr_dali.train.step import StepResult
-from simclr_dali.train.stopping import Agreement, all_finite, refuse_drift
+from simclr_dali.train.stopping import StopVote
 from tests.conftest import run_ranks
 
 
@@ -32,9 +31,9 @@ def what_was_raised(action: Any, *arguments: Any) -> str:
 
 
 def hear(rank: int) -> dict[str, Any]:
-    process, agreement = process_of(rank), Agreement(process_of(rank))
-    heard = [agreement.any_wanted(rank == 1 and call == 3) for call in range(6)]
-    agreement.finish()
+    process, vote = process_of(rank), StopVote(process_of(rank))
+    heard = [vote.cast(rank == 1 and call == 3) for call in range(6)]
+    vote.finish()
 
     def refuse() -> None:
         raise UserError("the folder is taken")
@@ -52,8 +51,8 @@ def hear(rank: int) -> dict[str, Any]:
     return {
         "finite": (finite, all_finite(model, torch.optim.SGD(model.parameters(), lr=0.1))),
         "heard": heard,
-        "given": by_rank_0(process, lambda: f"from {rank}"),
-        "refused": what_was_raised(by_rank_0, process, refuse),
+        "given": on_rank_0(process, lambda: f"from {rank}"),
+        "refused": what_was_raised(on_rank_0, process, refuse),
         "same": same,
         "drifted": drifted,
     }
@@ -80,8 +79,8 @@ def report(rank: int, folder: str, losses: list[list[float]], gradient: float) -
     )  # fmt: skip
     for step, loss in enumerate(losses[rank], start=20):
         last = step == 19 + len(losses[rank])
-        numbers = [torch.tensor(value) for value in (loss, 0.1, 0.2, 0.3, 0.4)]
-        reporter.add(step, 0.1, StepResult(Contrast(*numbers), torch.tensor(gradient if last else 1.0)))
+        norm = torch.tensor(gradient if last else 1.0)
+        reporter.add(step, 0.1, StepResult(torch.tensor(loss), {"any name": torch.tensor(0.1)}, norm))
     return {"sentence": what_was_raised(reporter.drain, lambda: "that of step 18"), "kept": kept}
 
 
@@ -105,7 +104,7 @@ def test_the_rank_with_the_bad_number_is_named_by_all_and_keeps_its_batch(
         assert [step for step, _ in rank["kept"]] == kept[number]
     # What was sound before it is in the metrics.
     lines = (folder / "metrics.jsonl").read_text().splitlines()
-    assert len(lines) == len(losses[0]) - 1
+    assert len(lines) == len(losses[0]) - 1 and all('"any name": 0.1' in line for line in lines)
 
 
 def state(step: int, weights: torch.Tensor) -> dict[str, Any]:

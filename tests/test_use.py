@@ -14,14 +14,15 @@ import torch
 from simclr_dali import load
 from simclr_dali.model.classifier import load_classifier
 from simclr_dali.pipeline.features import extract
-from simclr_dali.pipeline.files import LocalFiles
-from simclr_dali.pipeline.image_files import PictureFiles, find_pictures, views_of
-from simclr_dali.pipeline.loader import Setting, labelled
+from simclr_dali.pipeline.files import Split
+from simclr_dali.pipeline.graph import LoaderConfig
+from simclr_dali.pipeline.image_files import ImageFiles, central_views_of_files, find_images
+from simclr_dali.pipeline.loader import central_views
 from simclr_dali.pipeline.subset import keys
 from simclr_dali.shards.manifest import load_split
 from tests.conftest import ROOT, assert_sentence, on_small_disk, run_python
 
-SETTING = Setting(32, torch.device("cpu"))
+SETTING = LoaderConfig(32, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +34,7 @@ def probed(run: Path) -> Path:
 
 
 def embedded(encoder: torch.nn.Module, packed: Path) -> torch.Tensor:
-    val = load_split(packed, "val")
-    return extract(encoder, val, lambda: LocalFiles(val), SETTING, batch=48).features
+    return extract(encoder, Split.local(packed, "val"), SETTING, batch=48).features
 
 
 def as_pixels(views: torch.Tensor) -> torch.Tensor:
@@ -44,8 +44,7 @@ def as_pixels(views: torch.Tensor) -> torch.Tensor:
 
 def test_two_lines_of_python(probed: Path, packed: Path) -> None:
     encoder = load(probed)
-    val = load_split(packed, "val")
-    (batch,) = labelled(val, SETTING, batch=48)
+    (batch,) = central_views(Split.local(packed, "val"), SETTING, batch=48)
     with torch.no_grad():
         pooled, maps = encoder(batch.views), encoder.features(batch.views)
         levels = encoder(as_pixels(batch.views))
@@ -58,13 +57,14 @@ def test_two_lines_of_python(probed: Path, packed: Path) -> None:
         assert torch.equal(load(probed / "linear.pt")(batch.views), pooled)
 
 
-def test_files_give_the_views_of_packed_pictures(pictures: Path, packed: Path) -> None:
-    val = load_split(packed, "val")
-    names = [key.partition("_")[2] for key in keys(val, lambda: LocalFiles(val))]
-    (batch,) = labelled(val, SETTING, batch=48)
-    paths = find_pictures([pictures / "val"])
+def test_files_give_the_central_views_of_files_packed_pictures(pictures: Path, packed: Path) -> None:
+    split = Split.local(packed, "val")
+    val = split.shards
+    names = [key.partition("_")[2] for key in keys(split)]
+    (batch,) = central_views(split, SETTING, batch=48)
+    paths = find_images([pictures / "val"])
     assert len(paths) == 48 and paths == sorted(paths)
-    made = views_of(PictureFiles(paths), SETTING, batch=7)
+    made = central_views_of_files(ImageFiles(paths), SETTING, batch=7)
     found = torch.cat([views.views.clone() for views in made])
     labels = val.samples["label"]
     stored = {(val.classes[labels[row]], name): row for row, name in enumerate(names)}
@@ -110,7 +110,7 @@ def test_odd_pictures_are_classified_and_bad_ones_named(probed: Path, pictures: 
     assert list(found) == ["a.png", "b.jpg", "c.jpg"]
     # The turned one stands upright again.
     paths = [tmp_path / "a.png", tmp_path / "c.jpg"]
-    (views,) = views_of(PictureFiles(paths), SETTING, batch=2)
+    (views,) = central_views_of_files(ImageFiles(paths), SETTING, batch=2)
     straight, upright = views.views
     assert (straight - upright).abs().mean() < 0.1 < (straight - upright.rot90(1, (1, 2))).abs().mean()
 
@@ -126,7 +126,7 @@ def test_embeddings_of_shards_with_their_ids(probed: Path, packed: Path, tmp_pat
     assert torch.allclose(written["embeddings"], embedded(encoder, packed), atol=1e-4)
     assert written["feature_maps"].shape == (48, encoder.width, 1, 1)
     assert written["labels"].tolist() == about["labels"] == val.samples["label"].tolist()
-    assert about["ids"] == keys(val, lambda: LocalFiles(val)) and about["classes"] == list(val.classes)
+    assert about["ids"] == keys(Split.local(packed, "val")) and about["classes"] == list(val.classes)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["val.ids.json", "val.safetensors"]
     again = run_python(ROOT / "eval/extract.py", "--ckpt", probed, "--out", out)
     assert_sentence(again, "exists already")

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from simclr_dali.shards.manifest import load_split
 from simclr_dali.shards.pack import pack
 from simclr_dali.shards.plan import Options
 from simclr_dali.shards.verify import verify
@@ -61,8 +62,6 @@ def test_a_missing_file_is_named_also_by_the_fast_check(pattern: str, small: Pat
 
 
 def test_a_damaged_image_is_named_by_tar_and_member(small: Path) -> None:
-    from simclr_dali.shards.manifest import load_split
-
     shards = load_split(small, "train")
     row = shards.samples[3]
     path = shards.folder / shards.shards[row["shard"]].name
@@ -76,6 +75,46 @@ def test_a_damaged_image_is_named_by_tar_and_member(small: Path) -> None:
         path.write_bytes(whole)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert path.name in done.stdout and "00000003_" in done.stdout and "sample 3" in done.stdout
+
+
+def test_every_damage_of_a_tar_is_named(small: Path) -> None:
+    """Two images, the label of a third sample, the header of another's label, padding, and the index."""
+    shards = load_split(small, "train")
+    path = shards.folder / shards.shards[0].name
+    rows = [row for row in shards.samples if row["shard"] == 0]
+    whole, index = path.read_bytes(), path.with_suffix(".idx").read_bytes()
+    padded = next(i for i, row in enumerate(rows) if i not in (0, 1, 2, 3) and row["length"] % 512)
+    ends = [int(row["offset"]) + -(-int(row["length"]) // 512) * 512 for row in rows]
+    places = [
+        int(rows[0]["offset"]) + 50,
+        int(rows[1]["offset"]) + 60,
+        ends[2] + 512,  # the label itself
+        ends[3] + 130,  # its header
+        ends[padded] - 1,
+        int(rows[0]["offset"]) - 300,  # a header's last bytes
+    ]
+    damaged = bytearray(whole)
+    for place in places:
+        damaged[place] ^= 1
+    try:
+        path.write_bytes(damaged)
+        path.with_suffix(".idx").write_bytes(index.replace(b"cls", b"cla", 1))
+        damages = verify(small, full=True)
+    finally:
+        path.write_bytes(whole)
+        path.with_suffix(".idx").write_bytes(index)
+    wanted = [
+        ("sample 0,", "its bytes are damaged"),
+        ("sample 1,", "its bytes are damaged"),
+        ("sample 2,", "its label,"),
+        ("sample 3,", "its label's header"),
+        (f"sample {padded},", "its padding"),
+        ("header of sample 0", "is damaged"),
+        ("index", "line 2"),
+    ]
+    for words in wanted:
+        assert any(all(word in line for word in words) for line in damages), (words, damages)
+    assert len(damages) == len(wanted)
 
 
 def test_an_image_that_does_not_decode_is_found_though_every_hash_fits(small: Path, tmp_path: Path) -> None:

@@ -4,24 +4,32 @@ Every key is known here, typed and checked before anything is built; an unknown 
 passes over a misspelt top-level key in silence. train/config_file.py reads it from a file.
 """
 
+import json
+import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pydantic
 from pydantic import Field
 
-from simclr_dali.model.encoder import ARCHITECTURES, SMALLEST_SIZE_FOR_7X7, Architecture
+from simclr_dali.model.encoder import Description
 from simclr_dali.model.ntxent import SMALLEST_TEMPERATURE
+from simclr_dali.model.simclr import ENCODERS, Architecture, describe
 from simclr_dali.pipeline.cache import Cache
 from simclr_dali.pipeline.draws import Recipe
 from simclr_dali.pipeline.loader import MAX_BAD_FRACTION
 from simclr_dali.shards.errors import UserError
-from simclr_dali.train.schedule import LR_RULES
 
+# SimCLR (Chen et al. 2020), section 2.1 and appendix B.1, by name: global batch -> peak learning rate.
+LR_RULES = {
+    "linear": lambda batch: 0.3 * batch / 256,
+    "sqrt": lambda batch: 0.075 * math.sqrt(batch),
+}
+LR_FORMULAS = {"linear": "0.3 B/256", "sqrt": "0.075 sqrt(B)"}
 _LR_TOLERANCE = 1e-3  # relative; a rate written with three digits still fits its rule
 
 Positive = Annotated[int, Field(ge=1, lt=2**31)]
-Probability = Annotated[float, Field(ge=0, le=1)]
 
 
 class _Block(pydantic.BaseModel):
@@ -32,53 +40,50 @@ class _Block(pydantic.BaseModel):
 
 
 class Encoder(_Block):
-    name: Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"] = "resnet50"
-    """Which ResNet."""
-    width: float = Field(default=1.0, gt=0)
-    """Factor on every number of channels."""
-    stem: Literal["auto", "7x7", "3x3"] = "auto"
-    """First convolution; auto takes 3x3 without max-pool for views under 64 pixels."""
-    selective_kernels: bool = False
-    """Selective kernels and ResNet-D's stem and shortcuts, as in SimCLRv2; resnet50 and deeper."""
+    """Encoder and projector. The keys beside these two are the fields of the encoder's description, such as width, stem
+    and selective_kernels of a ResNet (model/resnet.py)."""
+
+    model_config = pydantic.ConfigDict(extra="allow")
+
+    name: str = "resnet50"
+    """Which encoder, one of model.simclr.ENCODERS."""
     projector: list[Positive] = Field(default=[2048, 128], min_length=1)
     """Widths of the projector's layers, two in the paper and three in SimCLRv2; the last is that of the embeddings."""
 
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _complete(cls, raw: Any) -> Any:
+        if not isinstance(raw, dict):
+            return raw
+        name = raw.get("name", cls.model_fields["name"].default)
+        rest = {key: value for key, value in raw.items() if key in cls.model_fields}
+        return {**asdict(_described(name, {key: raw[key] for key in raw.keys() - rest.keys()})), **rest}
 
-class View(_Block):
-    """Augmentation of a view; the defaults are the paper's for ImageNet (see pipeline.draws)."""
-
-    area: list[float] = Field(default=[0.08, 1.0], min_length=2, max_length=2)
-    """Smallest and largest share of the picture that a crop covers."""
-    flip: Probability = 0.5
-    """Probability of a horizontal flip."""
-    jitter: Probability = 0.8
-    """Probability of color jitter."""
-    strength: float = Field(default=1.0, ge=0)
-    """Strength s of color jitter (paper: 1 for ImageNet, 0.5 for CIFAR-10)."""
-    gray: Probability = 0.2
-    """Probability of dropping all color."""
-    blur: Probability = 0.5
-    """Probability of a Gaussian blur."""
-    sigma: list[float] = Field(default=[0.1, 2.0], min_length=2, max_length=2)
-    """Range of the blur's standard deviation, in pixels of the view."""
-
-    def recipe(self) -> Recipe:
-        return Recipe(
-            area=(self.area[0], self.area[1]),
-            flip=self.flip,
-            jitter=self.jitter,
-            strength=self.strength,
-            gray=self.gray,
-            blur=self.blur,
-            sigma=(self.sigma[0], self.sigma[1]),
-        )
+    def description(self) -> Description:
+        assert self.model_extra is not None
+        return describe(self.name, self.model_extra)
 
 
-class Views(View):
-    """Both views."""
+def _described(name: Any, values: dict[str, Any]) -> Description:
+    """A description whose values have the types of its fields. Raises ValueError that names the key."""
+    kind = ENCODERS.get(name) if isinstance(name, str) else None
+    try:
+        if kind is not None and values.keys() <= kind.__dataclass_fields__.keys():
+            # As JSON, of which strict types make a dataclass.
+            return pydantic.TypeAdapter(kind).validate_json(json.dumps({"name": name, **values}), strict=True)
+        return describe(name, values)  # says what is not known
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        if first["type"] == "value_error":  # the description's own
+            raise first["ctx"]["error"] from None
+        raise ValueError(f"{'.'.join(map(str, first['loc']))} is {first['input']!r}: {first['msg']}") from error
 
-    second: View | None = None
-    """What the second view has otherwise: any of the fields above; those left out are as in the first."""
+
+class Views(Recipe):
+    """Both views: the recipe of the first, and what the second has otherwise."""
+
+    second: Recipe | None = None
+    """Of the second view, any of the fields of a recipe; those left out are as in the first."""
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     """How crops are resized."""
 
@@ -86,12 +91,22 @@ class Views(View):
     @classmethod
     def _complete_second(cls, raw: Any) -> Any:
         if isinstance(raw, dict) and isinstance(raw.get("second"), dict):
-            first = {key: value for key, value in raw.items() if key in View.model_fields}
+            first = {key: value for key, value in raw.items() if key in Recipe.model_fields}
             raw = {**raw, "second": {**first, **raw["second"]}}
         return raw
 
     def recipes(self) -> tuple[Recipe, Recipe]:
-        return self.recipe(), (self.second or self).recipe()
+        first = Recipe(**{name: getattr(self, name) for name in Recipe.model_fields})
+        return first, self.second or first
+
+
+class Graph(_Block):
+    """How DALI computes the views, for measuring what a device likes (pipeline.graph)."""
+
+    conditionals: bool = True
+    """Skip steps for samples that did not draw them, instead of computing them with neutral parameters."""
+    region: bool = False
+    """Decode only the part of a picture that its views cover."""
 
 
 class About(_Block):
@@ -126,10 +141,8 @@ class Simclr(_Block):
     """What lr must be, or "auto" makes it, for the global batch: 0.3 B/256 or 0.075 sqrt(B); none allows any number."""
     temperature: float = Field(default=0.1, ge=SMALLEST_TEMPERATURE)
     """Of NT-Xent."""
-    ring: bool = False
-    """Pass embeddings from process to process instead of gathering them all: less memory, more messages."""
-    compile: Literal["no", "inductor", "aot_eager", "eager"] = "no"
-    """Backend of torch.compile for encoder and projector; the last two only show that the model can be captured."""
+    compile: Literal["no", "inductor"] = "no"
+    """Whether torch.compile compiles encoder and projector, and by which backend."""
     image_size: Annotated[int, Field(ge=16)] = 224
     """Side of a view, in pixels."""
     lanes: Positive = 64
@@ -138,6 +151,7 @@ class Simclr(_Block):
     """Shards of a lane that are shuffled together."""
     encoder: Encoder = Encoder()
     views: Views = Views()
+    graph: Graph = Graph()
     max_bad_fraction: float = Field(default=MAX_BAD_FRACTION, ge=0, lt=1)
     """Share of the data set that may be damaged; up to it each damaged sample is replaced by the next sound one."""
     cache: str = "~/.cache/simclr-dali"
@@ -153,11 +167,11 @@ class Simclr(_Block):
     keep_checkpoints: Positive = 3
     """How many of the newest checkpoints stay."""
     keep_every_epochs: int = Field(default=0, ge=0)
-    """Epochs between two checkpoints that stay for good; 0: none do."""
+    """Epochs between two checkpoints that are never removed; 0: there are none."""
     knn_every_epochs: int = Field(default=0, ge=0)
-    """Epochs between two looks at how well nearest neighbours classify (train/knn_monitor.py); 0: none."""
+    """Epochs between two kNN checks on a part of train (train/knn_monitor.py); 0: none."""
     knn_images: Positive = 20_000
-    """Images of train that it uses, as many of each class; a tenth of them are asked about."""
+    """Images of train that a kNN check uses, as many of each class; a tenth of them are the queries."""
 
 
 class _OptimizerParams(_Block):
@@ -200,11 +214,20 @@ class AdamWBlock(_Block):
 
 class Autocast(_Block):
     enabled: bool = False
-    dtype: Literal["bfloat16"] = "bfloat16"
 
 
-class ZeroOptimization(_Block):
-    stage: int = 0
+# DeepSpeed's keys that have one value here; train/engine.py gives it and asserts that DeepSpeed took it.
+_CONSTANTS: tuple[tuple[tuple[str, ...], Any, str], ...] = (
+    (("gradient_clipping",), 0.0, "the method clips no gradients"),
+    (
+        ("zero_optimization", "stage"),
+        0,
+        "the other stages flatten all layers into one tensor, while LARS scales each layer by its own norm, and every "
+        "process saves what it alone holds",
+    ),
+    (("communication_data_type",), "fp32", "gradients are averaged in float32"),
+    (("torch_autocast", "dtype"), "bfloat16", "float16 would need its loss scaled"),
+)
 
 
 class Config(_Block):
@@ -212,11 +235,8 @@ class Config(_Block):
     """Global batch B: images per step over all processes; each gives two views."""
     train_micro_batch_size_per_gpu: Positive | None = None
     """Images a process embeds at a time (the largest divisor of its share up to this number); None: all."""
-    gradient_clipping: float = 0.0
-    communication_data_type: Literal["fp32"] = "fp32"
     torch_autocast: Autocast = Autocast()
     """bfloat16 convolutions and matrix products, on a GPU; parameters stay float32. Not used on the CPU."""
-    zero_optimization: ZeroOptimization = ZeroOptimization()
     optimizer: LARSBlock | SGDBlock | AdamWBlock = Field(discriminator="type")
     simclr: Simclr
 
@@ -230,28 +250,27 @@ class Config(_Block):
             )
         return raw
 
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _take_constants(cls, raw: Any) -> Any:
+        """Take out DeepSpeed's keys of _CONSTANTS, which may stand in a config with the one value they have."""
+        if not isinstance(raw, dict):
+            return raw
+        for path, constant, why in _CONSTANTS:
+            *blocks, last = path
+            if blocks and not isinstance(raw.get(blocks[0]), dict):
+                continue
+            block = dict(raw[blocks[0]]) if blocks else dict(raw)
+            if last in block and (block[last] != constant or isinstance(block[last], bool)):
+                raise ValueError(f"{'.'.join(path)} is {block[last]!r}; set it to {constant!r}: {why}")
+            block.pop(last, None)
+            raw = {**raw, blocks[0]: block} if blocks else block
+        if raw.get("zero_optimization") == {}:
+            raw = {key: value for key, value in raw.items() if key != "zero_optimization"}
+        return raw
+
     @pydantic.model_validator(mode="after")
     def _refuse_contradictions(self) -> "Config":
-        stage = self.zero_optimization.stage
-        if stage != 0:
-            raise ValueError(
-                f"zero_optimization.stage is {stage}; set it to 0: the other stages flatten all layers into one "
-                "tensor, while LARS scales each layer by its own norm, and every process saves what it alone holds"
-            )
-        if self.gradient_clipping != 0:
-            raise ValueError(
-                f"gradient_clipping is {self.gradient_clipping}, which the method does not have; set it to 0.0"
-            )
-        if 64 * self.simclr.encoder.width % 1:
-            raise ValueError(f"simclr.encoder.width is {self.simclr.encoder.width}; it must be a multiple of 1/64")
-        if self.simclr.encoder.selective_kernels and self.simclr.encoder.name in ("resnet18", "resnet34"):
-            raise ValueError(
-                f"simclr.encoder.selective_kernels is for resnet50 and deeper, not for {self.simclr.encoder.name}"
-            )
-        if self.simclr.encoder.selective_kernels and 64 * self.simclr.encoder.width < 2:
-            raise ValueError(
-                f"simclr.encoder.width is {self.simclr.encoder.width}; selective kernels need at least 1/32"
-            )
         if isinstance(self.optimizer, SGDBlock):
             sgd = self.optimizer.params
             if sgd.nesterov and not sgd.momentum:
@@ -267,13 +286,6 @@ class Config(_Block):
                 f"simclr.warmup_epochs is {self.simclr.warmup_epochs}, longer than the {self.simclr.epochs} epochs "
                 f"of the run"
             )
-        views = self.simclr.views
-        for where, view in (("views", views), ("views.second", views.second or views)):
-            for name, (low, high), most in (("area", view.area, 1.0), ("sigma", view.sigma, float("inf"))):
-                if not 0 < low <= high <= most:
-                    raise ValueError(
-                        f"simclr.{where}.{name} is [{low}, {high}], which is no range of positive numbers up to {most}"
-                    )
         rule, lr = self.simclr.lr_rule, self.optimizer.params.lr
         if rule != "none" and self.optimizer.type == "AdamW":
             raise ValueError(
@@ -291,11 +303,7 @@ class Config(_Block):
 
     def architecture(self) -> Architecture:
         encoder = self.simclr.encoder
-        stem = encoder.stem
-        if stem == "auto":
-            stem = "3x3" if self.simclr.image_size < SMALLEST_SIZE_FOR_7X7 else "7x7"
-        assert encoder.name in ARCHITECTURES
-        return Architecture(encoder.name, encoder.width, stem, tuple(encoder.projector), encoder.selective_kernels)
+        return Architecture(encoder.description().for_image_size(self.simclr.image_size), tuple(encoder.projector))
 
     def shard_cache(self) -> Cache:
         try:

@@ -1,4 +1,7 @@
-"""Reading the one configuration file: a DeepSpeed JSON whose key "simclr" holds what is ours."""
+"""Reading the one configuration file: a DeepSpeed JSON whose key "simclr" holds what is ours.
+
+A key "base" names another config, a preset or a file beside this one, of which this one changes what it says.
+"""
 
 import json
 from pathlib import Path
@@ -6,9 +9,9 @@ from typing import Any
 
 import pydantic
 
+from simclr_dali.model import migrations
 from simclr_dali.shards.errors import UserError
-from simclr_dali.train.config import Config
-from simclr_dali.train.schedule import LR_RULES
+from simclr_dali.train.config import LR_RULES, Config
 
 PRESETS = Path(__file__).resolve().parent / "configs"
 
@@ -18,13 +21,7 @@ def load_config(name: str, overrides: list[str], data: str | None = None, run: s
 
     Raises UserError with one sentence for the first thing that is wrong.
     """
-    path, text = _read(name)
-    try:
-        raw = json.loads(text, object_pairs_hook=_without_doubles)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
-    if not isinstance(raw, dict):
-        raise UserError(f"{path} must be a JSON object")
+    path, raw = _read_with_base(name)
     for override in overrides:
         _set(raw, override)
     simclr = raw.setdefault("simclr", {})
@@ -37,6 +34,7 @@ def load_config(name: str, overrides: list[str], data: str | None = None, run: s
     if simclr.get("run") in (None, ""):
         simclr["run"] = f"runs/{path.stem}"
     _resolve_optimizer(raw)
+    _refuse_removed(path, raw)
     try:
         config = Config.model_validate(raw)
     except pydantic.ValidationError as error:
@@ -46,10 +44,48 @@ def load_config(name: str, overrides: list[str], data: str | None = None, run: s
     return config
 
 
-def _read(name: str) -> tuple[Path, str]:
-    """The config's path and text: a file of that name, else a preset."""
+def _read_with_base(name: str, folder: Path | None = None, seen: tuple[Path, ...] = ()) -> tuple[Path, dict[str, Any]]:
+    """The config's path, and its keys over those of its base."""
+    path, text = _read(name, folder)
     try:
-        path = Path(name) if Path(name).is_file() else PRESETS / name
+        raw = json.loads(text, object_pairs_hook=_without_doubles)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON: {error}") from error
+    if not isinstance(raw, dict):
+        raise UserError(f"{path} must be a JSON object")
+    if path in seen:
+        raise UserError(f"{path} is its own base; name another one")
+    base = raw.pop("base", None)
+    if base is None:
+        return path, raw
+    if not isinstance(base, str):
+        raise UserError(f"{path}: base is {base!r}; give the name of a config")
+    return path, _merged(_read_with_base(base, path.parent, (*seen, path))[1], raw)
+
+
+def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """``base`` with ``changes``, block by block."""
+    merged = dict(base)
+    for key, value in changes.items():
+        both = isinstance(value, dict) and isinstance(base.get(key), dict)
+        merged[key] = _merged(base[key], value) if both else value
+    return merged
+
+
+def _refuse_removed(path: Path, raw: dict[str, Any]) -> None:
+    for removed, why in migrations.REMOVED.items():
+        block: Any = raw
+        for key in removed.split("."):
+            block = block.get(key, {}) if isinstance(block, dict) else {}
+        if block != {}:
+            raise UserError(f"{path}: {removed} is {block!r}, which there is no more ({why}); remove it")
+
+
+def _read(name: str, folder: Path | None) -> tuple[Path, str]:
+    """The config's path and text: a file of that name (in ``folder``, where a base is asked for), else a preset."""
+    try:
+        path = (folder or Path()) / name
+        path = path if path.is_file() else PRESETS / name
         if not path.is_file():
             presets = ", ".join(sorted(preset.name for preset in PRESETS.glob("*.json")))
             raise UserError(f"config {name} is neither a file nor a preset; the presets are {presets}")
@@ -115,6 +151,6 @@ def _sentence(error: pydantic.ValidationError) -> str:
         return f"unknown key {key!r}; see train/config.py for the known ones"
     if first["type"] == "missing":
         return f"key {key!r} is missing"
-    if first["type"] == "value_error" and not key:
-        return str(first["ctx"]["error"])
+    if first["type"] == "value_error":  # ours, which begins with the key inside of its block
+        return f"{key}.{first['ctx']['error']}" if key else str(first["ctx"]["error"])
     return f"{key} is {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"

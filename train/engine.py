@@ -1,4 +1,4 @@
-"""Processes, device and the DeepSpeed engine."""
+"""Processes, device, optimizer and the DeepSpeed engine."""
 
 import logging
 import os
@@ -9,15 +9,15 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from simclr_dali.model.process import Process, join, on_gpu
-from simclr_dali.train.config import Config
-from simclr_dali.train.optimizer import build_optimizer
+from simclr_dali.model.lars import LARS, parameter_groups
+from simclr_dali.model.process import Process, init_distributed, on_gpu
+from simclr_dali.train.config import AdamWBlock, Config, LARSBlock
 
 
 def start(patience: timedelta) -> Process:
-    """Join the other ranks with DeepSpeed; see model.process.join."""
+    """Join the other ranks with DeepSpeed; see model.process.init_distributed."""
     import_deepspeed(torch.device("cuda" if on_gpu() else "cpu"))
-    process = join(patience)
+    process = init_distributed(patience)
     import_deepspeed(process.device).init_distributed(
         dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False, timeout=patience
     )
@@ -40,22 +40,42 @@ def import_deepspeed(device: torch.device) -> Any:
     return deepspeed
 
 
+# What the method needs of DeepSpeed, whose own defaults are others; a config may say the same (train/config.py).
+DEEPSPEED_CONSTANTS = {
+    "gradient_clipping": 0.0,
+    "communication_data_type": "fp32",
+    "zero_optimization": {"stage": 0},
+}
+
+
 def deepspeed_config(config: Config, process: Process) -> dict[str, Any]:
     """The part of the configuration that DeepSpeed sees, resolved for this number of processes and this device."""
     return {
         "train_batch_size": config.train_batch_size,
         "train_micro_batch_size_per_gpu": config.micro_batch(process.world),
         "gradient_accumulation_steps": config.passes(process.world),
-        "gradient_clipping": config.gradient_clipping,
-        "communication_data_type": config.communication_data_type,
-        "zero_optimization": {"stage": 0},
+        **DEEPSPEED_CONSTANTS,
         "torch_autocast": {
             "enabled": config.torch_autocast.enabled and process.device.type == "cuda",
-            "dtype": config.torch_autocast.dtype,
+            "dtype": "bfloat16",
         },
         # The timer would wait for the device twice a step; we time on the host.
         "timers": {"throughput": {"enabled": False}},
     }
+
+
+def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
+    """LARS (ours), or torch's SGD or AdamW; biases and BatchNorm are not decayed by any of them."""
+    block = config.optimizer
+    groups = parameter_groups(model, block.params.weight_decay)
+    if isinstance(block, LARSBlock):
+        lars = block.params
+        return LARS(groups, lars.lr, lars.momentum, trust_coefficient=lars.trust_coefficient)
+    if isinstance(block, AdamWBlock):
+        adamw = block.params
+        return torch.optim.AdamW(groups, adamw.lr, (adamw.betas[0], adamw.betas[1]), adamw.eps)
+    sgd = block.params
+    return torch.optim.SGD(groups, sgd.lr, sgd.momentum, nesterov=sgd.nesterov)
 
 
 def build_engine(model: nn.Module, config: Config, process: Process) -> tuple[Any, torch.optim.Optimizer]:

@@ -1,11 +1,15 @@
 """What a run is made of."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from simclr_dali.model.process import Process
-from simclr_dali.pipeline.files import Files
+from simclr_dali.pipeline.batch_plan import BatchPlan
+from simclr_dali.pipeline.files import Split
+from simclr_dali.pipeline.graph import LoaderConfig
+from simclr_dali.pipeline.loader import TwoViews
 from simclr_dali.pipeline.order import Order
 from simclr_dali.pipeline.replay import Replay, write
 from simclr_dali.shards.durable import refusals_named
@@ -17,11 +21,10 @@ from simclr_dali.train.resume import data_address
 
 @dataclass(frozen=True)
 class Job:
-    """What a run is made of: its settings, its data and its place among the processes."""
+    """A run's settings, its data and its place among the processes."""
 
     config: Config
-    shards: ShardSet
-    files: Callable[[], Files]
+    split: Split
     order: Order
     process: Process
     run: Path
@@ -30,13 +33,45 @@ class Job:
     def total_steps(self) -> int:
         return self.config.simclr.epochs * self.order.steps_per_epoch
 
+    def views(self, first_step: int = 0) -> TwoViews:
+        """Micro-batches of this process from ``first_step`` to the end of the run."""
+        config, process = self.config, self.process
+        plan = BatchPlan(
+            self.order,
+            epochs=config.simclr.epochs,
+            start=divmod(first_step, self.order.steps_per_epoch),
+            rank=process.rank,
+            world=process.world,
+            micro_batch=config.micro_batch(process.world),
+        )
+        return TwoViews(
+            self.split,
+            plan,
+            config.simclr.views.recipes(),
+            self.loader_config(),
+            max_bad_fraction=config.simclr.max_bad_fraction,
+        )
+
+    def loader_config(self) -> LoaderConfig:
+        """How this process makes its views."""
+        simclr = self.config.simclr
+        return LoaderConfig(
+            size=simclr.image_size,
+            device=self.process.device,
+            threads=simclr.loader_threads or self.process.cores,
+            dtype=view_dtype(self.config, self.process.device),
+            interpolation=simclr.views.interpolation,
+            conditionals=simclr.graph.conditionals,
+            region=simclr.graph.region,
+        )
+
     def keep_batch(self, step: int, reason: str) -> list[int]:
         """Write what this rank saw at ``step`` into the run folder (batch_file), and return the ids of its samples."""
         epoch, step_of_epoch = divmod(step, self.order.steps_per_epoch)
-        simclr, process = self.config.simclr, self.process
+        simclr, process, shards = self.config.simclr, self.process, self.split.shards
         replay = Replay(
             data=data_address(self.config),
-            manifest=self.shards.fingerprint,
+            manifest=shards.fingerprint,
             about={"step": step, "rank": process.rank, "processes": process.world, "reason": reason},
             seed=simclr.seed,
             epoch=epoch,
@@ -47,5 +82,21 @@ class Job:
         )
         with refusals_named(self.run):
             self.run.mkdir(parents=True, exist_ok=True)  # another machine's, where the folder is not shared
-        write(batch_file(self.run, step, process.rank), replay, self.shards)
+        write(batch_file(self.run, step, process.rank), replay, shards)
         return [int(sample) for sample in replay.ids]
+
+
+def build_order(config: Config, shards: ShardSet) -> Order:
+    """The order of a run. Raises UserError where the global batch does not fit the data."""
+    return Order(
+        shard_sizes=shards.shard_sizes(),
+        global_batch=config.train_batch_size,
+        lanes=config.simclr.lanes,
+        window=config.simclr.shuffle_window,
+        seed=config.simclr.seed,
+    )
+
+
+def view_dtype(config: Config, device: torch.device) -> torch.dtype:
+    """float16 where the first convolution computes in half precision anyway."""
+    return torch.float16 if device.type == "cuda" and config.torch_autocast.enabled else torch.float32

@@ -1,4 +1,4 @@
-"""Whether the encoder gets better while it trains: nearest neighbours on a part of train, every few epochs."""
+"""kNN checks while an encoder trains: on a part of train, every few epochs."""
 
 import json
 import os
@@ -11,9 +11,9 @@ import torch
 
 from simclr_dali.model.collectives import all_rows
 from simclr_dali.model.neighbours import accuracies
-from simclr_dali.model.process import by_rank_0, show
+from simclr_dali.model.process import on_rank_0, print_now
 from simclr_dali.pipeline.features import Features, extract, share
-from simclr_dali.pipeline.loader import Setting
+from simclr_dali.pipeline.graph import LoaderConfig
 from simclr_dali.pipeline.subset import Ids, class_balanced
 from simclr_dali.shards.durable import refusals_named
 from simclr_dali.shards.errors import UserError
@@ -21,11 +21,11 @@ from simclr_dali.train.job import Job
 from simclr_dali.train.watchdog import Watchdog
 
 K, TEMPERATURE = 20, 0.1
-_ASKED = 10  # every tenth image is asked about, the others are compared with
-_PER_CLASS = 3  # images, at least: fewer would leave most of those asked about without one of their own class
+_QUERY_EVERY = 10  # every tenth image is a query, the others are what it is compared with
+_PER_CLASS = 3  # images, at least: fewer would leave most queries without another image of their class
 
 
-class Health:
+class KnnMonitor:
     """Writes ``knn.jsonl``: per check step (the last one done), epoch, top1 in percent, and what it was measured on.
 
     The images are a class-balanced part of train, the same at every check and on any number of ranks; val stays
@@ -35,7 +35,7 @@ class Health:
     def __init__(self, job: Job, watchdog: Watchdog) -> None:
         """Raises UserError where ``simclr.knn_images`` is too small for the classes of the set."""
         self._job, self._watchdog = job, watchdog
-        simclr, shards = job.config.simclr, job.shards
+        simclr, shards = job.config.simclr, job.split.shards
         self._every = simclr.knn_every_epochs * job.order.steps_per_epoch
         if not self._every:
             return
@@ -46,14 +46,14 @@ class Health:
                 f"least {_PER_CLASS * classes}, or simclr.knn_every_epochs to 0"
             )
         ids = class_balanced(shards.samples["label"], classes, images / len(shards), simclr.seed)
-        self._asked = ids[::_ASKED]
-        self._known = np.setdiff1d(ids, self._asked)
+        self._queries = ids[::_QUERY_EVERY]
+        self._bank = np.setdiff1d(ids, self._queries)
 
     def due(self, done: int) -> bool:
         """Whether a check belongs after ``done`` steps."""
         return bool(self._every) and done > 0 and done % self._every == 0
 
-    def catch_up(self, model: Any, done: int) -> None:
+    def run_missed_check(self, model: Any, done: int) -> None:
         """Make the check after ``done`` steps if it was due and a stop came before it. All ranks call it together."""
         path = self._job.run / "knn.jsonl"
 
@@ -63,7 +63,7 @@ class Health:
             except OSError:
                 return True
 
-        if self.due(done) and by_rank_0(self._job.process, lacks):
+        if self.due(done) and on_rank_0(self._job.process, lacks):
             self.check(model, done)
 
     def check(self, model: Any, done: int) -> None:
@@ -76,15 +76,15 @@ class Health:
             features: torch.Tensor = encoder(views)
             return features
 
-        known, asked = self._features(watched, self._known), self._features(watched, self._asked)
+        bank, queries = self._features(watched, self._bank), self._features(watched, self._queries)
         encoder.train()
-        k = min(K, len(self._known))
+        k = min(K, len(self._bank))
         found = accuracies(
-            known.features,
-            known.labels,
-            all_rows(asked.features),
-            all_rows(asked.labels),
-            len(job.shards.classes),
+            bank.features,
+            bank.labels,
+            all_rows(queries.features),
+            all_rows(queries.labels),
+            len(job.split.shards.classes),
             [k],
             TEMPERATURE,
         )
@@ -94,12 +94,12 @@ class Health:
             "top1": found[k][0],
             "k": k,
             "temperature": TEMPERATURE,
-            "bank": len(self._known),
-            "queries": len(self._asked),
+            "bank": len(self._bank),
+            "queries": len(self._queries),
         }
         if job.process.rank == 0:
             _append(job.run / "knn.jsonl", line)
-            show(
+            print_now(
                 f"kNN after epoch {line['epoch'] + 1}: {line['top1']:.2f} % of {line['queries']:,} images of train "
                 f"(k {k}, against {line['bank']:,} others)",
             )
@@ -108,14 +108,12 @@ class Health:
         job = self._job
         own = ids[share(len(ids), job.process.rank, job.process.world)]
         simclr = job.config.simclr
-        setting = Setting(simclr.image_size, job.process.device, threads=simclr.loader_threads or job.process.cores)
-        batch = min(256, job.config.micro_batch(job.process.world) * 2)  # what the device has room for
+        config = LoaderConfig(simclr.image_size, job.process.device, threads=job.loader_config().threads)
         return extract(
             encoder,
-            job.shards,
-            job.files,
-            setting,
-            batch=batch,
+            job.split,
+            config,
+            batch=min(256, job.config.micro_batch(job.process.world) * 2),  # what the device has room for
             ids=own,
             max_bad_fraction=simclr.max_bad_fraction,
             silent=True,

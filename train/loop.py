@@ -7,18 +7,18 @@ from typing import Any
 
 import torch
 
-from simclr_dali.model.process import say, show
+from simclr_dali.model.ntxent import NTXent
+from simclr_dali.model.process import print_now, print_rank_0
 from simclr_dali.model.schedule import learning_rate
 from simclr_dali.shards.durable import write_durably
 from simclr_dali.train.job import Job
-from simclr_dali.train.knn_monitor import Health
-from simclr_dali.train.metrics import Reporter
-from simclr_dali.train.micro_batches import Parked
+from simclr_dali.train.knn_monitor import KnnMonitor
+from simclr_dali.train.metrics import Reporter, run_speed
+from simclr_dali.train.micro_batches import MicroBatches
 from simclr_dali.train.resume import state_of
-from simclr_dali.train.saver import Saver
+from simclr_dali.train.saver import Saver, all_finite, refuse_drift
 from simclr_dali.train.step import train_step
-from simclr_dali.train.stopping import Agreement, StopRequest, all_finite, refuse_drift
-from simclr_dali.train.views import build_views
+from simclr_dali.train.stopping import StopRequest, StopVote
 from simclr_dali.train.watchdog import Watchdog
 
 
@@ -35,21 +35,14 @@ def train(
     config, order, process, run = job.config, job.order, job.process, job.run
     simclr, steps_per_epoch = config.simclr, order.steps_per_epoch
     warmup_steps = round(simclr.warmup_epochs * steps_per_epoch)
-    batches = build_views(config, job.shards, job.files, order, process, first_step)
-    views = Parked(process.device, config.passes(process.world))
-    reporter = Reporter(
-        run,
-        process,
-        batch=config.train_batch_size,
-        steps_per_epoch=steps_per_epoch,
-        total_steps=job.total_steps,
-        first_step=first_step,
-        keep_batch=job.keep_batch,
-    )
-    agreement = Agreement(process)
-    health = Health(job, watchdog)
+    batches = job.views(first_step)
+    views = MicroBatches(process.device, config.passes(process.world))
+    loss = NTXent(simclr.temperature)
+    reporter = reporter_of(job, loss, first_step)
+    vote = StopVote(process)
+    knn = KnnMonitor(job, watchdog)
     engine.train()
-    health.catch_up(engine.module, first_step)
+    knn.run_missed_check(engine.module, first_step)
     reporter.paused()
     started = time.monotonic()
     done, leave = first_step, False
@@ -61,43 +54,71 @@ def train(
             lr = learning_rate(step, config.optimizer.params.lr, warmup_steps, job.total_steps)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            reporter.add(step, lr, train_step(engine, views, simclr.temperature, ring=simclr.ring))
+            reporter.add(step, lr, train_step(engine, views, loss))
             reporter.waited(views.waited())
 
             done = step + 1
-            leave = agreement.any_wanted(bool(stop.reason))
-            for_good = bool(simclr.keep_every_epochs) and done % (simclr.keep_every_epochs * steps_per_epoch) == 0
-            save_now = done == last_step or leave or for_good or done % simclr.checkpoint_every == 0
+            leave = vote.cast(bool(stop.reason))
+            keep_forever = bool(simclr.keep_every_epochs) and done % (simclr.keep_every_epochs * steps_per_epoch) == 0
+            save_now = done == last_step or leave or keep_forever or done % simclr.checkpoint_every == 0
             if save_now:
                 saver.wait()  # so that nothing is ever reported that is two checkpoints ahead of the disk
-            if save_now or health.due(done) or done % simclr.log_every == 0:
+            if save_now or knn.due(done) or done % simclr.log_every == 0:
                 reporter.drain(saver.last_kept, durably=save_now)
                 saver.refuse_failure()
             if save_now:
                 watchdog.at(f"step {step}, its checkpoint")
                 if not all_finite(engine.module, optimizer):  # the last step's update came after its loss
                     reporter.refuse(step, "weights are not finite", saver.last_kept)
-                refuse_drift(engine.module, process, done)
-                if process.rank == 0:
-                    saver.save(state_of(engine.module, optimizer, config, job.shards, done), for_good=for_good)
-            if health.due(done) and not leave:  # who has to leave looks when the run goes on
-                health.check(engine.module, done)
+                begin_checkpoint(job, engine.module, optimizer, saver, done, keep_forever)
+            if knn.due(done) and not leave:  # after a stop, the check is made when the run goes on
+                knn.check(engine.module, done)
                 reporter.paused()
-        agreement.finish()
+        vote.finish()
         watchdog.at(f"the end after step {done}, writing the last checkpoint")
-    if damaged := batches.damaged():
-        show(f"rank {process.rank} replaced {len(damaged)} damaged samples, named above", file=sys.stderr)
-    batches.close()
     if sys.stdout.isatty():
-        say(process, "")
-    seconds = time.monotonic() - started
+        print_rank_0(process, "")
+    if damaged := batches.damaged():
+        print_now(f"rank {process.rank} replaced {len(damaged)} damaged samples, named above", file=sys.stderr)
+    batches.close()
     if process.rank == 0 and done == job.total_steps:
-        finished = {"steps": done, "images_per_s": round(reporter.images_per_s(), 2), "seconds": round(seconds, 1)}
-        write_durably(run / "finished.json", (json.dumps(finished) + "\n").encode())
+        write_finished(job)
     if leave:
-        say(process, f"stopped by {stop.reason or 'another rank'}; the same command goes on")
-    say(
+        print_rank_0(process, f"stopped by {stop.reason or 'another rank'}; the same command goes on")
+    speed = run_speed(run, config.train_batch_size, first_step)[1]
+    print_rank_0(
         process,
-        f"{done - first_step} steps in {seconds:.1f} s, {reporter.images_per_s():,.0f} images/s; {run} is at "
-        f"step {done} of {job.total_steps}",
+        f"{done - first_step} steps in {time.monotonic() - started:.1f} s, {speed:,.0f} images/s; {run} is at step "
+        f"{done} of {job.total_steps}",
     )
+
+
+def reporter_of(job: Job, loss: NTXent, first_step: int) -> Reporter:
+    """What writes the metrics of a run from ``first_step`` on."""
+    return Reporter(
+        job.run,
+        job.process,
+        batch=job.config.train_batch_size,
+        steps_per_epoch=job.order.steps_per_epoch,
+        total_steps=job.total_steps,
+        first_step=first_step,
+        keep_batch=job.keep_batch,
+        derived=loss.derived,
+    )
+
+
+def begin_checkpoint(
+    job: Job, model: torch.nn.Module, optimizer: torch.optim.Optimizer, saver: Saver, done: int, keep_forever: bool
+) -> None:
+    """Have the state after ``done`` steps written. All ranks call it; raises UserError where their weights differ."""
+    refuse_drift(model, job.process, done)
+    if job.process.rank == 0:
+        state = state_of(model, optimizer, job.config, job.split.shards, done)
+        saver.save(state, keep_forever=keep_forever)
+
+
+def write_finished(job: Job) -> None:
+    """``finished.json``: steps of the whole run, and the seconds and images/s of these, over all its starts."""
+    seconds, images_per_s = run_speed(job.run, job.config.train_batch_size)
+    finished = {"steps": job.total_steps, "images_per_s": round(images_per_s, 2), "seconds": round(seconds, 1)}
+    write_durably(job.run / "finished.json", (json.dumps(finished) + "\n").encode())

@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from simclr_dali.model.process import Process, show
+from simclr_dali.model.process import Process, print_now
 from simclr_dali.shards.durable import refusals_named, write_durably
 from simclr_dali.shards.errors import UserError
 from simclr_dali.train.step import StepResult
@@ -22,12 +23,10 @@ from simclr_dali.train.step import StepResult
 class Reporter:
     """Collects each step's numbers on the device and writes them when drained, so that no step waits for the device.
 
-    metrics.jsonl has one line per step: step, epoch, lr, loss, and of the embeddings (model.ntxent.Contrast) positive,
-    hardest_negative, top1, alignment (mean squared distance of two views of an image) and uniformity (both of Wang and
-    Isola 2020, uniformity at the run's temperature, where theirs is 0.25); gradient_norm is that of all parameters
-    together, after averaging. speed.jsonl has one per drain: step, images_per_s (images, each of which gives two views)
-    and wait_share (share of the host's time spent waiting for input, which on a GPU leaves out what the device itself
-    waits).
+    metrics.jsonl has one line per step: step, epoch, lr, loss, what the loss reports by name (of NT-Xent: model.ntxent,
+    Contrast and NTXent.derived), and gradient_norm, of all parameters together, after averaging. speed.jsonl has one
+    per drain: step, images_per_s (images, each of which gives two views) and wait_share (share of the host's time spent
+    waiting for input, which on a GPU leaves out what the device itself waits).
     """
 
     def __init__(
@@ -40,18 +39,21 @@ class Reporter:
         total_steps: int,
         first_step: int,
         keep_batch: Callable[[int, str], list[int]],
+        derived: Callable[[dict[str, float]], dict[str, float]] = dict,
     ) -> None:
-        """keep_batch: writes this rank's samples of a step and why into the run folder, and gives their ids."""
-        self._run, self._process, self._keep_batch = run, process, keep_batch
+        """keep_batch: writes this rank's samples of a step and why into the run folder, and gives their ids. derived:
+        of the means over ranks of what the loss reports, what is written.
+        """
+        self._run, self._process, self._keep_batch, self._derived = run, process, keep_batch, derived
         self._batch, self._steps_per_epoch, self._total_steps = batch, steps_per_epoch, total_steps
+        self._names: list[str] = []
         self._pending: list[tuple[int, float, Tensor]] = []
         self._waited = 0.0
         self._since = time.perf_counter()
-        self._rates: list[float] = []
         if process.rank == 0:
             for name in ("metrics.jsonl", "speed.jsonl", "knn.jsonl"):
                 _drop_lines_from(run / name, first_step)
-            _tell_missing_lines(run / "metrics.jsonl", first_step)
+            _warn_of_missing_lines(run / "metrics.jsonl", first_step)
 
     def waited(self, seconds: float) -> None:
         """Count time that the training thread spent waiting for its input."""
@@ -62,8 +64,12 @@ class Reporter:
         self._since = time.perf_counter()
 
     def add(self, step: int, lr: float, result: StepResult) -> None:
-        numbers = [*vars(result.contrast).values(), result.gradient_norm]
-        self._pending.append((step, lr, torch.stack([number.detach() for number in numbers]).double()))
+        """Take a step's numbers, which stay on the device; the loss reports the same names at every step."""
+        numbers = {"loss": result.loss, **result.metrics, "gradient_norm": result.gradient_norm}
+        self._names = self._names or list(numbers)
+        stacked = torch.stack([numbers[name].detach() for name in self._names])
+        assert len(stacked) == len(numbers)
+        self._pending.append((step, lr, stacked.double()))
 
     def drain(self, last_checkpoint: Callable[[], str], *, durably: bool = False) -> None:
         """Average over ranks, write and show what has come since the last call. All ranks call it at the same steps.
@@ -76,24 +82,27 @@ class Reporter:
         own = torch.stack([numbers for _, _, numbers in self._pending])
         values = own.clone()
         dist.all_reduce(values)
-        rows = (values / self._process.world).tolist()
+        rows = [self._named(row) for row in (values / self._process.world).tolist()]
         seconds = time.perf_counter() - self._since
-        sound = next((n for n, row in enumerate(rows) if not math.isfinite(row[0] + row[-1])), len(rows))
+        sound = next((n for n, row in enumerate(rows) if not _is_finite(row)), len(rows))
         if self._process.rank == 0 and sound:
             with refusals_named(self._run / "metrics.jsonl"):
                 self._write(rows[:sound], len(rows) * self._batch / seconds, self._waited / seconds, durably)
         if sound < len(rows):
-            self._refuse_numbers(self._pending[sound][0], own[sound].tolist(), last_checkpoint)
+            self._refuse_numbers(self._pending[sound][0], self._named(own[sound].tolist()), last_checkpoint)
         self._pending.clear()
         self._waited = 0.0
         self._since = time.perf_counter()
 
-    def _refuse_numbers(self, step: int, own: list[float], last_checkpoint: Callable[[], str]) -> None:
+    def _named(self, row: list[float]) -> dict[str, float]:
+        return dict(zip(self._names, row, strict=True))
+
+    def _refuse_numbers(self, step: int, own: dict[str, float], last_checkpoint: Callable[[], str]) -> None:
         """Blame the ranks whose loss is not finite, or all if only the gradient is."""
         losses: list[Any] = [None] * self._process.world
-        dist.all_gather_object(losses, own[0])
+        dist.all_gather_object(losses, own["loss"])
         blamed = [rank for rank, loss in enumerate(losses) if not math.isfinite(loss)]
-        what = f"loss is {losses[blamed[0]]}" if blamed else f"gradient is {own[-1]}"
+        what = f"loss is {losses[blamed[0]]}" if blamed else f"gradient is {own['gradient_norm']}"
         self.refuse(step, what, last_checkpoint, blamed)
 
     def refuse(
@@ -108,34 +117,28 @@ class Reporter:
                 kept = (self._keep_batch(step, what), "")
             except UserError as error:
                 kept = ([], f"; its batch could not be kept: {error}")
-        told: list[Any] = [None] * process.world
-        dist.all_gather_object(told, (*kept, last_checkpoint() if process.rank == 0 else ""))
-        ids, failure, _ = told[blamed[0]]
+        of_ranks: list[Any] = [None] * process.world
+        dist.all_gather_object(of_ranks, (*kept, last_checkpoint() if process.rank == 0 else ""))
+        ids, failure, _ = of_ranks[blamed[0]]
         file = batch_file(self._run, step, blamed[0])
         raise UserError(
             f"the {what} at step {step} (epoch {step // self._steps_per_epoch}) on rank "
             f"{', '.join(map(str, blamed))} of {process.world}, samples {_some(ids)}{failure}; look at them with: "
-            f"simclr-dali views --replay {file} --out batch.png; the last good checkpoint is {told[0][2]}: lower "
+            f"simclr-dali views --replay {file} --out batch.png; the last good checkpoint is {of_ranks[0][2]}: lower "
             f"the learning rate and give another --run, or mend the data"
         )
 
-    def images_per_s(self) -> float:
-        """Median over the drains of this process, without the first, which pays for warming up."""
-        rates = sorted(self._rates[1:] or self._rates)
-        return rates[len(rates) // 2] if rates else 0.0
-
-    def _write(self, rows: Sequence[Sequence[float]], images_per_s: float, wait_share: float, durably: bool) -> None:
-        self._rates.append(images_per_s)
+    def _write(self, rows: Sequence[dict[str, float]], images_per_s: float, wait_share: float, durably: bool) -> None:
         with (self._run / "metrics.jsonl").open("a") as metrics:
             for (step, lr, _), row in zip(self._pending, rows, strict=False):
-                metrics.write(json.dumps(self._line(step, lr, *row)) + "\n")
+                metrics.write(json.dumps(self._line(step, lr, row)) + "\n")
             metrics.flush()
             if durably:
                 os.fsync(metrics.fileno())
         if self._pending[0][0] == 0:
             # What no information gives; embeddings that point anywhere begin a little above it.
             others = 2 * self._batch - 1
-            show(f"the first loss is {rows[0][0]:.3f}; chance is ln({others}) = {math.log(others):.3f}")
+            print_now(f"the first loss is {rows[0]['loss']:.3f}; chance is ln({others}) = {math.log(others):.3f}")
         step, lr, _ = self._pending[-1]
         with (self._run / "speed.jsonl").open("a") as speed:
             line = {"step": step, "images_per_s": round(images_per_s, 2), "wait_share": round(wait_share, 4)}
@@ -144,34 +147,38 @@ class Reporter:
         text = (
             f"epoch {step // self._steps_per_epoch + 1}/{self._total_steps // self._steps_per_epoch}  step "
             f"{step + 1}/{self._total_steps}  "
-            f"loss {rows[-1][0]:.4f}  lr {lr:.3g}  {images_per_s:,.0f} images/s  waiting for input {wait_share:.1%}  "
-            f"ETA {_duration(left)}"
+            f"loss {rows[-1]['loss']:.4f}  lr {lr:.3g}  {images_per_s:,.0f} images/s  waiting for input "
+            f"{wait_share:.1%}  ETA {_duration(left)}"
         )
-        show(f"\r\033[K{text}" if sys.stdout.isatty() else text, end="" if sys.stdout.isatty() else "\n")
+        print_now(f"\r\033[K{text}" if sys.stdout.isatty() else text, end="" if sys.stdout.isatty() else "\n")
 
-    def _line(
-        self,
-        step: int,
-        lr: float,
-        loss: float,
-        positive: float,
-        hardest_negative: float,
-        top1: float,
-        potential: float,
-        gradient_norm: float,
-    ) -> dict[str, float]:
-        return {
-            "step": step,
-            "epoch": step // self._steps_per_epoch,
-            "lr": lr,
-            "loss": loss,
-            "positive": positive,
-            "hardest_negative": hardest_negative,
-            "top1": top1,
-            "alignment": 2 - 2 * positive,
-            "uniformity": math.log(max(potential, sys.float_info.min)),
-            "gradient_norm": gradient_norm,
-        }
+    def _line(self, step: int, lr: float, row: dict[str, float]) -> dict[str, float]:
+        loss, norm = row["loss"], row["gradient_norm"]
+        metrics = self._derived({name: row[name] for name in self._names[1:-1]})
+        epoch = step // self._steps_per_epoch
+        return {"step": step, "epoch": epoch, "lr": lr, "loss": loss, **metrics, "gradient_norm": norm}
+
+
+def _is_finite(row: dict[str, float]) -> bool:
+    return math.isfinite(row["loss"]) and math.isfinite(row["gradient_norm"])
+
+
+def run_speed(run: Path, batch: int, first_step: int = 0) -> tuple[float, float]:
+    """Seconds that the steps of a run took from ``first_step`` on, over all its starts, and images/s.
+
+    From speed.jsonl, which knows each stretch of steps once: those that a stop undid are not in it.
+    """
+    seconds, before, images = 0.0, 0, 0
+    path = run / "speed.jsonl"
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        with suppress(ValueError, KeyError, TypeError, ZeroDivisionError):
+            found = json.loads(line)
+            steps = found["step"] + 1 - max(before, first_step)
+            if steps > 0:
+                images += steps * batch
+                seconds += steps * batch / found["images_per_s"]
+            before = found["step"] + 1
+    return seconds, images / seconds if seconds else 0.0
 
 
 def _drop_lines_from(path: Path, first_step: int) -> None:
@@ -182,12 +189,12 @@ def _drop_lines_from(path: Path, first_step: int) -> None:
         write_durably(path, "".join(kept).encode())
 
 
-def _tell_missing_lines(path: Path, first_step: int) -> None:
+def _warn_of_missing_lines(path: Path, first_step: int) -> None:
     """Say so where someone removed lines of the steps before; the run itself needs none of them."""
     steps = map(_step_of, path.read_text().splitlines() if path.exists() else [])
     missing = sorted(set(range(first_step)) - set(steps))
     if missing:
-        show(f"warning: {path} lacks {len(missing)} steps before {first_step}: {_some(missing)}", file=sys.stderr)
+        print_now(f"warning: {path} lacks {len(missing)} steps before {first_step}: {_some(missing)}", file=sys.stderr)
 
 
 def _step_of(line: str) -> int:

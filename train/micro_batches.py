@@ -1,4 +1,4 @@
-"""Where the views of a step's micro-batches wait for their second pass."""
+"""The micro-batches of a step, which gradient caching goes through twice."""
 
 import time
 from collections import deque
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-class Parked:
+class MicroBatches:
     """The views of one step's micro-batches, to be gone through any number of times.
 
     The first time they come from the loader, one by one, so that it works on the next while the caller works on one.

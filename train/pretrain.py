@@ -22,87 +22,16 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-# This script's own folder must not shadow installed modules, and its checkout must win over an installed copy.
-sys.path[0] = str(Path(__file__).resolve().parents[1] / ".package")
+if __name__ == "__main__":
+    # This script's own folder must not shadow installed modules, and its checkout must win over an installed copy.
+    sys.path[0] = str(Path(__file__).resolve().parents[1] / ".package")
 
-import torch.distributed as dist
-
-from simclr_dali.model.batchnorm import synchronised
-from simclr_dali.model.checkpoint import CheckpointError
-from simclr_dali.model.encoder import build_model
-from simclr_dali.model.process import LaunchError, Process, by_rank_0, say
-from simclr_dali.pipeline.remote import open_split
-from simclr_dali.shards.durable import write_durably
-from simclr_dali.shards.errors import UserError, positive_int, run_main
-from simclr_dali.shards.manifest import ShardSet
-from simclr_dali.shards.verify import verify_split
-from simclr_dali.train.config import Config
-from simclr_dali.train.config_file import load_config
-from simclr_dali.train.engine import build_engine, start
-from simclr_dali.train.job import Job
-from simclr_dali.train.knn_monitor import Health
-from simclr_dali.train.lock import take
-from simclr_dali.train.loop import train
-from simclr_dali.train.resume import PER_MACHINE, flatten, resume
-from simclr_dali.train.schedule import LR_FORMULAS
-from simclr_dali.train.stopping import StopRequest
-from simclr_dali.train.views import build_order
-from simclr_dali.train.watchdog import Watchdog
-
-
-def main() -> None:
-    arguments = parse_arguments()
-    config = load_config(arguments.config, arguments.set, arguments.data, arguments.run)
-    shards, files = open_split(config.simclr.data, "train", config.shard_cache())
-    order = build_order(config, shards)
-    stop = StopRequest()
-    # Longer than the watchdog's patience: it names who holds the run up, the end of a collective does not.
-    process = start(timedelta(seconds=arguments.hang_timeout) + timedelta(minutes=10))
-    watchdog = Watchdog(process, arguments.hang_timeout)
-    refuse_differences(config, shards, process)
-    job = Job(config, shards, files, order, process, Path(config.simclr.run))
-    refuse_damage(shards, process)
-    config.micro_batch(process.world)  # refuses a number of processes that cannot share the batch
-
-    with held(job.run, process):
-        model = synchronised(build_model(config.architecture(), config.simclr.seed), process.device)
-        engine, optimizer = build_engine(model, config, process)
-        step = resume(job.run, config, shards, process, engine.module, optimizer)
-        finished = job.run / "finished.json"
-        if step < job.total_steps:
-            if process.rank == 0:
-                finished.unlink(missing_ok=True)  # of a run whose last checkpoint was damaged
-                write_durably(job.run / "config.json", (json.dumps(config.model_dump(mode="json"), indent=2)).encode())
-                announce(job, step)
-            last_step = min(job.total_steps, step + (arguments.stop_after_steps or job.total_steps))
-            train(job, engine, optimizer, stop, watchdog, step, last_step)
-        else:
-            Health(job, watchdog).catch_up(engine.module, step)  # stopped between the last checkpoint and the last look
-            if process.rank == 0 and not finished.exists():  # killed between the last checkpoint and this
-                write_durably(finished, (json.dumps({"steps": step}) + "\n").encode())
-            say(process, f"{job.run} is finished ({step} steps); nothing to do")
-        watchdog.at("the end, waiting for the other ranks")
-        dist.barrier()
-    watchdog.stop()
-    dist.destroy_process_group()
-
-
-@contextmanager
-def held(run: Path, process: Process) -> Iterator[None]:
-    """Keep other runs out of the run folder; rank 0 asks for it, all ranks hear the answer."""
-    with ExitStack() as stack:
-
-        def take_it() -> None:
-            stack.enter_context(take(run))
-
-        by_rank_0(process, take_it)
-        yield
+from simclr_dali.shards.command_line import parser_of, positive_int
+from simclr_dali.shards.errors import UserError, run_main
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="SimCLR pre-training", epilog=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of("SimCLR pre-training", __doc__)
     parser.add_argument("--config", required=True, help="a JSON file, or a preset of train/configs")
     parser.add_argument("--data", help="folder of packed shards (default: the config's simclr.data)")
     parser.add_argument("--run", help="run folder (default: the config's simclr.run, or runs/CONFIG)")
@@ -126,6 +55,79 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+if __name__ == "__main__":
+    ARGUMENTS = parse_arguments()  # --help and mistakes are answered before torch is imported, which takes seconds
+
+import torch.distributed as dist
+
+from simclr_dali.model.batchnorm import synchronised
+from simclr_dali.model.process import Process, on_rank_0, print_rank_0
+from simclr_dali.model.simclr import build_model
+from simclr_dali.pipeline.remote import open_split
+from simclr_dali.shards.durable import write_durably
+from simclr_dali.shards.manifest import ShardSet
+from simclr_dali.shards.verify import verify_split
+from simclr_dali.train.config import LR_FORMULAS, Config
+from simclr_dali.train.config_file import load_config
+from simclr_dali.train.engine import build_engine, start
+from simclr_dali.train.job import Job, build_order
+from simclr_dali.train.knn_monitor import KnnMonitor
+from simclr_dali.train.lock import lock_run
+from simclr_dali.train.loop import train, write_finished
+from simclr_dali.train.resume import PER_MACHINE, flatten, resume
+from simclr_dali.train.stopping import StopRequest
+from simclr_dali.train.watchdog import Watchdog
+
+
+def main(arguments: argparse.Namespace) -> None:
+    config = load_config(arguments.config, arguments.set, arguments.data, arguments.run)
+    split = open_split(config.simclr.data, "train", config.shard_cache())
+    shards = split.shards
+    order = build_order(config, shards)
+    stop = StopRequest()
+    # Longer than the watchdog's patience: it names who holds the run up, the end of a collective does not.
+    process = start(timedelta(seconds=arguments.hang_timeout) + timedelta(minutes=10))
+    watchdog = Watchdog(process, arguments.hang_timeout)
+    refuse_differences(config, shards, process)
+    job = Job(config, split, order, process, Path(config.simclr.run))
+    refuse_damage(shards, process)
+    config.micro_batch(process.world)  # refuses a number of processes that cannot share the batch
+
+    with run_locked(job.run, process):
+        model = synchronised(build_model(config.architecture(), config.simclr.seed), process.device)
+        engine, optimizer = build_engine(model, config, process)
+        step = resume(job.run, config, shards, process, engine.module, optimizer)
+        finished = job.run / "finished.json"
+        if step < job.total_steps:
+            if process.rank == 0:
+                finished.unlink(missing_ok=True)  # of a run whose last checkpoint was damaged
+                write_durably(job.run / "config.json", (json.dumps(config.model_dump(mode="json"), indent=2)).encode())
+                announce(job, step)
+            last_step = min(job.total_steps, step + (arguments.stop_after_steps or job.total_steps))
+            train(job, engine, optimizer, stop, watchdog, step, last_step)
+        else:
+            KnnMonitor(job, watchdog).run_missed_check(engine.module, step)
+            if process.rank == 0 and not finished.exists():  # killed between the last checkpoint and this
+                write_finished(job)
+            print_rank_0(process, f"{job.run} is finished ({step} steps); nothing to do")
+        watchdog.at("the end, waiting for the other ranks")
+        dist.barrier()
+    watchdog.stop()
+    dist.destroy_process_group()
+
+
+@contextmanager
+def run_locked(run: Path, process: Process) -> Iterator[None]:
+    """Keep other runs out of the run folder; rank 0 asks for it, all ranks hear the answer."""
+    with ExitStack() as stack:
+
+        def lock_it() -> None:
+            stack.enter_context(lock_run(run))
+
+        on_rank_0(process, lock_it)
+        yield
+
+
 def refuse_differences(config: Config, shards: ShardSet, process: Process) -> None:
     """All ranks must have read the same settings and the same data set, each from its own machine's files."""
     settings = {key: value for key, value in flatten(config.model_dump(mode="json")).items() if key not in PER_MACHINE}
@@ -147,47 +149,49 @@ def refuse_damage(shards: ShardSet, process: Process) -> None:
     """
     if shards.source:
         return
-    found = by_rank_0(process, lambda: next(iter(verify_split(shards, full=False)), None))
+    found = on_rank_0(process, lambda: next(iter(verify_split(shards, full=False)), None))
     if found:
         raise UserError(f"{found}; look with: simclr-dali verify --full {shards.folder.parent}")
 
 
 def announce(job: Job, step: int) -> None:
     """What this run is, in a few lines."""
-    config, shards, process = job.config, job.shards, job.process
+    config, shards, process = job.config, job.split.shards, job.process
     batch, micro_batch, passes = (
         config.train_batch_size,
         config.micro_batch(process.world),
         config.passes(process.world),
     )
-    encoder = config.architecture()
-    say(
+    architecture = config.architecture()
+    print_rank_0(
         process,
         f"{len(shards):,} images of {len(shards.classes)} classes in {shards.source or shards.folder}, "
         f"run folder {config.simclr.run}",
     )
-    say(
+    print_rank_0(
         process,
-        f"{encoder.name} x{encoder.width:g}, {encoder.stem} stem, projector {'-'.join(map(str, encoder.projector))}, "
+        f"{architecture.encoder.label()}, projector {'-'.join(map(str, architecture.projector))}, "
         f"{config.simclr.image_size} px, {process.world} x {process.device.type}, compiled: {config.simclr.compile}",
     )
     params, rule = config.optimizer.params, config.simclr.lr_rule
-    say(
+    print_rank_0(
         process,
         f"{config.optimizer.type}, peak lr {params.lr:g} ({LR_FORMULAS.get(rule, 'no rule')}), weight decay "
         f"{params.weight_decay:g}, warm-up {config.simclr.warmup_epochs:g} epochs",
     )
-    say(
+    print_rank_0(
         process,
         f"global batch {batch} ({process.world} x {passes} x {micro_batch}), {job.order.steps_per_epoch} steps per "
         f"epoch, {config.simclr.epochs} epochs; each view meets {2 * batch - 2} negatives, a loss of "
         f"ln({2 * batch - 1}) = {math.log(2 * batch - 1):.3f} is chance",
     )
     if passes > 1:
-        say(process, f"{passes} passes of {micro_batch} images: the loss sees the whole batch, BatchNorm only a pass")
+        print_rank_0(
+            process, f"{passes} passes of {micro_batch} images: the loss sees the whole batch, BatchNorm only a pass"
+        )
     if step:
-        say(process, f"going on from step {step}")
+        print_rank_0(process, f"going on from step {step}")
 
 
 if __name__ == "__main__":
-    run_main(main, CheckpointError, LaunchError)
+    run_main(lambda: main(ARGUMENTS))

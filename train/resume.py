@@ -4,10 +4,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pydantic
 import torch
 
-from simclr_dali.model import checkpoint
-from simclr_dali.model.process import Process, by_rank_0, show
+from simclr_dali.model import checkpoint, migrations
+from simclr_dali.model.checkpoint import CheckpointError
+from simclr_dali.model.process import Process, on_rank_0, print_now
 from simclr_dali.pipeline.remote import is_remote
 from simclr_dali.shards.durable import refusals_named
 from simclr_dali.shards.errors import UserError
@@ -18,7 +20,7 @@ from simclr_dali.train.config import Config
 PER_MACHINE = {f"simclr.{key}" for key in ("data", "run", "loader_threads", "cache", "cache_gb")}
 # Fields of the config that may differ between the stopped run and the one that goes on. They change no number of it,
 # but for the micro-batch, which BatchNorm sees where there are several: another machine may have less memory.
-_FREE = {
+MAY_CHANGE_ON_RESUME = {
     "train_micro_batch_size_per_gpu",
     *PER_MACHINE,
     *(
@@ -50,7 +52,7 @@ def resume(
     Raises UserError where the run was made with another data set or other settings, CheckpointError where all are
     damaged.
     """
-    state = by_rank_0(process, lambda: _state_to_go_on_with(run, config, shards))
+    state = on_rank_0(process, lambda: _state_to_go_on_with(run, config, shards))
     if state is None:
         return 0
     model.load_state_dict(state["model"])
@@ -69,23 +71,40 @@ def _state_to_go_on_with(run: Path, config: Config, shards: ShardSet) -> dict[st
             f"{run} was trained on another data set than {shards.folder} (the manifests differ); give another --run "
             f"or the same --data"
         )
-    before, now = flatten(state["config"]), flatten(config.model_dump(mode="json"))
-    for key in sorted(before.keys() | now.keys()):
-        if key in _FREE or key.startswith("simclr.about"):
-            continue
-        if before.get(key) != now.get(key):
-            raise UserError(
-                f"{run} was made with {key} = {before.get(key)!r}, this command gives {now.get(key)!r}; give another "
-                f"--run"
-            )
-    for folder, sentence in found.passed_over:
+    refuse_other_settings(run, found, config)
+    for folder, sentence in found.skipped:
         aside = folder.with_name(f"damaged-{folder.name}")
         while aside.exists():  # the same step was damaged before
             aside = aside.with_name(f"{aside.name}+")
-        show(f"warning: {sentence}; it is now {aside.name}, and the run goes on from {found.path.parent.name}")
+        print_now(f"warning: {sentence}; it is now {aside.name}, and the run goes on from {found.path.parent.name}")
         with refusals_named(aside):
             folder.rename(aside)
     return state
+
+
+def refuse_other_settings(run: Path, found: checkpoint.Checkpoint, config: Config) -> None:
+    """Raise UserError where ``config`` is of another run than the one that wrote the checkpoint.
+
+    Its config is read as this version would have written it: fields that it lacks have their defaults. Raises
+    CheckpointError where it has some that this version does not know.
+    """
+    try:
+        old = type(config).model_validate(migrations.config(found.state["config"]))
+    except (pydantic.ValidationError, KeyError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(
+            f"{found.path} has a config that this version does not read ({reason}); go on with the version that wrote "
+            "it, or give another --run"
+        ) from error
+    then, now = flatten(old.model_dump(mode="json")), flatten(config.model_dump(mode="json"))
+    for key in sorted(then.keys() | now.keys()):
+        if key in MAY_CHANGE_ON_RESUME or key.startswith("simclr.about"):
+            continue
+        if then.get(key) != now.get(key):
+            raise UserError(
+                f"{run} was made with {key} = {then.get(key)!r}, this command gives {now.get(key)!r}; give another "
+                f"--run"
+            )
 
 
 def flatten(block: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -104,7 +123,7 @@ def state_of(
         "step": step,
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
-        "architecture": checkpoint.describe(config.architecture()),
+        "architecture": config.architecture().plain(),
         "image_size": config.simclr.image_size,
         "seed": config.simclr.seed,
         "data": data_address(config),

@@ -1,4 +1,4 @@
-"""Checkpoints that are written while training goes on."""
+"""Checkpoints that are written while training goes on, of states that are sound."""
 
 import threading
 from contextlib import nullcontext, suppress
@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from simclr_dali.model import checkpoint
+from simclr_dali.model.process import Process
 from simclr_dali.shards.durable import refusals_named
 from simclr_dali.shards.errors import UserError
 
@@ -33,7 +35,7 @@ class Saver:
         with suppress(UserError) if error_type else nullcontext():
             self.wait()
 
-    def save(self, state: dict[str, Any], *, for_good: bool = False) -> None:
+    def save(self, state: dict[str, Any], *, keep_forever: bool = False) -> None:
         """Begin to write ``state`` as it is now (model.checkpoint.save); later changes of its tensors are not in it.
 
         Waits for the checkpoint before. Raises what :meth:`wait` raises.
@@ -47,7 +49,7 @@ class Saver:
             try:
                 if copied is not None:
                     copied.synchronize()
-                checkpoint.save(self._run, host, self._keep, for_good=for_good)
+                checkpoint.save(self._run, host, self._keep, keep_forever=keep_forever)
                 self._written = state["step"]
             except BaseException as failure:  # handed to the thread that trains
                 self._failure = failure
@@ -86,3 +88,29 @@ def _on_host(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return type(value)(_on_host(item) for item in value)
     return value
+
+
+def all_finite(model: nn.Module, optimizer: torch.optim.Optimizer) -> bool:
+    """Whether weights, statistics and momenta are finite on all ranks. All ranks call it; it waits for the device."""
+    momenta = (value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor))
+    tensors = [value for value in (*model.state_dict().values(), *momenta) if value.is_floating_point()]
+    device = next(model.parameters()).device
+    finite = torch.stack([value.isfinite().all().to(device) for value in tensors]).all().int()
+    dist.all_reduce(finite, dist.ReduceOp.MIN)
+    return bool(finite)
+
+
+def refuse_drift(model: nn.Module, process: Process, step: int) -> None:
+    """Raise UserError unless all ranks hold the same weights to the bit. All ranks call it; it waits for the device."""
+    # A sum over the bits, as integers, changes with every single one of them.
+    sums = torch.stack([parameter.detach().view(torch.int32).sum() for parameter in model.parameters()])
+    low, high = sums.clone(), sums.clone()
+    dist.all_reduce(low, dist.ReduceOp.MIN)
+    dist.all_reduce(high, dist.ReduceOp.MAX)
+    if not torch.equal(low, high):
+        names = [name for name, _ in model.named_parameters()]
+        first = names[int((low != high).nonzero()[0])]
+        raise UserError(
+            f"the ranks do not hold the same weights at step {step} (first: {first}); one of them computes wrongly: "
+            "look at its memory errors; nothing was saved, so the run goes on from the last checkpoint"
+        )

@@ -1,52 +1,49 @@
-"""One training step: forward, NT-Xent over the global batch, backward, reduction, update."""
+"""One training step: forward, loss over the global batch, backward, reduction, update."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from simclr_dali.model.ntxent import Contrast, nt_xent
+from simclr_dali.train.micro_batches import MicroBatches
+
+# Embeddings [R, D] of this rank (view 0 of b images, then view 1) -> a scalar to minimise, and detached scalars to
+# report, by name. Both are means over this rank's rows; the gradient of the mean over ranks is what is followed.
+Loss = Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]
 
 
-class MicroBatches(Protocol):
-    """A list of tensors, or train.micro_batches.Parked."""
+class StepResult(NamedTuple):
+    """Scalars on the device, of this rank."""
 
-    def __len__(self) -> int: ...
-
-    def __iter__(self) -> Iterator[Tensor]: ...
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """contrast: of this rank's rows (model.ntxent). gradient_norm: scalar, of all parameters, after averaging."""
-
-    contrast: Contrast
+    loss: Tensor
+    metrics: dict[str, Tensor]
+    """What the loss reports, by name."""
     gradient_norm: Tensor
+    """Of all parameters together, after averaging over ranks."""
 
 
-def train_step(engine: Any, micro_batches: MicroBatches, temperature: float, *, ring: bool = False) -> StepResult:
+def train_step(engine: Any, micro_batches: Sequence[Tensor] | MicroBatches, loss: Loss) -> StepResult:
     """Update the engine's model on one global batch; ``micro_batches`` [2b, 3, h, w] are this rank's share of it.
 
     With several micro-batches the loss still sees the whole global batch (gradient caching, Gao et al. 2021): all are
     embedded without gradient, the loss and its gradient dz are computed once, and each is embedded again with its
     slice of dz. That costs one more forward pass, and BatchNorm sees micro-batches instead of the rank's whole share.
-    ``micro_batches`` is gone through twice then. ring: see model.ntxent.
+    ``micro_batches`` is gone through twice then.
     """
     if len(micro_batches) == 1:
         (views,) = micro_batches
-        contrast = nt_xent(engine(views), temperature, ring=ring)
-        engine.backward(contrast.loss)
+        value, metrics = loss(engine(views))
+        engine.backward(value)
         norm = _gradient_norm(engine.module)
         engine.step()
-        return StepResult(contrast, norm)
+        return StepResult(value.detach(), metrics, norm)
     with torch.no_grad(), _statistics_kept(engine.module):
         embedded = [_at_least_float32(engine(views)) for views in micro_batches]
     z = _by_view(embedded).requires_grad_()
-    contrast = nt_xent(z, temperature, ring=ring)
-    (dz,) = torch.autograd.grad(contrast.loss, z)
+    value, metrics = loss(z)
+    (dz,) = torch.autograd.grad(value, z)
     for number, (views, dz_slice) in enumerate(zip(micro_batches, _by_micro_batch(dz, embedded), strict=True)):
         # The gradient of <z, dz> for constant dz is what the loss would send back through this micro-batch. The loss
         # has its scale already; the engine must not divide it by the number of micro-batches.
@@ -54,7 +51,7 @@ def train_step(engine: Any, micro_batches: MicroBatches, temperature: float, *, 
         if number + 1 == len(micro_batches):  # until then gradients add up
             norm = _gradient_norm(engine.module)
         engine.step()
-    return StepResult(contrast, norm)
+    return StepResult(value.detach(), metrics, norm)
 
 
 def _gradient_norm(model: nn.Module) -> Tensor:

@@ -1,4 +1,4 @@
-"""What all ranks of a run do as one: hear what rank 0 found, stop at the same step, hold the same weights."""
+"""Who asks a run to stop, and how all ranks stop at the same step."""
 
 import math
 import os
@@ -8,16 +8,14 @@ import time
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from simclr_dali.model.process import Process
-from simclr_dali.shards.errors import UserError
 
-T = TypeVar("T")
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
@@ -84,7 +82,7 @@ def _parent(pid: int) -> int | None:
         return None
 
 
-class Agreement:
+class StopVote:
     """At every step, whether any rank wants to stop, the same answer on all ranks.
 
     An answer is one step old: the message travels while the step is computed, and no step waits for it.
@@ -95,7 +93,7 @@ class Agreement:
         self._flag: Tensor | None = None
         self._arrived: Any = None
 
-    def any_wanted(self, wanted: bool) -> bool:
+    def cast(self, wanted: bool) -> bool:
         """Say what this rank wants now, and hear whether any wanted to stop at the call before. All ranks call it."""
         if self._process.world == 1:
             return wanted
@@ -124,29 +122,3 @@ class Agreement:
             return False
         self._arrived.synchronize() if self._process.device.type == "cuda" else self._arrived.wait()
         return bool(self._flag)
-
-
-def all_finite(model: nn.Module, optimizer: torch.optim.Optimizer) -> bool:
-    """Whether weights, statistics and momenta are finite on all ranks. All ranks call it; it waits for the device."""
-    momenta = (value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor))
-    tensors = [value for value in (*model.state_dict().values(), *momenta) if value.is_floating_point()]
-    device = next(model.parameters()).device
-    finite = torch.stack([value.isfinite().all().to(device) for value in tensors]).all().int()
-    dist.all_reduce(finite, dist.ReduceOp.MIN)
-    return bool(finite)
-
-
-def refuse_drift(model: nn.Module, process: Process, step: int) -> None:
-    """Raise UserError unless all ranks hold the same weights to the bit. All ranks call it; it waits for the device."""
-    # A sum over the bits, as integers, changes with every single one of them.
-    sums = torch.stack([parameter.detach().view(torch.int32).sum() for parameter in model.parameters()])
-    low, high = sums.clone(), sums.clone()
-    dist.all_reduce(low, dist.ReduceOp.MIN)
-    dist.all_reduce(high, dist.ReduceOp.MAX)
-    if not torch.equal(low, high):
-        names = [name for name, _ in model.named_parameters()]
-        first = names[int((low != high).nonzero()[0])]
-        raise UserError(
-            f"the ranks do not hold the same weights at step {step} (first: {first}); one of them computes wrongly: "
-            "look at its memory errors; nothing was saved, so the run goes on from the last checkpoint"
-        )

@@ -10,7 +10,7 @@ from contextlib import suppress
 
 import torch.distributed as dist
 
-from simclr_dali.model.process import Process, show
+from simclr_dali.model.process import Process, print_now
 
 EXIT_CODE = 3
 _REPORT_EVERY = 1.0  # seconds
@@ -60,12 +60,12 @@ class Watchdog:
             stuck = time.monotonic() - self._since
             if stuck < self._timeout:
                 continue
-            say(f"error: rank {self._process.rank} has not moved for {stuck:.0f} s, it is at {self._place}")
+            _tell(f"error: rank {self._process.rank} has not moved for {stuck:.0f} s, it is at {self._place}")
             asking = threading.Thread(target=self._list_others, daemon=True)
             asking.start()
             asking.join(_PATIENCE_WITH_STORE)
             if asking.is_alive():
-                say("rank 0, which keeps what the ranks report, does not answer")
+                _tell("rank 0, which keeps what the ranks report, does not answer")
             faulthandler.dump_traceback(all_threads=True)
             os._exit(EXIT_CODE)
 
@@ -75,21 +75,21 @@ class Watchdog:
             time.sleep(3 * _REPORT_EVERY)
             after = self._reports()
         except RuntimeError:
-            say("rank 0, which keeps what the ranks report, has left")
+            _tell("rank 0, which keeps what the ranks report, has left")
             return
         for rank, (first, now) in enumerate(zip(before, after, strict=True)):
             if now is None:
-                say(f"rank {rank} never reported")
+                _tell(f"rank {rank} never reported")
             else:
                 _, seconds, place = now.split(" ", 2)
                 # Compared by count, not by time: clocks of machines differ and jump.
                 silence = " and does not report any more" if now == first else ""
-                say(f"rank {rank} is at {place}, for {seconds} s{silence}")
+                _tell(f"rank {rank} is at {place}, for {seconds} s{silence}")
 
     def _reports(self) -> list[str | None]:
         keys = [f"place/{rank}" for rank in range(self._process.world)]
         return [self._store.get(key).decode() if self._store.check([key]) else None for key in keys]
 
 
-def say(text: str) -> None:
-    show(text, file=sys.stderr)
+def _tell(text: str) -> None:
+    print_now(text, file=sys.stderr)

@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from simclr_dali.model.pretrained import load
 
-__all__ = ["__version__", "load"]
+__all__ = ["__version__", "command", "load"]
 __version__ = "0.2.0"
+command: str | None = None
+"""Which command of ``simclr-dali`` runs in this process, if one does."""
 
 
 def __getattr__(name: str) -> Any:

@@ -7,7 +7,7 @@ import runpy
 import sys
 from pathlib import Path
 
-from simclr_dali import __version__
+import simclr_dali
 
 # Command -> the module that does it, and what it does in a line.
 COMMANDS = {
@@ -42,7 +42,7 @@ def main() -> None:
         print(usage())
         return
     if name == "--version":
-        print(f"simclr-dali {__version__}")
+        print(f"simclr-dali {simclr_dali.__version__}")
         return
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, 1)
@@ -51,7 +51,8 @@ def main() -> None:
         sys.exit(2)
     if name == "pretrain" and "RANK" not in os.environ and not {"-h", "--help"} & set(words):
         launch(words)
-    sys.argv = [f"simclr-dali {name}", *words]
+    simclr_dali.command = name
+    sys.argv[1:] = words
     runpy.run_module(f"simclr_dali.{COMMANDS[name][0]}", run_name="__main__", alter_sys=True)
 
 

@@ -25,29 +25,49 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:1] = [str(ROOT), str(ROOT / ".package")]
 
+from simclr_dali.shards.command_line import positive_int
+from simclr_dali.shards.errors import UserError, run_main
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("images", type=Path, metavar="FOLDER", help="image folder; its train split is used")
+    parser.add_argument("--device", choices=["cpu", "gpu"], default="cpu", help="where views are made (default: cpu)")
+    parser.add_argument("--batch", type=positive_int, default=64, metavar="N", help="images a batch (default: 64)")
+    parser.add_argument(
+        "--images", dest="count", type=positive_int, default=1024, metavar="N", help="measured a round (default: 1024)"
+    )
+    parser.add_argument("--rounds", type=positive_int, default=5, metavar="N", help="default: 5")
+    parser.add_argument("--scratch", type=Path, metavar="FOLDER", help="where to pack (default: the system's)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    parser.add_argument("--contender", help=argparse.SUPPRESS)
+    parser.add_argument("--shards", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--tuning", default="{}", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    ARGUMENTS = parse_arguments()  # --help and mistakes are answered before torch is imported, which takes seconds
+
 import torch
 
 from scripts.bench.figures import extremes, machine, spread
 from scripts.bench.rivals import CONTENDERS
-from simclr_dali.shards.errors import UserError, positive_int, run_main
 from simclr_dali.shards.pack import pack
 from simclr_dali.shards.plan import Options
 
 WARM_UP = 16  # batches; until then DALI's buffers still grow to the largest images, and workers start
 # What a GPU changes is for measuring: each is one more row beside "ours".
 GPU_TUNINGS: dict[str, dict[str, Any]] = {
-    "hardware decoder 0.65": {"tuning": {"hw_decoder_load": 0.65}},
-    "hardware decoder 0.9": {"tuning": {"hw_decoder_load": 0.9}},
-    "decode region": {"tuning": {"region": True}},
-    "no conditionals": {"tuning": {"conditionals": False}},
+    "decode region": {"region": True},
+    "no conditionals": {"conditionals": False},
     "prefetch 4": {"prefetch": 4},
     "half the threads": {"threads": max(1, (os.cpu_count() or 2) // 2)},
 }
 PACKAGES = ("torch", "torchvision", "nvidia-dali-cuda120", "lightly", "Pillow")
 
 
-def main() -> None:
-    given = parse_arguments()
+def main(given: argparse.Namespace) -> None:
     if given.contender:
         print(json.dumps(images_per_s(given)))
         return
@@ -128,22 +148,5 @@ def report(given: argparse.Namespace, rows: dict[str, list[float]]) -> None:
         given.json.write_text(json.dumps(result, indent=2) + "\n")
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("images", type=Path, metavar="FOLDER", help="image folder; its train split is used")
-    parser.add_argument("--device", choices=["cpu", "gpu"], default="cpu", help="where views are made (default: cpu)")
-    parser.add_argument("--batch", type=positive_int, default=64, metavar="N", help="images a batch (default: 64)")
-    parser.add_argument(
-        "--images", dest="count", type=positive_int, default=1024, metavar="N", help="measured a round (default: 1024)"
-    )
-    parser.add_argument("--rounds", type=positive_int, default=5, metavar="N", help="default: 5")
-    parser.add_argument("--scratch", type=Path, metavar="FOLDER", help="where to pack (default: the system's)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
-    parser.add_argument("--contender", choices=list(CONTENDERS), help=argparse.SUPPRESS)
-    parser.add_argument("--shards", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--tuning", default="{}", help=argparse.SUPPRESS)
-    return parser.parse_args()
-
-
 if __name__ == "__main__":
-    run_main(main)
+    run_main(lambda: main(ARGUMENTS))

@@ -31,6 +31,33 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:1] = [str(ROOT), str(ROOT / ".package")]
 
+from simclr_dali.shards.command_line import positive_int
+from simclr_dali.shards.errors import UserError, run_main
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cpu", "gpu"], default="cpu")
+    parser.add_argument(
+        "--pairs",
+        type=positive_int,
+        nargs="+",
+        default=[256, 1024, 4096, 16384],
+        help="images (default: 256 1024 4096 16384)",
+    )
+    parser.add_argument("--rounds", type=positive_int, default=5, help="default: 5")
+    parser.add_argument("--seconds", type=float, default=2.0, help="of measuring a contender a round (default: 2)")
+    parser.add_argument(
+        "--limit-gb", type=float, default=16.0, help="memory a contender may take on the CPU (default: 16)"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    parser.add_argument("--contender", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    ARGUMENTS = parse_arguments()  # --help and mistakes are answered before torch is imported, which takes seconds
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -38,7 +65,6 @@ from torch import Tensor
 import simclr_dali.model.vision  # noqa: F401  (lightly imports torchvision, which beside a CPU torch needs this first)
 from scripts.bench.figures import extremes, machine, spread
 from simclr_dali.model.ntxent import nt_xent
-from simclr_dali.shards.errors import UserError, positive_int, run_main
 
 WIDTH, TEMPERATURE = 128, 0.1
 PACKAGES = ("torch", "lightly", "pytorch-metric-learning")
@@ -84,8 +110,7 @@ CONTENDERS: dict[str, tuple[Callable[[], Loss], str]] = {
 }
 
 
-def main() -> None:
-    given = parse_arguments()
+def main(given: argparse.Namespace) -> None:
     if given.device == "gpu" and not torch.cuda.is_available():
         raise UserError("--device is gpu, but torch sees none; leave it out to measure on the CPU")
     if given.contender:
@@ -202,25 +227,5 @@ def report(pairs: int, runs: dict[str, list[dict[str, float]] | None]) -> dict[s
     return figures
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=["cpu", "gpu"], default="cpu")
-    parser.add_argument(
-        "--pairs",
-        type=positive_int,
-        nargs="+",
-        default=[256, 1024, 4096, 16384],
-        help="images (default: 256 1024 4096 16384)",
-    )
-    parser.add_argument("--rounds", type=positive_int, default=5, help="default: 5")
-    parser.add_argument("--seconds", type=float, default=2.0, help="of measuring a contender a round (default: 2)")
-    parser.add_argument(
-        "--limit-gb", type=float, default=16.0, help="memory a contender may take on the CPU (default: 16)"
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
-    parser.add_argument("--contender", choices=list(CONTENDERS), help=argparse.SUPPRESS)
-    return parser.parse_args()
-
-
 if __name__ == "__main__":
-    run_main(main)
+    run_main(lambda: main(ARGUMENTS))

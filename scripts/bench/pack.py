@@ -29,8 +29,25 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / ".package")]
 
+from simclr_dali.shards.command_line import positive_int
+from simclr_dali.shards.errors import UserError, run_main
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("images", type=Path, metavar="FOLDER", help="image folder; its train split is used")
+    parser.add_argument("--files", type=positive_int, default=5000, metavar="N", help="at least (default: 5000)")
+    parser.add_argument("--rounds", type=positive_int, default=5, metavar="N", help="default: 5")
+    parser.add_argument("--workers", type=positive_int, default=os.cpu_count() or 1, metavar="N", help="all cores")
+    parser.add_argument("--scratch", type=Path, metavar="FOLDER", help="where to write (default: the system's)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    ARGUMENTS = parse_arguments()  # --help and mistakes are answered before torch is imported, which takes seconds
+
 from scripts.bench.figures import extremes, machine, spread
-from simclr_dali.shards.errors import UserError, positive_int, run_main
 from simclr_dali.shards.sources.folder import scan
 
 PACKAGES = ("nvidia-dali-cuda120", "webdataset", "numpy")
@@ -105,15 +122,7 @@ def contestants(source: Path, scratch: Path, workers: int) -> dict[str, Callable
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("images", type=Path, metavar="FOLDER", help="image folder; its train split is used")
-    parser.add_argument("--files", type=positive_int, default=5000, metavar="N", help="at least (default: 5000)")
-    parser.add_argument("--rounds", type=positive_int, default=5, metavar="N", help="default: 5")
-    parser.add_argument("--workers", type=positive_int, default=os.cpu_count() or 1, metavar="N", help="all cores")
-    parser.add_argument("--scratch", type=Path, metavar="FOLDER", help="where to write (default: the system's)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
-    given = parser.parse_args()
+def main(given: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(dir=given.scratch) as name:
         scratch = Path(name)
         source = copied(given.images, scratch / "images", given.files)
@@ -144,4 +153,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(lambda: main(ARGUMENTS))

@@ -28,20 +28,33 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:1] = [str(ROOT), str(ROOT / ".package")]
 
+from simclr_dali.eval.arguments import DataChoice, EncoderChoice, add_arguments
+from simclr_dali.shards.command_line import positive_int
+from simclr_dali.shards.errors import UserError, run_main
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
+    parser.add_argument("--rounds", type=positive_int, default=5, help="default: 5")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    ARGUMENTS = parse_arguments()  # --help and mistakes are answered before torch is imported, which takes seconds
+
 import torch
 import torch.nn.functional as F
 
 from scripts.bench.figures import extremes, machine, spread
-from simclr_dali.eval.evaluation import Opened, add_arguments, open_evaluation
+from simclr_dali.eval.evaluation import Evaluation, open_evaluation
 from simclr_dali.eval.linear import WEIGHT_DECAY
 from simclr_dali.eval.logistic import Scale, fit_linear, score
 from simclr_dali.eval.sweep import GRID, sweep
-from simclr_dali.model.checkpoint import CheckpointError
 from simclr_dali.model.neighbours import accuracies
-from simclr_dali.model.process import LaunchError
 from simclr_dali.pipeline.features import Features, share
-from simclr_dali.pipeline.loader import labelled
-from simclr_dali.shards.errors import UserError, positive_int, run_main
+from simclr_dali.pipeline.loader import central_views
 
 PACKAGES = ("torch", "scikit-learn", "lightly")
 KS, TEMPERATURE = (20, 200), 0.1
@@ -100,9 +113,10 @@ CONTENDERS: dict[str, tuple[Contender, str, str]] = {  # what runs, the module i
 }
 
 
-def main() -> None:
-    given = parse_arguments()
-    job = open_evaluation(given)
+def main(given: argparse.Namespace) -> None:
+    job = open_evaluation(
+        EncoderChoice.of(given), DataChoice.of(given), batch=given.batch, out=given.out, features=given.features
+    )
     if job.process.world > 1:
         raise UserError(
             f"{job.process.world} processes were started; this benchmark is one process: start it by python"
@@ -118,7 +132,8 @@ def main() -> None:
     images = len(train.labels) + len(val.labels)
     print(
         f"{on['machine']}, {on['cores']} cores; {len(train.labels):,} + {len(val.labels):,} images of "
-        f"{len(job.classes)} classes, {job.source.architecture.name}, {job.image_size} px, {given.rounds} rounds"
+        f"{len(job.classes)} classes, {job.source.architecture.encoder.label()}, {job.image_size} px, "
+        f"{given.rounds} rounds"
     )
     if extraction:
         print(
@@ -149,7 +164,7 @@ def main() -> None:
             "rounds": given.rounds,
             "train_images": len(train.labels),
             "val_images": len(val.labels),
-            "encoder": job.source.architecture.name,
+            "encoder": job.source.architecture.encoder.name,
             "image_size": job.image_size,
             "extraction_seconds": round(extraction, 2),
             "waiting_for_input": round(waiting, 4),
@@ -160,9 +175,9 @@ def main() -> None:
 
 
 @torch.inference_mode()
-def encoder_alone(job: Opened) -> float:
+def encoder_alone(job: Evaluation) -> float:
     """Seconds per image of the encoder on images that are there already: median of 9 batches."""
-    made = labelled(job.val.shards, job.setting(), batch=job.batch, files=job.val.files)
+    made = central_views(job.val, job.loader_config(), batch=job.batch)
     images = next(made).views.clone()
     made.close()
     times = []
@@ -173,13 +188,5 @@ def encoder_alone(job: Opened) -> float:
     return statistics.median(times[1:]) / len(images)
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser)
-    parser.add_argument("--rounds", type=positive_int, default=5, help="default: 5")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
-    return parser.parse_args()
-
-
 if __name__ == "__main__":
-    run_main(main, CheckpointError, LaunchError)
+    run_main(lambda: main(ARGUMENTS))

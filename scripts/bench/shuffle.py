@@ -22,12 +22,24 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+sys.path[0] = str(Path(__file__).resolve().parents[2] / ".package")
+
+from simclr_dali.shards.errors import run_main
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    ARGUMENTS = parse_arguments()  # --help and mistakes are answered before torch is imported, which takes seconds
+
 import numpy as np
 import numpy.typing as npt
 from nvidia.dali import fn, pipeline_def
 from scipy.stats import spearmanr
-
-sys.path[0] = str(Path(__file__).resolve().parents[2] / ".package")
 
 from simclr_dali.pipeline import order as order_module
 from simclr_dali.pipeline.order import Order
@@ -39,10 +51,7 @@ BLOCK = 512  # bytes; DALI wants samples on such borders
 Ids = npt.NDArray[np.int64]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
-    arguments = parser.parse_args()
+def main(arguments: argparse.Namespace) -> None:
 
     sizes = [min(SHARD, SAMPLES - at) for at in range(0, SAMPLES, SHARD)]
     ours = Order(tuple(sizes), BATCH, LANES, WINDOW, seed=0)
@@ -150,4 +159,4 @@ def cold_times(order: Order) -> list[float]:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(lambda: main(ARGUMENTS))

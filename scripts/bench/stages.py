@@ -21,97 +21,118 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:1] = [str(ROOT), str(ROOT / ".package")]
 
-from simclr_dali.pipeline import graph
-from simclr_dali.pipeline.draws import Recipe, draw
-from simclr_dali.pipeline.files import LocalFiles
-from simclr_dali.pipeline.loader import Setting, two_views
-from simclr_dali.pipeline.order import Order
-from simclr_dali.pipeline.reader import SampleReader
-from simclr_dali.shards.errors import UserError, positive_int, run_main
-from simclr_dali.shards.manifest import ShardSet, load_split
+from simclr_dali.shards.command_line import positive_int
+from simclr_dali.shards.errors import UserError, run_main
 from simclr_dali.shards.sources.source import SPLITS
 
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Time the input pipeline by stage.")
+    parser.add_argument("data", type=Path, metavar="SHARDS", help="folder made by scripts/make_shards.sh")
+    parser.add_argument("--split", choices=SPLITS, default="train", help="default: train")
+    parser.add_argument("--device", choices=["cpu", "gpu"], default="cpu", help="where the graph runs (default: cpu)")
+    parser.add_argument("--threads", type=positive_int, default=len(os.sched_getaffinity(0)), help="default: the cores")
+    parser.add_argument("--batch", type=positive_int, default=64, metavar="N", help="images a batch (default: 64)")
+    parser.add_argument("--images", type=positive_int, default=512, metavar="N", help="a round (default: 512)")
+    parser.add_argument("--rounds", type=positive_int, default=3, metavar="N", help="default: 3")
+    parser.add_argument("--size", type=positive_int, default=224, metavar="PX", help="of a view (default: 224)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    ARGUMENTS = parse_arguments()  # --help and mistakes are answered before torch is imported, which takes seconds
+
+import numpy as np
+import torch
+
+from simclr_dali.pipeline import graph
+from simclr_dali.pipeline.batch_plan import BatchPlan
+from simclr_dali.pipeline.draws import Recipe, draw
+from simclr_dali.pipeline.files import Split
+from simclr_dali.pipeline.graph import LoaderConfig
+from simclr_dali.pipeline.loader import TwoViews
+from simclr_dali.pipeline.order import Order
+from simclr_dali.pipeline.reader import SampleReader
+
 _WARM_UP = 4  # batches
+# Each stage is the graph up to it, less the graph up to the stage before: where it ends, and the steps it has.
+STAGES: dict[str, tuple[str | None, frozenset[str]]] = {
+    "decode": ("decode", frozenset()),
+    "crop": ("crop", frozenset()),
+    "output": (None, frozenset()),
+    "color": (None, frozenset({"color"})),
+    "blur": (None, frozenset({"color", "blur"})),
+}
 
 
-def measure(shards: ShardSet, setting: Setting, *, batch: int, images: int, rounds: int) -> dict[str, float]:
+def measure(split: Split, config: LoaderConfig, *, batch: int, images: int, rounds: int) -> dict[str, float]:
     """Milliseconds per image: of reading (all threads), of each stage of the graph, and of the whole loader."""
+    shards = split.shards
     order = Order(shards.shard_sizes(), batch, 1, 8, 0)
     batches = -(-images // batch)
     places = [divmod(number, order.steps_per_epoch) for number in range(batches)]
     ids = [order.batch(epoch, step) for epoch, step in places]
-    files = LocalFiles(shards)
-    reader = SampleReader(shards, files)
+    reader = SampleReader(split)
 
     def read_all() -> None:
-        with ThreadPoolExecutor(setting.threads) as pool:
+        with ThreadPoolExecutor(config.threads) as pool:
             list(pool.map(reader.read, ids))
 
     taken = {"read": _seconds(read_all, rounds)}
-    inputs = []
+    batches_read = []
     for some in ids:
         rows = shards.samples[some]
         size = rows["width"].astype(np.int64), rows["height"].astype(np.int64)
-        draws = [draw(Recipe(), order.seed, 0, some, view, *size) for view in range(2)]
-        inputs.append([reader.read(some)[0], *(array for d in draws for array in graph.view_inputs(d, True))])
-    files.close()
+        batches_read.append(
+            (reader.read(some)[0], [draw(Recipe(), order.seed, 0, some, view, *size) for view in range(2)])
+        )
+    reader.close()
 
     before = 0.0
-    for stage in graph.STAGES:
-        up_to = _seconds(_graph_run(cycle(inputs), setting, batch, batches, stage), rounds)
+    for stage, (until, steps) in STAGES.items():
+        inputs = [graph.graph_inputs(images, draws, steps, config) for images, draws in batches_read]
+        up_to = _seconds(_graph_run(cycle(inputs), config, batch, batches, until, steps), rounds)
         taken[stage], before = max(0.0, up_to - before), up_to
     taken["graph"] = before
 
-    loader = two_views(shards, order, Recipe(), setting, epochs=10**6)
+    loader = TwoViews(split, BatchPlan(order, epochs=10**6), Recipe(), config)
     for _ in range(_WARM_UP):
         next(loader)
 
     def load_all() -> None:
         for _ in range(batches):
             next(loader)
-        _wait(setting)
+        _wait(config)
 
     taken["loader"] = _seconds(load_all, rounds)
     loader.close()
     return {name: 1e3 * seconds / (batches * batch) for name, seconds in taken.items()}
 
 
-def _graph_run(inputs: Iterator[Any], setting: Setting, batch: int, batches: int, until: str) -> Callable[[], None]:
+def _graph_run(
+    inputs: Iterator[Any], config: LoaderConfig, batch: int, batches: int, until: str | None, steps: frozenset[str]
+) -> Callable[[], None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The external source node", Warning)  # a cut graph leaves inputs unused
-        pipeline = graph.build(
-            lambda: next(inputs),
-            batch=batch,
-            views=2,
-            augment=True,
-            size=setting.size,
-            interpolation=setting.interpolation,
-            device_id=(setting.device.index or 0) if setting.device.type == "cuda" else None,
-            threads=setting.threads,
-            half=setting.dtype == torch.float16,
-            prefetch=setting.prefetch,
-            until=until,
-        )
+        pipeline = graph.build(lambda: next(inputs), config, batch=batch, views=2, steps=steps, until=until)
     for _ in range(_WARM_UP):
         pipeline.run()
 
     def run() -> None:
         for _ in range(batches):
             pipeline.run()
-        _wait(setting)
+        _wait(config)
 
     return run
 
 
-def _wait(setting: Setting) -> None:
-    if setting.device.type == "cuda":
-        torch.cuda.synchronize(setting.device)
+def _wait(config: LoaderConfig) -> None:
+    if config.device.type == "cuda":
+        torch.cuda.synchronize(config.device)
 
 
 def _seconds(run: Callable[[], None], rounds: int) -> float:
@@ -125,7 +146,7 @@ def _seconds(run: Callable[[], None], rounds: int) -> float:
 
 def verdict(taken: dict[str, float]) -> str:
     """The bottleneck in a sentence."""
-    slowest = max(graph.STAGES, key=lambda stage: taken[stage])
+    slowest = max(STAGES, key=lambda stage: taken[stage])
     if taken["read"] > taken["graph"]:
         return f"bottleneck: reading, {taken['read'] / taken['graph']:.1f} times as long as the graph"
     share = taken[slowest] / taken["graph"]
@@ -133,29 +154,18 @@ def verdict(taken: dict[str, float]) -> str:
     return f"bottleneck: {slowest}, {share:.0%} of the graph; the loader takes {around:+.0%} on top of the graph"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Time the input pipeline by stage.")
-    parser.add_argument("data", type=Path, metavar="SHARDS", help="folder made by scripts/make_shards.sh")
-    parser.add_argument("--split", choices=SPLITS, default="train", help="default: train")
-    parser.add_argument("--device", choices=["cpu", "gpu"], default="cpu", help="where the graph runs (default: cpu)")
-    parser.add_argument("--threads", type=positive_int, default=len(os.sched_getaffinity(0)), help="default: the cores")
-    parser.add_argument("--batch", type=positive_int, default=64, metavar="N", help="images a batch (default: 64)")
-    parser.add_argument("--images", type=positive_int, default=512, metavar="N", help="a round (default: 512)")
-    parser.add_argument("--rounds", type=positive_int, default=3, metavar="N", help="default: 3")
-    parser.add_argument("--size", type=positive_int, default=224, metavar="PX", help="of a view (default: 224)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
-    given = parser.parse_args()
+def main(given: argparse.Namespace) -> None:
     if given.device == "gpu" and not torch.cuda.is_available():
         raise UserError("--device is gpu, but torch sees none here; leave it out to measure the CPU")
     on_gpu = given.device == "gpu"
-    setting = Setting(
+    config = LoaderConfig(
         size=given.size,
         device=torch.device("cuda", 0) if on_gpu else torch.device("cpu"),
         threads=given.threads,
         dtype=torch.float16 if on_gpu else torch.float32,
     )
-    shards = load_split(given.data, given.split)
-    taken = measure(shards, setting, batch=given.batch, images=given.images, rounds=given.rounds)
+    split = Split.local(given.data, given.split)
+    taken = measure(split, config, batch=given.batch, images=given.images, rounds=given.rounds)
     print(f"{given.threads} threads, {given.device}, two {given.size} px views, batch {given.batch}")
     print("stage     ms/image    images/s")
     for name, milliseconds in taken.items():
@@ -168,4 +178,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(lambda: main(ARGUMENTS))

@@ -10,7 +10,7 @@ runs --steps steps on random views that lie on the device, then --steps steps on
 that nothing waits while measuring and "data wait" is time in which the GPU had nothing to do; on a CPU by the clock.
 
     data wait   until the views are there
-    forward     encoder and projector; with several micro-batches both passes, and bringing parked views back
+    forward     encoder and projector; with several micro-batches both passes, and bringing their views back
     loss        NT-Xent, its share of the gathering, and the metrics
     backward    from the loss to the gradients of this process, and their norm
     reduction   mean of the gradients over processes
@@ -35,22 +35,43 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:1] = [str(ROOT), str(ROOT / ".package")]
 
+from simclr_dali.shards.command_line import positive_int
+from simclr_dali.shards.errors import UserError, run_main
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="a JSON file, or a preset of train/configs")
+    parser.add_argument("--data", help="folder of packed shards (default: the config's simclr.data)")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one key")
+    parser.add_argument("--synthetic-only", action="store_true", help="leave the real input out")
+    parser.add_argument("--steps", type=positive_int, default=10, help="measured, a round (default: 10)")
+    parser.add_argument("--warm-up", type=positive_int, default=3, help="steps before, a round (default: 3)")
+    parser.add_argument("--rounds", type=positive_int, default=3, help="default: 3")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # given by the deepspeed launcher
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    ARGUMENTS = parse_arguments()  # --help and mistakes are answered before torch is imported, which takes seconds
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from scripts.bench.figures import extremes, machine, spread
 from simclr_dali.model.batchnorm import synchronised
-from simclr_dali.model.encoder import build_model
+from simclr_dali.model.ntxent import NTXent
 from simclr_dali.model.process import Process
+from simclr_dali.model.simclr import build_model
 from simclr_dali.pipeline.remote import open_split
-from simclr_dali.shards.errors import UserError, positive_int, run_main
 from simclr_dali.train.config import Config
 from simclr_dali.train.config_file import load_config
 from simclr_dali.train.engine import build_engine, start
-from simclr_dali.train.micro_batches import Parked
+from simclr_dali.train.job import Job, build_order, view_dtype
+from simclr_dali.train.micro_batches import MicroBatches
 from simclr_dali.train.step import train_step
-from simclr_dali.train.views import build_order, build_views, view_dtype
 
 PHASES = ("data wait", "forward", "loss", "backward", "reduction", "optimizer")
 BEGIN = "begin"  # of a step
@@ -128,8 +149,7 @@ class TimedEngine:
         self._clock.mark("forward")  # of the next micro-batch, if there is one
 
 
-def main() -> None:
-    given = parse_arguments()
+def main(given: argparse.Namespace) -> None:
     data = "unused" if given.synthetic_only else given.data
     config = load_config(given.config, given.set, data, "unused")
     process = start(timedelta(minutes=30))
@@ -143,8 +163,8 @@ def main() -> None:
     inputs: dict[str, Iterator[Tensor]] = {"synthetic": random_views(config, process)}
     loader = None
     if not given.synthetic_only:
-        shards, files = open_split(config.simclr.data, "train", config.shard_cache())
-        loader = build_views(config, shards, files, build_order(config, shards), process)
+        split = open_split(config.simclr.data, "train", config.shard_cache())
+        loader = Job(config, split, build_order(config, split.shards), process, Path(config.simclr.run)).views()
         inputs["real"] = (batch.views for batch in loader)
         passes = config.passes(process.world)
         steps = given.rounds * (given.warm_up + given.steps)
@@ -182,11 +202,12 @@ def run(
     given: argparse.Namespace,
 ) -> list[dict[str, float]]:
     """Milliseconds of the phases of each measured step."""
-    parked = Parked(process.device, config.passes(process.world))
+    micro_batches = MicroBatches(process.device, config.passes(process.world))
+    loss = NTXent(config.simclr.temperature)
     for _ in range(given.warm_up + given.steps):
         clock.mark(BEGIN)
-        parked.begin(clock.timed(views))
-        train_step(engine, parked, config.simclr.temperature, ring=config.simclr.ring)
+        micro_batches.begin(clock.timed(views))
+        train_step(engine, micro_batches, loss)
     clock.mark("end")
     return clock.read()[given.warm_up :]
 
@@ -199,9 +220,9 @@ def report(
     micro_batch = config.micro_batch(process.world)
     passes = config.passes(process.world)
     print(
-        f"{on['machine']}, {on['cores']} cores, {config.architecture().name} at {config.simclr.image_size} px, global "
-        f"batch {config.train_batch_size} = {process.world} x {passes} x {micro_batch}, {given.rounds} rounds of "
-        f"{given.steps} steps"
+        f"{on['machine']}, {on['cores']} cores, {config.simclr.encoder.name} at {config.simclr.image_size} px, "
+        f"global batch {config.train_batch_size} = {process.world} x {passes} x {micro_batch}, {given.rounds} rounds "
+        f"of {given.steps} steps"
     )
     result: dict[str, Any] = {"config": given.config, "set": given.set, "processes": process.world, **on}
     whole: dict[str, list[float]] = {}
@@ -235,19 +256,5 @@ def peak_memory(device: str) -> float:
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, help="a JSON file, or a preset of train/configs")
-    parser.add_argument("--data", help="folder of packed shards (default: the config's simclr.data)")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one key")
-    parser.add_argument("--synthetic-only", action="store_true", help="leave the real input out")
-    parser.add_argument("--steps", type=positive_int, default=10, help="measured, a round (default: 10)")
-    parser.add_argument("--warm-up", type=positive_int, default=3, help="steps before, a round (default: 3)")
-    parser.add_argument("--rounds", type=positive_int, default=3, help="default: 3")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
-    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # given by the deepspeed launcher
-    return parser.parse_args()
-
-
 if __name__ == "__main__":
-    run_main(main)
+    run_main(lambda: main(ARGUMENTS))

@@ -1,0 +1,102 @@
+"""Arguments that several evaluations take, and what they choose. Imports nothing heavy: --help must answer at once."""
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+from simclr_dali.shards.command_line import positive_int
+
+# What eval/export.py writes, and the ending that timm and torch.export tell a file's kind by.
+EXPORT_ENDINGS = {
+    "torchvision": ".pth",
+    "timm": ".safetensors",
+    "safetensors": ".safetensors",
+    "onnx": ".onnx",
+    "pt2": ".pt2",
+    "hub": "",
+}
+
+
+@dataclass(frozen=True)
+class EncoderChoice:
+    """Which encoder is asked, and how."""
+
+    ckpt: Path
+    untrained: bool = False
+    prefix: str | None = None
+    stem_padding: int | None = None
+    unit_range: bool | None = None
+    image_size: int | None = None
+    """Side of the central view, in pixels; None: as pre-trained."""
+
+    @staticmethod
+    def of(given: argparse.Namespace) -> "EncoderChoice":
+        return EncoderChoice(
+            given.ckpt, given.untrained, given.prefix, given.stem_padding, given.unit_range, given.image_size
+        )
+
+
+@dataclass(frozen=True)
+class DataChoice:
+    """Which packed set, and where remote shards are kept."""
+
+    data: str | None = None
+    """Folder or address; None: what the run was trained on."""
+    cache: Path = Path("~/.cache/simclr-dali")
+    cache_gb: float = 200.0
+
+    @staticmethod
+    def of(given: argparse.Namespace) -> "DataChoice":
+        return DataChoice(given.data, given.cache, given.cache_gb)
+
+
+def add_encoder_arguments(parser: argparse.ArgumentParser, *, batch: bool = True) -> None:
+    """Which encoder; batch: whether it is asked about many images."""
+    parser.add_argument(
+        "--ckpt", type=Path, required=True, metavar="RUN_OR_FILE",
+        help="run folder, checkpoint folder, its state.pt, a classifier of ours, or weights of torchvision, timm, "
+        "mmpretrain, VISSL, lightly, solo-learn, moco or converted from google-research/simclr",
+    )  # fmt: skip
+    parser.add_argument("--untrained", action="store_true", help="the encoder with the weights its run began with")
+    parser.add_argument("--prefix", help="beginning of the encoder's keys, where a file holds several")
+    parser.add_argument(
+        "--stem-padding", type=positive_int, metavar="PX",
+        help="of a 3x3 stem, which weights do not show (default: 1, and 2 for solo-learn's)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--unit-range", action=argparse.BooleanOptionalAction,
+        help="whether the weights were trained on values in 0..1 instead of normalised ones, as those of "
+        "google-research/simclr (default: as their keys say; tonylins/simclr-converter's do not)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--image-size", type=positive_int, metavar="PX",
+        help="side of the central view (default: as pre-trained; of other libraries 224, or 32 with the 3x3 stem)",
+    )  # fmt: skip
+    if batch:
+        parser.add_argument("--batch", type=positive_int, default=256, help="images embedded at a time (default: 256)")
+
+
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which data, and where remote shards are kept."""
+    default = DataChoice()
+    parser.add_argument("--data", help="folder or address of packed shards (default: what the run was trained on)")
+    parser.add_argument(
+        "--cache", type=Path, default=default.cache, metavar="FOLDER",
+        help=f"keeps remote shards (default: {default.cache})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--cache-gb", type=float, default=default.cache_gb, metavar="GB",
+        help=f"how much of them (default: {default.cache_gb:g})",
+    )  # fmt: skip
+
+
+def add_arguments(parser: argparse.ArgumentParser, *, features: bool = True) -> None:
+    """What every evaluation takes; features: whether its features may be kept."""
+    add_encoder_arguments(parser)
+    add_data_arguments(parser)
+    if features:
+        parser.add_argument(
+            "--features", type=Path, metavar="FOLDER", help="keep extracted features here, and use those that are there"
+        )
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where results go (default: the run folder)")
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # given by the deepspeed launcher

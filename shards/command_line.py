@@ -1,0 +1,29 @@
+"""What the command lines of all commands share. Imports nothing heavy: --help must answer at once."""
+
+import argparse
+
+import simclr_dali
+
+
+def parser_of(about: str, doc: str | None = None) -> argparse.ArgumentParser:
+    """A parser that is called as the command was, and whose help ends with ``doc`` as it stands."""
+    prog = f"simclr-dali {simclr_dali.command}" if simclr_dali.command else None
+    return argparse.ArgumentParser(
+        prog=prog, description=about, epilog=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
+def seed(text: str) -> int:
+    """The type of an argument that seeds what is drawn."""
+    number = int(text)
+    if not 0 <= number < 2**63:
+        raise argparse.ArgumentTypeError(f"{number} is not in 0 .. 2^63-1")
+    return number
+
+
+def positive_int(text: str) -> int:
+    """The type of an argument that counts something."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not at least 1")
+    return number

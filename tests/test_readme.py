@@ -1,0 +1,97 @@
+"""Every command of the README, run as it stands there but for the names of what a reader has."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import PIL.Image
+import pytest
+import torch
+
+from tests.conftest import ROOT, TIMEOUT
+from tests.runs import TINY, TOOLS, environment, free_port
+
+README = (ROOT / "README.md").read_text()
+COMMANDS = [
+    line.split("  #")[0].strip()
+    for block in re.findall(r"```bash\n(.*?)```", README, flags=re.S)
+    for line in block.splitlines()
+    if line.strip()
+]
+# They set up an environment and use it; other tests, and whoever runs this one, run them.
+ELSEWHERE = ("scripts/quickstart.sh", "scripts/test.sh")
+# What is long or large at its own settings is asked for less.
+SMALLER = {
+    "train/pretrain.py": "--stop-after-steps 2",
+    "--protocol mmpretrain-lars-90e": "--epochs 1 --train-batch 16",
+    "--fraction 0.01": "--fraction 0.2 --epochs 1 --train-batch 16",
+    "eval/knn.py": "--k 5 20",
+    "eval/nearest.py": "--count 4",
+    "scripts/parity.py": "--most 2 --draws 2",
+    "scripts/bench/stages.py": "--images 16 --batch 8 --rounds 1 --size 32",
+    "scripts/make_shards.sh": "--samples-per-shard 40",
+    "--format timm": "--format safetensors",  # timm has no network of an eighth of the width
+}
+
+
+@pytest.fixture(scope="module")
+def reader(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working folder in which someone follows the README, with pictures where they keep ImageNet."""
+    folder = tmp_path_factory.mktemp("reader")
+    shutil.copytree(pictures, folder / "data")
+    (folder / "holiday").mkdir()
+    for name in ("bird.jpg", "holiday/1.jpg", "holiday/2.jpg"):
+        PIL.Image.effect_noise((90, 70), 80).convert("RGB").save(folder / name)
+    config = {**TINY, "simclr": {**TINY["simclr"], "data": str(folder / "data-shards")}}
+    (folder / "ds_lars.json").write_text(json.dumps(config))
+    return folder
+
+
+def adapted(command: str, folder: Path) -> str:
+    for mark, smaller in SMALLER.items():
+        if mark in command:
+            same_option = smaller.split(" ")[0] == mark.split(" ")[0]
+            command = command.replace(mark, smaller) if same_option else f"{command} {smaller}"
+    command = command.replace("/data/imagenet", "DATA").replace("DATA", str(folder / "data"))
+    command = re.sub(r"\b(scripts|train|eval)/", rf"{ROOT}/\1/", command)
+    return command.replace("deepspeed ", f"deepspeed --quiet --num_gpus 1 --master_port {free_port()} ")
+
+
+@pytest.mark.launch
+def test_every_command_of_the_readme_runs_as_it_stands(reader: Path) -> None:
+    assert len(COMMANDS) > 15
+    path = f"{TOOLS}:{os.environ['PATH']}"
+    for command in COMMANDS:
+        if command.startswith(ELSEWHERE):
+            continue
+        done = subprocess.run(
+            ["bash", "-c", adapted(command, reader)], capture_output=True, text=True, timeout=TIMEOUT, cwd=reader,
+            env={**environment(), "PATH": path}, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, f"{command}\n{adapted(command, reader)}\n{done.stdout}\n{done.stderr}"
+
+
+def test_the_readmes_lines_of_python_run(run: Path, packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loader's example as it stands, on two CPU threads and for one batch."""
+    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+    assert len(blocks) == 2
+    load, loader = blocks
+    names = {"images": torch.zeros(2, 3, 64, 64, dtype=torch.uint8)}
+    exec(load.replace("runs/ds_lars", str(run)), names)
+    small = loader.replace("/data/imagenet-shards", str(packed)).replace("global_batch=4096", "global_batch=64")
+    small = small.replace('torch.device("cuda", 0)', 'torch.device("cpu")').replace("    ...\n", "    break\n")
+    small = small.replace("LoaderConfig(224", "LoaderConfig(32").replace("world=8", "world=4")
+    exec(small, names)
+    assert names["views"].shape == (2 * 16, 3, 32, 32)
+
+
+@pytest.mark.parametrize("path", ["README.md", "scripts/bench/README.md"])
+def test_files_that_are_named_are_there(path: str) -> None:
+    text = (ROOT / path).read_text()
+    named = re.findall(r"`((?:shards|pipeline|model|train|eval|scripts|tests|\.package)/[\w/.\-]+)`", text)
+    assert named
+    for name in named:
+        assert (ROOT / name).exists(), name
