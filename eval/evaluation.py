@@ -29,8 +29,8 @@ from simclr_dali.shards.errors import UserError
 _PATIENCE = timedelta(hours=2)  # ranks wait for the one with the slowest disk
 # By which two results of one name are told apart.
 _IDENTITY = (
-    "encoder_sha256", "train_manifest", "val_manifest", "image_size", "center_fraction", "unit_range", "stem_relu",
-    "stem_padding", "seed", "differs", "images_sha256", "k", "temperature",
+    "encoder_sha256", "train_manifest", "val_manifest", "image_size", "center_fraction", "seed", "differs",
+    "images_sha256", "k", "temperature",
 )  # fmt: skip
 
 
@@ -164,18 +164,18 @@ class Evaluation:
             return
         described, weights = out.with_name(f"{out.name}.json"), out.with_name(f"{out.name}.pt")
         with refusals_named(described):
-            _set_aside(described, weights, result)
+            _set_aside(described, weights, result, (*_IDENTITY, *self.encoder.conventions()))
         if model is not None:
             save_classifier(weights, model)
         write_durably(described, (json.dumps(result, indent=2) + "\n").encode())
 
 
-def _set_aside(described: Path, weights: Path, result: dict[str, Any]) -> None:
+def _set_aside(described: Path, weights: Path, result: dict[str, Any], identity: tuple[str, ...]) -> None:
     if not described.is_file():
         return
     try:
         before = json.loads(described.read_bytes())
-        same = all(before.get(key) == json.loads(json.dumps(result.get(key))) for key in _IDENTITY)
+        same = all(before.get(key) == json.loads(json.dumps(result.get(key))) for key in identity)
     except (ValueError, AttributeError):
         same = False
     if same:

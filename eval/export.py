@@ -7,7 +7,7 @@
 
     torchvision  state_dict of torchvision's ResNet: load_state_dict(..., strict=False) misses fc alone
     timm         safetensors: timm.create_model("resnet50", num_classes=0, checkpoint_path=OUT)
-    safetensors  the same keys, for every architecture; model.load reads it
+    safetensors  the same keys, for every architecture; simclr_dali.load reads it
     onnx         images [n, 3, size, size] -> features [n, width]
     pt2          the same, as torch.export.load(OUT).module()
     hub          a folder with model.safetensors, config.json (timm's) and a model card filled from the run:

@@ -16,7 +16,7 @@ from simclr_dali import load
 from simclr_dali.eval.arguments import EXPORT_ENDINGS
 from simclr_dali.eval.model_card import model_card
 from simclr_dali.model.encoder import Encoder
-from simclr_dali.model.pretrained import HEAD, Pretrained
+from simclr_dali.model.pretrained import EXPORTED, HEAD, Pretrained
 from simclr_dali.model.simclr import Architecture
 from simclr_dali.model.vision import torchvision
 from simclr_dali.pipeline.draws import center_fraction
@@ -57,7 +57,7 @@ def torchvision_file(source: Pretrained, path: Path, size: int, images: Tensor) 
 
 
 def safetensors_file(source: Pretrained, path: Path, size: int, images: Tensor) -> Written:
-    """The same keys for every architecture; model.load reads the rest from the metadata."""
+    """The same keys for every architecture; simclr_dali.load reads the rest from the metadata."""
     about = {key: json.dumps(value) for key, value in described(source, size).items()}
     path.write_bytes(safetensors.torch.save(weights(source), metadata=about))
     features = load(path)(images)
@@ -102,7 +102,7 @@ def pt2_file(source: Pretrained, path: Path, size: int, images: Tensor) -> Writt
 def hub_folder(source: Pretrained, path: Path, size: int, images: Tensor) -> Written:
     """model.safetensors, config.json and README.md; timm reads it where it has such a network."""
     path.mkdir()
-    found = safetensors_file(source, path / "model.safetensors", size, images)
+    found = safetensors_file(source, path / EXPORTED, size, images)
     config: dict[str, Any] = {"simclr_dali": described(source, size)}
     classes = source.classifier.classes if source.classifier else ()
     if unlike(source):

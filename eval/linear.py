@@ -136,6 +136,7 @@ def on_features(job: Evaluation, name: str, seed: int) -> tuple[torch.nn.Linear,
             f"{swept.accuracies[swept.chosen]:.2f} % on the part of train kept aside",
         )
     else:
+        assert name == FAST
         fit = fit_linear(fitted.features, fitted.labels, classes, WEIGHT_DECAY)
         head = fit.layer
         details = {

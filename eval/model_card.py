@@ -87,8 +87,7 @@ def _training(source: Pretrained) -> list[str]:
         "optimizer": ", ".join([optimizer["type"], *(f"{key} {value}" for key, value in params.items())]),
         "warm-up": f"{simclr['warmup_epochs']:g} epochs, then a cosine to 0",
         "temperature": f"{simclr['temperature']:g}",
-        "views": f"{simclr['image_size']} px, crop area {views['area']}, jitter {views['jitter']:g} of strength "
-        f"{views['strength']:g}, gray {views['gray']:g}, blur {views['blur']:g}",
+        "views": f"{simclr['image_size']} px, " + ", ".join(f"{key} {value}" for key, value in views.items() if value),
         "projector": "-".join(map(str, source.architecture.projector)),
         "seed": str(simclr["seed"]),
         "versions": ", ".join(f"{name} {version}" for name, version in source.run_state["versions"].items()),

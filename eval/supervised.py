@@ -90,7 +90,7 @@ def train(
 def identity_of(
     job: Evaluation, model: nn.Module, schedule: Schedule, order: Order | Subset, seed: int, micro: int
 ) -> dict[str, Any]:
-    """What a stopped training must have been to be gone on with."""
+    """What must be equal for a stopped training to be continued."""
     return {
         "schedule": asdict(schedule),
         "seed": seed,

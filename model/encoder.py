@@ -47,10 +47,7 @@ class Encoder(nn.Module):
         return self.pool(self.features(images))
 
     def conventions(self) -> dict[str, Any]:
-        """What the weights do not show, and :meth:`adopt` needs to make an encoder with the same ones compute the same.
-
-        Plain values, by name.
-        """
+        """Settings that the weights do not reveal, such as a padding, in plain values; :meth:`adopt` restores them."""
         return {"unit_range": self.unit_range}
 
     def adopt(self, conventions: dict[str, Any]) -> None:

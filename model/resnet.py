@@ -31,7 +31,7 @@ class ResNet(Description):
     """One of RESNETS; the last BatchNorm of each residual block starts at zero (google-research/simclr, resnet.py)."""
 
     width: float = 1.0
-    """Factor on every number of channels, a multiple of 1/64."""
+    """Factor on every number of channels, a multiple of 1/64 up to 64."""
     stem: Literal["auto", "7x7", "3x3"] = "auto"
     """First convolution: 7x7 with max-pool (ImageNet), or 3x3 at full resolution without (small pictures); auto takes
     3x3 for views under 64 pixels."""
@@ -43,8 +43,8 @@ class ResNet(Description):
             raise ValueError(f"name is {self.name!r}; choose one of {', '.join(RESNETS)}")
         if self.stem not in ("auto", "7x7", "3x3"):
             raise ValueError(f"stem is {self.stem!r}; choose 7x7 or 3x3")
-        if not self.width > 0 or 64 * self.width % 1:
-            raise ValueError(f"width is {self.width}; it must be a multiple of 1/64")
+        if not 0 < self.width <= 64 or 64 * self.width % 1:
+            raise ValueError(f"width is {self.width}; it must be a multiple of 1/64 up to 64")
         if self.selective_kernels and _BLOCKS[self.name][0] is not resnet.Bottleneck:
             raise ValueError(f"selective_kernels is for resnet50 and deeper, not for {self.name}")
         if self.selective_kernels and 64 * self.width < 2:

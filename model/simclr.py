@@ -32,7 +32,10 @@ class Architecture:
         """The inverse of :meth:`plain`; fields that are missing take their defaults. Raises ValueError."""
         rest = dict(values)
         projector, name = tuple(rest.pop("projector", ())), rest.pop("name", None)
-        return Architecture(describe(name, rest), projector)
+        encoder = describe(name, rest)
+        if encoder != encoder.for_image_size(encoder.usual_image_size()):
+            raise ValueError(f"{name} is described only in part: {values}")
+        return Architecture(encoder, projector)
 
 
 def describe(name: Any, values: dict[str, Any]) -> Description:

@@ -17,9 +17,6 @@ from torch import Tensor
 from simclr_dali.model import migrations
 from simclr_dali.model.checkpoint import CheckpointError
 
-# Of what eval/export.py writes beside weights.
-_OURS = ("architecture", "habits", "conventions", "image_size", "step", "tuned")
-
 
 class _Inert(dict[Any, Any]):
     """Stands in for whatever class or function a file names: takes everything, runs nothing, keeps items of a dict."""
@@ -138,7 +135,7 @@ def exported_about(path: Path) -> dict[str, Any]:
     if "checkpoint_sha256" not in metadata:
         return {}
     try:
-        about = migrations.conventions({key: json.loads(metadata[key]) for key in _OURS if key in metadata})
+        about = migrations.conventions({key: json.loads(value) for key, value in metadata.items()})
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} has damaged metadata ({error}); export it again") from error
     conventions = about.get("conventions", {})

@@ -1,7 +1,7 @@
 """Which batches are made, in which order, and from which shards they are read."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -22,9 +22,9 @@ class PlannedBatch:
     step: int = 0
     ends_step: bool = True
     """Whether it is the last (micro-)batch of its step."""
-    current: Sequence[int] = field(default=())
+    current: Sequence[int] = ()
     """Shards that it is read from."""
-    upcoming: Sequence[int] = field(default=())
+    upcoming: Sequence[int] = ()
     """Shards that the batches after it are read from."""
 
 

@@ -27,14 +27,14 @@ class Cache:
     limit: int
 
     def room_locked(self) -> AbstractContextManager[None]:
-        """Nobody else counts what is kept, or adds to it, meanwhile."""
+        """Hold the lock under which kept shards are counted and added."""
         return locked(self.folder / "room.lock")
 
     def make_room(self, size: int, worth: dict[Path, int], most: int) -> bool:
         """Remove shards until ``size`` bytes more fit, those of the least worth first, of these the longest unused.
 
-        worth: of shards that this process needs; all others have 0. most: the worth of what may be removed. Where all
-        of that is not enough nothing is removed, and the answer is False. The caller holds :meth:`room_locked`.
+        ``worth`` ranks the shards that this process needs; all others have 0. Only those worth at most ``most`` may be
+        removed. Where that is not enough, nothing is, and the answer is False. The caller holds :meth:`room_locked`.
         """
         kept = kept_in(self.folder)
         removable = [path for path in kept if path.suffix == ".tar" and worth.get(path, 0) <= most]

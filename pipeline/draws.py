@@ -35,8 +35,10 @@ Range = Annotated[tuple[float, float], Field(strict=False)]  # JSON has lists
 
 
 class _Word(IntEnum):
-    """The random words of a view, after two for each of the tries of its crop. New ones come last: the place of a word
-    is part of what a seed means."""
+    """Which random number decides what, after the two of each try of the crop.
+
+    New ones come last: another order would change what every seed draws.
+    """
 
     CROP_X = 0
     CROP_Y = auto()

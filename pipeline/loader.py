@@ -35,9 +35,11 @@ class TwoViews(Iterator[Batch]):
         *,
         max_bad_fraction: float = MAX_BAD_FRACTION,
     ) -> None:
-        """recipes: of both views, or one for each of any number of views. max_bad_fraction: share of the data set that
-        may be damaged; a damaged sample is replaced by the next sound one, the same on any number of ranks, named in
-        the log and counted by each process. Iterating raises UserError where more is damaged.
+        """``recipes`` is one for both views, or one for each of any number of views.
+
+        ``max_bad_fraction`` is the share of the data set that may be damaged: a damaged sample is replaced by the next
+        sound one, the same on any number of ranks, named in the log and counted by each process. Iterating raises
+        UserError where more is damaged.
         """
         self._split, self._plan, self._config = split, plan, config
         self._recipes = (recipes, recipes) if isinstance(recipes, Recipe) else tuple(recipes)

@@ -62,7 +62,7 @@ _LETTERS = {BRIGHTNESS: "b", CONTRAST: "c", SATURATION: "s", HUE: "h"}
 
 
 def described(draws: Draws, row: int) -> list[str]:
-    """What a view drew, in three short lines: geometry, colors in their order, blur."""
+    """What a view drew, in three short lines: geometry; colors in their order; gray, blur and solarize."""
     x0, y0, x1, y1 = draws.box[row]
     geometry = f"{x1 - x0:.0f}x{y1 - y0:.0f} at {x0:.0f},{y0:.0f}{' flipped' if draws.flip[row] else ''}"
     factors = " ".join(f"{_LETTERS[step]} {draws.factors[row, step]:.2f}" for step in draws.order[row])

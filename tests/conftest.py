@@ -14,6 +14,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+
+def _take_own_cores() -> None:
+    """Test processes that run side by side share the cores out, and so does all that they start."""
+    worker, workers = os.environ.get("PYTEST_XDIST_WORKER", ""), int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    cores = sorted(os.sched_getaffinity(0))
+    if worker.startswith("gw") and workers <= len(cores):
+        os.sched_setaffinity(0, cores[int(worker[2:]) :: workers])
+
+
+_take_own_cores()  # before the libraries count them
+
 import numpy as np
 import PIL.Image
 import pytest

@@ -89,39 +89,39 @@ def test_a_step_on_the_gpu_never_waits(passes: int) -> None:
     engine = PlainEngine(model, passes)
     engine.optimizer = LARS(parameter_groups(model, 1e-6), lr=0.1)
     device = torch.device("cuda", 0)
-    parked = MicroBatches(device, passes)
+    micro_batches = MicroBatches(device, passes)
     parts = [torch.randn(16, 3, 64, 64, device=device) for _ in range(passes)]
     for _ in range(2):  # what is made once: memory, the optimizer's state
-        parked.begin(iter(parts))
-        train_step(engine, parked, NTXent(0.1))
+        micro_batches.begin(iter(parts))
+        train_step(engine, micro_batches, NTXent(0.1))
     torch.cuda.set_sync_debug_mode("error")
     try:
-        parked.begin(iter(parts))
-        train_step(engine, parked, NTXent(0.1))
+        micro_batches.begin(iter(parts))
+        train_step(engine, micro_batches, NTXent(0.1))
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_views_parked_by_the_gpu_come_back_in_order_and_take_no_more_memory_when_there_are_more() -> None:
+def test_views_of_a_step_come_back_from_the_host_in_order_and_take_no_more_memory_when_there_are_more() -> None:
     """The stream is kept busy, so that the host runs ahead and every missing wait would show."""
     device = torch.device("cuda", 0)
     held = []
     for count in (3, 24):
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        parked = MicroBatches(device, count)
+        micro_batches = MicroBatches(device, count)
         seen, expected = [], []
         for step in range(3):
             torch.cuda._sleep(20_000_000)
-            parked.begin(torch.full((1 << 20,), float(step * count + n), device=device) for n in range(count))
+            micro_batches.begin(torch.full((1 << 20,), float(step * count + n), device=device) for n in range(count))
             for _ in range(3):
-                for number, views in enumerate(parked):
+                for number, views in enumerate(micro_batches):
                     torch.cuda._sleep(2_000_000)
                     seen.append(views.mean())
                     expected.append(float(step * count + number))
         held.append(torch.cuda.memory_stats()["active_bytes.all.peak"])
         assert torch.stack(seen).tolist() == expected
-        del parked
+        del micro_batches
     assert held[1] <= 1.5 * held[0]
 
 

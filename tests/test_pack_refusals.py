@@ -134,20 +134,20 @@ def test_foreign_target_is_left_alone(odd_pictures: Path, tmp_path: Path) -> Non
 
 
 def test_full_disk_is_one_sentence_and_the_same_command_goes_on(pictures: Path, tmp_path: Path) -> None:
-    command = f"{sys.executable} -m shards.pack {pictures} /mnt/out --samples-per-shard 6 --workers 2"
+    command = f"{sys.executable} -m simclr_dali pack {pictures} /mnt/out --samples-per-shard 6 --workers 2"
     done = on_small_disk(300, f"{command} --resize 80 --quality 100; echo code $?; ls /mnt")
     assert "code 2" in done.stdout and "Traceback" not in done.stderr and "out.partial" in done.stdout
     assert "cannot write /mnt/out.partial/train/train-" in done.stderr and "No space left on device" in done.stderr
 
     again = f"{command} --resize 80 --quality 100"
-    verify_it = f"{sys.executable} -m shards.verify --full /mnt/out"
+    verify_it = f"{sys.executable} -m simclr_dali verify --full /mnt/out"
     done = on_small_disk(300, f"{again}; mount -o remount,size=64m /mnt && {again} && {verify_it}; echo code $?")
     assert "code 0" in done.stdout and "is sound" in done.stdout, done.stderr
 
 
 def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(pictures: Path) -> None:
     done = on_small_disk(
-        300, f"{sys.executable} -m shards.pack {pictures} /mnt/out; echo code $?; find /mnt -name *.tar"
+        300, f"{sys.executable} -m simclr_dali pack {pictures} /mnt/out; echo code $?; find /mnt -name *.tar"
     )
     assert "code 2" in done.stdout and "GB are free" in done.stderr and ".tar" not in done.stdout
 

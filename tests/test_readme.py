@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -11,7 +12,7 @@ import PIL.Image
 import pytest
 import torch
 
-from tests.conftest import ROOT, TIMEOUT
+from tests.conftest import ROOT, TIMEOUT, run_command, run_python
 from tests.runs import TINY, TOOLS, environment, free_port
 
 README = (ROOT / "README.md").read_text()
@@ -67,10 +68,14 @@ def test_every_command_of_the_readme_runs_as_it_stands(reader: Path) -> None:
     for command in COMMANDS:
         if command.startswith(ELSEWHERE):
             continue
-        done = subprocess.run(
-            ["bash", "-c", adapted(command, reader)], capture_output=True, text=True, timeout=TIMEOUT, cwd=reader,
-            env={**environment(), "PATH": path}, check=False,
-        )  # fmt: skip
+        first, *words = shlex.split(adapted(command, reader))
+        if first in ("python", "simclr-dali"):
+            done = run_python(*words, cwd=reader) if first == "python" else run_command(*words, cwd=reader)
+        else:
+            done = subprocess.run(
+                [first, *words], capture_output=True, text=True, timeout=TIMEOUT, cwd=reader,
+                env={**environment(), "PATH": path}, check=False,
+            )  # fmt: skip
         assert done.returncode == 0, f"{command}\n{adapted(command, reader)}\n{done.stdout}\n{done.stderr}"
 
 

@@ -9,7 +9,7 @@ import pytest
 from simclr_dali.shards.manifest import load_split
 from simclr_dali.shards.pack import pack
 from simclr_dali.shards.show import CAPTION, THUMBNAIL, histogram, sheet, summary
-from tests.conftest import ROOT, assert_sentence, run_command
+from tests.conftest import assert_sentence, run_command
 
 
 def test_summary_counts_images_classes_and_sizes(packed: Path) -> None:
@@ -61,5 +61,5 @@ def test_mistakes_are_one_sentence(words: list[str], sentence: str, odd_pictures
     for name in ("out", "bare"):
         pack(odd_pictures, tmp_path / name)
     (tmp_path / "bare" / "report.json").unlink()
-    done = run_command("show", *words, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)})
+    done = run_command("show", *words, cwd=tmp_path)
     assert_sentence(done, sentence)

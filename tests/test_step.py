@@ -129,7 +129,7 @@ def test_running_statistics_count_each_micro_batch_once() -> None:
     assert momenta == {0.1}
 
 
-def test_parked_views_come_from_the_loader_first_and_again_as_often_as_asked_for() -> None:
+def test_kept_views_come_from_the_loader_first_and_again_as_often_as_asked_for() -> None:
     taken = []
 
     def loader() -> Iterator[Tensor]:
@@ -137,16 +137,16 @@ def test_parked_views_come_from_the_loader_first_and_again_as_often_as_asked_for
             taken.append(number)
             yield torch.tensor(float(number))
 
-    stream, parked = loader(), MicroBatches(torch.device("cpu"), 3)
+    stream, micro_batches = loader(), MicroBatches(torch.device("cpu"), 3)
     for step, expected in enumerate(([0, 1, 2], [3, 4, 5])):
-        parked.begin(stream)
-        assert len(parked) == 3
-        for place, views in enumerate(parked):
+        micro_batches.begin(stream)
+        assert len(micro_batches) == 3
+        for place, views in enumerate(micro_batches):
             assert float(views) == expected[place]
             assert len(taken) == 3 * step + place + 1  # none is asked for before it is needed
-        assert parked.waited() > 0 and parked.waited() == 0
+        assert micro_batches.waited() > 0 and micro_batches.waited() == 0
         for _ in range(2):
-            assert [float(views) for views in parked] == expected
+            assert [float(views) for views in micro_batches] == expected
 
 
 def test_a_captured_model_gives_the_same_embeddings_from_one_graph() -> None:

@@ -76,7 +76,8 @@ def _described(name: Any, values: dict[str, Any]) -> Description:
         first = error.errors()[0]
         if first["type"] == "value_error":  # the description's own
             raise first["ctx"]["error"] from None
-        raise ValueError(f"{'.'.join(map(str, first['loc']))} is {first['input']!r}: {first['msg']}") from error
+        key, message = ".".join(map(str, first["loc"])), first["msg"]
+        raise ValueError(f"{key} is {first['input']!r}: {message[0].lower()}{message[1:]}") from error
 
 
 class Views(Recipe):
@@ -216,18 +217,20 @@ class Autocast(_Block):
     enabled: bool = False
 
 
-# DeepSpeed's keys that have one value here; train/engine.py gives it and asserts that DeepSpeed took it.
-_CONSTANTS: tuple[tuple[tuple[str, ...], Any, str], ...] = (
-    (("gradient_clipping",), 0.0, "the method clips no gradients"),
-    (
-        ("zero_optimization", "stage"),
-        0,
-        "the other stages flatten all layers into one tensor, while LARS scales each layer by its own norm, and every "
-        "process saves what it alone holds",
-    ),
-    (("communication_data_type",), "fp32", "gradients are averaged in float32"),
-    (("torch_autocast", "dtype"), "bfloat16", "float16 would need its loss scaled"),
-)
+# DeepSpeed's keys that have one value here: train/engine.py gives it, and a config may say the same.
+CONSTANTS: dict[str, Any] = {
+    "gradient_clipping": 0.0,
+    "zero_optimization.stage": 0,
+    "communication_data_type": "fp32",
+    "torch_autocast.dtype": "bfloat16",
+}
+_WHY_CONSTANT = {
+    "gradient_clipping": "the method clips no gradients",
+    "zero_optimization.stage": "the other stages flatten all layers into one tensor, while LARS scales each layer by "
+    "its own norm, and every process saves what it alone holds",
+    "communication_data_type": "gradients are averaged in float32",
+    "torch_autocast.dtype": "float16 would need its loss scaled",
+}
 
 
 class Config(_Block):
@@ -253,16 +256,16 @@ class Config(_Block):
     @pydantic.model_validator(mode="before")
     @classmethod
     def _take_constants(cls, raw: Any) -> Any:
-        """Take out DeepSpeed's keys of _CONSTANTS, which may stand in a config with the one value they have."""
+        """Take out DeepSpeed's keys of CONSTANTS, which may stand in a config with the one value they have."""
         if not isinstance(raw, dict):
             return raw
-        for path, constant, why in _CONSTANTS:
-            *blocks, last = path
+        for path, constant in CONSTANTS.items():
+            *blocks, last = path.split(".")
             if blocks and not isinstance(raw.get(blocks[0]), dict):
                 continue
             block = dict(raw[blocks[0]]) if blocks else dict(raw)
             if last in block and (block[last] != constant or isinstance(block[last], bool)):
-                raise ValueError(f"{'.'.join(path)} is {block[last]!r}; set it to {constant!r}: {why}")
+                raise ValueError(f"{path} is {block[last]!r}; set it to {constant!r}: {_WHY_CONSTANT[path]}")
             block.pop(last, None)
             raw = {**raw, blocks[0]: block} if blocks else block
         if raw.get("zero_optimization") == {}:

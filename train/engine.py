@@ -11,7 +11,7 @@ from torch import nn
 
 from simclr_dali.model.lars import LARS, parameter_groups
 from simclr_dali.model.process import Process, init_distributed, on_gpu
-from simclr_dali.train.config import AdamWBlock, Config, LARSBlock
+from simclr_dali.train.config import CONSTANTS, AdamWBlock, Config, LARSBlock
 
 
 def start(patience: timedelta) -> Process:
@@ -40,24 +40,18 @@ def import_deepspeed(device: torch.device) -> Any:
     return deepspeed
 
 
-# What the method needs of DeepSpeed, whose own defaults are others; a config may say the same (train/config.py).
-DEEPSPEED_CONSTANTS = {
-    "gradient_clipping": 0.0,
-    "communication_data_type": "fp32",
-    "zero_optimization": {"stage": 0},
-}
-
-
 def deepspeed_config(config: Config, process: Process) -> dict[str, Any]:
     """The part of the configuration that DeepSpeed sees, resolved for this number of processes and this device."""
     return {
         "train_batch_size": config.train_batch_size,
         "train_micro_batch_size_per_gpu": config.micro_batch(process.world),
         "gradient_accumulation_steps": config.passes(process.world),
-        **DEEPSPEED_CONSTANTS,
+        "gradient_clipping": CONSTANTS["gradient_clipping"],
+        "communication_data_type": CONSTANTS["communication_data_type"],
+        "zero_optimization": {"stage": CONSTANTS["zero_optimization.stage"]},
         "torch_autocast": {
             "enabled": config.torch_autocast.enabled and process.device.type == "cuda",
-            "dtype": "bfloat16",
+            "dtype": CONSTANTS["torch_autocast.dtype"],
         },
         # The timer would wait for the device twice a step; we time on the host.
         "timers": {"throughput": {"enabled": False}},

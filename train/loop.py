@@ -17,7 +17,7 @@ from simclr_dali.train.metrics import Reporter, run_speed
 from simclr_dali.train.micro_batches import MicroBatches
 from simclr_dali.train.resume import state_of
 from simclr_dali.train.saver import Saver, all_finite, refuse_drift
-from simclr_dali.train.step import train_step
+from simclr_dali.train.step import Loss, train_step
 from simclr_dali.train.stopping import StopRequest, StopVote
 from simclr_dali.train.watchdog import Watchdog
 
@@ -37,7 +37,7 @@ def train(
     warmup_steps = round(simclr.warmup_epochs * steps_per_epoch)
     batches = job.views(first_step)
     views = MicroBatches(process.device, config.passes(process.world))
-    loss = NTXent(simclr.temperature)
+    loss: Loss = NTXent(simclr.temperature)
     reporter = reporter_of(job, loss, first_step)
     vote = StopVote(process)
     knn = KnnMonitor(job, watchdog)
@@ -81,19 +81,24 @@ def train(
     if damaged := batches.damaged():
         print_now(f"rank {process.rank} replaced {len(damaged)} damaged samples, named above", file=sys.stderr)
     batches.close()
-    if process.rank == 0 and done == job.total_steps:
-        write_finished(job)
     if leave:
         print_rank_0(process, f"stopped by {stop.reason or 'another rank'}; the same command goes on")
-    speed = run_speed(run, config.train_batch_size, first_step)[1]
+    report_end(job, first_step, done, time.monotonic() - started)
+
+
+def report_end(job: Job, first_step: int, done: int, seconds: float) -> None:
+    """Say where the run stands, and write that it is finished where it is."""
+    speed = run_speed(job.run, job.config.train_batch_size, first_step)[1]
     print_rank_0(
-        process,
-        f"{done - first_step} steps in {time.monotonic() - started:.1f} s, {speed:,.0f} images/s; {run} is at step "
-        f"{done} of {job.total_steps}",
+        job.process,
+        f"{done - first_step} steps in {seconds:.1f} s, {speed:,.0f} images/s; {job.run} is at step {done} of "
+        f"{job.total_steps}",
     )
+    if job.process.rank == 0 and done == job.total_steps:
+        write_finished(job)
 
 
-def reporter_of(job: Job, loss: NTXent, first_step: int) -> Reporter:
+def reporter_of(job: Job, loss: Loss, first_step: int) -> Reporter:
     """What writes the metrics of a run from ``first_step`` on."""
     return Reporter(
         job.run,
@@ -103,7 +108,7 @@ def reporter_of(job: Job, loss: NTXent, first_step: int) -> Reporter:
         total_steps=job.total_steps,
         first_step=first_step,
         keep_batch=job.keep_batch,
-        derived=loss.derived,
+        derived=getattr(loss, "derived", dict),
     )
 
 

@@ -41,8 +41,9 @@ class Reporter:
         keep_batch: Callable[[int, str], list[int]],
         derived: Callable[[dict[str, float]], dict[str, float]] = dict,
     ) -> None:
-        """keep_batch: writes this rank's samples of a step and why into the run folder, and gives their ids. derived:
-        of the means over ranks of what the loss reports, what is written.
+        """``keep_batch(step, reason)`` writes this rank's samples into the run folder and returns their ids.
+
+        ``derived`` turns the means over ranks of what the loss reports into what is written.
         """
         self._run, self._process, self._keep_batch, self._derived = run, process, keep_batch, derived
         self._batch, self._steps_per_epoch, self._total_steps = batch, steps_per_epoch, total_steps

@@ -130,7 +130,11 @@ def run_locked(run: Path, process: Process) -> Iterator[None]:
 
 def refuse_differences(config: Config, shards: ShardSet, process: Process) -> None:
     """All ranks must have read the same settings and the same data set, each from its own machine's files."""
-    settings = {key: value for key, value in flatten(config.model_dump(mode="json")).items() if key not in PER_MACHINE}
+    settings = {
+        key: value
+        for key, value in flatten(config.model_dump(mode="json")).items()
+        if key not in PER_MACHINE and not key.startswith("simclr.about.")
+    }
     everywhere: list[Any] = [None] * process.world
     dist.all_gather_object(everywhere, {**settings, "the manifest of the data": shards.fingerprint})
     for rank, there in enumerate(everywhere):

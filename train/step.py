@@ -11,6 +11,7 @@ from simclr_dali.train.micro_batches import MicroBatches
 
 # Embeddings [R, D] of this rank (view 0 of b images, then view 1) -> a scalar to minimise, and detached scalars to
 # report, by name. Both are means over this rank's rows; the gradient of the mean over ranks is what is followed.
+# A loss may also have ``derived``, what is written of the reported scalars' means over ranks (model.ntxent.NTXent).
 Loss = Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]
 
 

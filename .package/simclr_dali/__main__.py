@@ -59,15 +59,7 @@ def main() -> None:
 def launch(words: list[str]) -> None:
     """Become DeepSpeed's launcher of train/pretrain.py; its own options are taken out of ``words``."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for option in (
-        "--num_gpus",
-        "--num_nodes",
-        "--master_port",
-        "--master_addr",
-        "--hostfile",
-        "--include",
-        "--exclude",
-    ):
+    for option in _LAUNCHER_OPTIONS:
         parser.add_argument(option)
     ours, rest = parser.parse_known_args(words)
     options = [word for key, value in vars(ours).items() if value is not None for word in (f"--{key}", value)]
