@@ -64,7 +64,7 @@ def region_inputs(draws: Sequence[Draws]) -> dict[str, Array]:
     return {"start": starts.astype(np.int32), "end": ends.astype(np.int32)}
 
 
-def view_inputs(draws: Draws, steps: Steps, conditionals: bool = True) -> dict[str, Array]:
+def view_inputs(draws: Draws, steps: Steps, size: int, conditionals: bool = True) -> dict[str, Array]:
     """What the graph takes for one view, by name: the box as (y, x) start and end, mirror, and what ``steps`` need.
 
     A sample that did not draw a step has neutral values for it; conditionals: and is told by a flag, to skip it.
@@ -76,7 +76,7 @@ def view_inputs(draws: Draws, steps: Steps, conditionals: bool = True) -> dict[s
         inputs |= {"if color": draws.jitter | draws.gray, "m": m, "n": n}
     if "blur" in steps:
         sigma = np.where(draws.blur, draws.sigma, _NO_BLUR).astype(np.float32)
-        inputs |= {"if blur": draws.blur, "sigma": sigma}
+        inputs |= {"if blur": draws.blur, "sigma": sigma, "taps": blur_taps(sigma, size)}
     if "solarize" in steps:
         threshold = np.where(draws.solarize, draws.threshold, _NO_SOLARIZE).astype(np.float32)
         inputs |= {"if solarize": draws.solarize, "threshold": threshold}
@@ -87,10 +87,19 @@ def view_inputs(draws: Draws, steps: Steps, conditionals: bool = True) -> dict[s
     }
 
 
+def blur_taps(sigma: Array, size: int) -> Array:
+    """Width of the blur's kernel, int32 (n,), in views of ``size`` pixels.
+
+    The paper's is a tenth of the view (google-research/simclr, data_util.py, gaussian_blur: 3, 5 and 7 pixels at 32,
+    48 and 64). What lies beyond three sigma, of which 23 pixels at 224 have much, is left out.
+    """
+    return (2 * np.minimum(size // 10 // 2, np.ceil(3 * sigma)) + 1).astype(np.int32)
+
+
 def graph_inputs(encoded: list[Any], draws: Sequence[Draws], steps: Steps, config: LoaderConfig) -> list[Any]:
     """What ``source`` of :func:`build` gives for a batch: encoded images, and what each view drew."""
     region = region_inputs(draws) if config.region else {}
-    per_view = [view_inputs(view, steps, config.conditionals) for view in draws]
+    per_view = [view_inputs(view, steps, config.size, config.conditionals) for view in draws]
     return [encoded, *region.values(), *(array for inputs in per_view for array in inputs.values())]
 
 
@@ -109,7 +118,7 @@ def build(
     draw (Recipe.steps). until: "decode" or "crop" ends the graph there, for measuring.
     """
     nobody = Draws.neutral(np.empty((0, 4)))
-    names = list(view_inputs(nobody, steps, config.conditionals))
+    names = list(view_inputs(nobody, steps, config.size, config.conditionals))
     region_names = list(region_inputs([nobody])) if config.region else []
 
     @pipeline_def(
@@ -198,9 +207,9 @@ def _mapped(x: Any, m: Any, n: Any, config: LoaderConfig) -> Any:
 
 def _blurred(x: Any, drawn: dict[str, Any], config: LoaderConfig) -> Any:
     if not config.conditionals:
-        return fn.gaussian_blur(x, sigma=drawn["sigma"])
+        return fn.gaussian_blur(x, sigma=drawn["sigma"], window_size=drawn["taps"])
     if drawn["if blur"]:
-        x = fn.gaussian_blur(x, sigma=drawn["sigma"])
+        x = fn.gaussian_blur(x, sigma=drawn["sigma"], window_size=drawn["taps"])
     return x
 
 

@@ -26,12 +26,15 @@ sys.path[:1] = [str(ROOT), str(ROOT / ".package")]
 from simclr_dali.shards.command_line import positive_int
 from simclr_dali.shards.errors import UserError, run_main
 
+SIZE = 224  # of a view, in pixels, where --size says nothing else
+
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Compare with torchvision.")
     parser.add_argument("images", type=Path, nargs="+", help="JPEG files, or folders of them")
     parser.add_argument("--html", type=Path, metavar="OUT", help="write the report with pictures and histograms")
     parser.add_argument("--most", type=positive_int, default=24, metavar="N", help="images to use (default: 24)")
+    parser.add_argument("--size", type=positive_int, default=SIZE, metavar="PX", help=f"of a view (default: {SIZE})")
     parser.add_argument("--draws", type=positive_int, default=4, metavar="N", help="views of each (default: 4)")
     return parser.parse_args()
 
@@ -53,15 +56,13 @@ from simclr_dali.shards.durable import refusals_named
 from simclr_dali.shards.image import rgb
 from simclr_dali.shards.sources.folder import PICTURE_ENDINGS
 
-SIZE = 224
 RECIPE = Recipe(solarize=0.2)  # what can be drawn must be in the graph
 ALL_STEPS = RECIPE.steps()
-KERNEL = 23  # pixels, a tenth of the view, as the paper's
 _F = torchvision.transforms.functional
 _NEUTRAL = np.array([1.0, 1.0, 1.0, 0.0])
 
 
-def compare(images: list[bytes], draws_per_image: int = 4) -> list[Result]:
+def compare(images: list[bytes], draws_per_image: int = 4, size: int = SIZE) -> list[Result]:
     """Run all stages. A stage that no view qualifies for is left out."""
     pictures = [rgb(data) for data in images for _ in range(draws_per_image)]
     encoded = [data for data in images for _ in range(draws_per_image)]
@@ -69,7 +70,7 @@ def compare(images: list[bytes], draws_per_image: int = 4) -> list[Result]:
     drawn = draw(RECIPE, 0, 0, np.arange(len(pictures)), 0, width, height)
     always = np.ones(len(pictures), np.bool_)
     plain = replace(Draws.neutral(drawn.box), factors=drawn.factors, order=drawn.order, sigma=drawn.sigma)
-    crops = _ours(encoded, plain)
+    crops = _ours(encoded, plain, size)
 
     def only(*factors: int) -> Callable[[Draws], Draws]:
         kept = np.tile(_NEUTRAL, (len(pictures), 1))
@@ -94,14 +95,14 @@ def compare(images: list[bytes], draws_per_image: int = 4) -> list[Result]:
         Stage("solarize", lambda d: replace(d, solarize=always), lambda d, row: [_solarize], 1.0),
         Stage("whole view, as drawn", lambda d: drawn, _whole, None),
     ]
-    reference_crops = np.stack([_reference_crop(*pair) for pair in zip(pictures, drawn.box, strict=True)])
+    reference_crops = np.stack([_reference_crop(*pair, size) for pair in zip(pictures, drawn.box, strict=True)])
     results = [_result(Stage("crop and resize", lambda d: d, lambda d, row: [], 1.0), crops, reference_crops)]
     for stage in stages:
         changed = stage.change(plain)
         rows = [row for row in range(len(crops)) if stage.keep(crops[row], changed, row)]
         if rows:
             theirs = [_reference(crops[row], changed, row, stage.steps(changed, row)) for row in rows]
-            results.append(_result(stage, _ours(encoded, changed)[rows], np.stack(theirs)))
+            results.append(_result(stage, _ours(encoded, changed, size)[rows], np.stack(theirs)))
     return results
 
 
@@ -110,13 +111,13 @@ def _result(stage: Stage, ours: Pixels, theirs: Pixels) -> Result:
     return Result(stage, float(difference.mean()), float(difference.max()), ours, theirs)
 
 
-def _ours(encoded: list[bytes], draws: Draws) -> Pixels:
+def _ours(encoded: list[bytes], draws: Draws, size: int) -> Pixels:
     """Our graph's views, in levels; the normalisation is taken back and its rounding with it."""
 
     def batches() -> Iterator[list[Any]]:
         yield graph.graph_inputs([np.frombuffer(data, np.uint8) for data in encoded], [draws], ALL_STEPS, config)
 
-    config = graph.LoaderConfig(SIZE, torch.device("cpu"), threads=1, prefetch=1)
+    config = graph.LoaderConfig(size, torch.device("cpu"), threads=1, prefetch=1)
     source = batches()
     pipeline = graph.build(lambda: next(source), config, batch=len(encoded), views=1, steps=ALL_STEPS)
     (views,) = pipeline.run()
@@ -132,9 +133,9 @@ def _reference(crop: Pixels, draws: Draws, row: int, steps: list[Step]) -> Pixel
     return 255 * image.permute(1, 2, 0).numpy()
 
 
-def _reference_crop(picture: PIL.Image.Image, box: npt.NDArray[np.float64]) -> Pixels:
+def _reference_crop(picture: PIL.Image.Image, box: npt.NDArray[np.float64], size: int) -> Pixels:
     x0, y0, x1, y1 = (int(side) for side in box)
-    return np.asarray(_F.resized_crop(picture, y0, x0, y1 - y0, x1 - x0, [SIZE, SIZE]), np.float64)
+    return np.asarray(_F.resized_crop(picture, y0, x0, y1 - y0, x1 - x0, [size, size]), np.float64)
 
 
 def _flip(image: torch.Tensor, draws: Draws, row: int) -> torch.Tensor:
@@ -146,7 +147,8 @@ def _gray(image: torch.Tensor, draws: Draws, row: int) -> torch.Tensor:
 
 
 def _blur(image: torch.Tensor, draws: Draws, row: int) -> torch.Tensor:
-    return _F.gaussian_blur(image, [KERNEL, KERNEL], [float(draws.sigma[row])] * 2)
+    kernel = 2 * (image.shape[-1] // 10 // 2) + 1  # pixels, a tenth of the view, as the paper's
+    return _F.gaussian_blur(image, [kernel, kernel], [float(draws.sigma[row])] * 2)
 
 
 def _solarize(image: torch.Tensor, draws: Draws, row: int) -> torch.Tensor:
@@ -207,8 +209,8 @@ def _read(paths: list[Path], most: int) -> list[bytes]:
 
 def main(given: argparse.Namespace) -> None:
     images = _read(given.images, given.most)
-    results = compare(images, given.draws)
-    print(f"{len(images)} images, {given.draws} draws each; differences in levels of 0..255")
+    results = compare(images, given.draws, given.size)
+    print(f"{len(images)} images, {given.draws} draws each, {given.size} px; differences in levels of 0..255")
     print(f"{'':38} views     mean    worst    limit of the mean")
     for result in results:
         limit = "stated only" if result.stage.limit is None else f"{result.stage.limit:g}"

@@ -47,7 +47,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Result:
-    """Both sides of a comparison, float64 (views, SIZE, SIZE, 3) in levels, and how far they are apart."""
+    """Both sides of a comparison, float64 (views, size, size, 3) in levels, and how far they are apart."""
 
     stage: Stage
     mean: float
