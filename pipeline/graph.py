@@ -24,6 +24,9 @@ STD = (58.395, 57.12, 57.375)
 Array = np.ndarray[Any, Any]
 Steps = frozenset[str]
 INTERPOLATIONS = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
+# Pixels. At the border of a crop that is enlarged, resizing mixes in the pixel beside the box, unless the crop was cut
+# out before: an eighth of a view of 32 pixels is such a border, a fiftieth of one of 224, where cutting costs 5 %.
+CUT_OUT_BELOW = 128
 _BLACK, _WHITE = np.float32(0), np.float32(255)
 _NO_BLUR = 0.1  # pixels; the next pixel's weight is then exp(-50)
 _NO_SOLARIZE = 256.0  # levels; no value reaches it
@@ -69,8 +72,13 @@ def view_inputs(draws: Draws, steps: Steps, size: int, conditionals: bool = True
 
     A sample that did not draw a step has neutral values for it; conditionals: and is told by a flag, to skip it.
     """
-    box = draws.box.astype(np.float32)
-    inputs: dict[str, Array] = {"start": box[:, [1, 0]], "end": box[:, [3, 2]], "mirror": draws.flip.astype(np.int32)}
+    start, end = draws.box[:, [1, 0]], draws.box[:, [3, 2]]
+    inputs: dict[str, Array] = {"mirror": draws.flip.astype(np.int32)}
+    if size < CUT_OUT_BELOW:
+        first, last = np.floor(start), np.ceil(end)
+        inputs |= {"first": first.astype(np.int32), "last": last.astype(np.int32)}
+        start, end = start - first, end - first
+    inputs |= {"start": start.astype(np.float32), "end": end.astype(np.float32)}
     if "color" in steps:
         m, n = compose(draws)
         inputs |= {"if color": draws.jitter | draws.gray, "m": m, "n": n}
@@ -135,7 +143,7 @@ def build(
         image = decoded(encoded, on_gpu=config.device_id is not None, region=region)
         if until == "decode":
             return (image,)
-        corner = fn.cast(region[0], dtype=types.FLOAT) if region else np.float32(0)
+        corner = region[0] if region else np.int32(0)  # of what is decoded
         first = [v * len(names) for v in range(views)]
         of_view = [{name: numbers[at + place] for place, name in enumerate(names)} for at in first]
         crops = [_cropped(image, corner, drawn, config) for drawn in of_view]
@@ -153,11 +161,16 @@ def build(
 
 def _cropped(image: Any, corner: Any, drawn: dict[str, Any], config: LoaderConfig) -> Any:
     """The drawn box at the size of a view, in bytes. corner: (y, x) in the stored picture of the decoded part."""
+    if config.size < CUT_OUT_BELOW:
+        image = fn.slice(image, start=drawn["first"] - corner, end=drawn["last"] - corner, axes=[0, 1])
+        start, end = drawn["start"], drawn["end"]
+    else:
+        start, end = drawn["start"] - corner, drawn["end"] - corner
     return fn.resize(
         image,
         size=[config.size, config.size],
-        roi_start=drawn["start"] - corner,
-        roi_end=drawn["end"] - corner,
+        roi_start=start,
+        roi_end=end,
         interp_type=INTERPOLATIONS[config.interpolation],
         antialias=True,
     )

@@ -9,8 +9,9 @@ a limit fail above it, and the exit code is then 1.
 
 Three differences are by construction and are stated, not limited. Hue is a rotation in YIQ here and a shift in HSV
 there; DALI has no operator that goes to HSV and back, so there is no option to have it. torchvision clips after each
-color step, we clip once; without clipping the order of the steps changes nothing. And at the border of a crop that is
-enlarged, DALI mixes in the pixel beside the crop where Pillow repeats the last one inside.
+color step, we clip once; without clipping the order of the steps changes nothing. And in views of 128 pixels and more
+DALI mixes the pixel beside a crop that is enlarged into its border, where Pillow repeats the last one inside; smaller
+views are cut out first (pipeline/graph.py, CUT_OUT_BELOW), as --size shows.
 """
 
 import argparse
