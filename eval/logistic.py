@@ -36,7 +36,8 @@ class Scale:
         mean = all_sum(torch.stack([features[some].double().sum(0) for some in rows]).sum(0)) / count
         squares = torch.stack([(features[some].double() - mean).square().sum(0) for some in rows])
         std = (all_sum(squares.sum(0)) / count).sqrt()
-        constant = std <= 1e-6 * (1 + mean.abs())  # but for the rounding of what computed it
+        # But for the rounding of what computed it. Features of any scale count that float32 can divide by.
+        constant = std <= (1e-6 * mean.abs()).clamp_min(1e-30)
         return Scale(mean.float(), std.float().masked_fill(constant, torch.inf))
 
     def apply(self, features: Tensor) -> Tensor:

@@ -89,7 +89,8 @@ def _unit(z_RD: Tensor) -> Tensor:
 
     Scaling by a power of two is exact.
     """
-    exponent_R = torch.frexp(z_RD.detach().abs().amax(1)).exponent.clamp(-100, 120)
+    limit = 1000 if z_RD.dtype == torch.float64 else 100  # powers of two that the type holds
+    exponent_R = torch.frexp(z_RD.detach().abs().amax(1)).exponent.clamp(-limit, limit)
     return F.normalize(z_RD * torch.ldexp(z_RD.new_ones(len(z_RD)), -exponent_R)[:, None], dim=1)
 
 

@@ -146,14 +146,18 @@ def load_split(data: Path | str, split: str) -> ShardSet:
         )
     shards = read_split(folder)
     for shard in shards.shards:
-        path = folder / shard.name
-        if not path.is_file():
-            raise UserError(f"shard {path} is missing; copy it back or pack the data set again")
-        if path.stat().st_size != shard.bytes:
-            raise UserError(
-                f"shard {path} has {path.stat().st_size} bytes, its manifest says {shard.bytes}; copy it again"
-            )
+        if damage := size_damage(folder / shard.name, shard):
+            raise UserError(damage)
     return shards
+
+
+def size_damage(path: Path, shard: Shard) -> str | None:
+    """A sentence where the tar at ``path`` is missing or of another size than ``shard`` says, else None."""
+    if not path.is_file():
+        return f"shard {path} is missing; copy it back or pack the data set again"
+    if path.stat().st_size != shard.bytes:
+        return f"shard {path} has {path.stat().st_size} bytes, its manifest says {shard.bytes}; copy it again"
+    return None
 
 
 def read_split(folder: Path) -> ShardSet:

@@ -20,7 +20,17 @@ from tqdm import tqdm
 
 from simclr_dali.shards.command_line import parser_of, positive_int
 from simclr_dali.shards.errors import UserError, run_main
-from simclr_dali.shards.manifest import BLOCK, Shard, ShardSet, load_split, member_name, unseal
+from simclr_dali.shards.manifest import (
+    BLOCK,
+    MANIFEST,
+    Shard,
+    ShardSet,
+    load_split,
+    member_name,
+    read_split,
+    size_damage,
+    unseal,
+)
 from simclr_dali.shards.parallel import map_unordered
 from simclr_dali.shards.sources.source import SPLITS
 from simclr_dali.shards.tar import END_OF_ARCHIVE, around_image
@@ -38,7 +48,7 @@ class _Task(NamedTuple):
 
 
 def verify_split(shards: ShardSet, *, full: bool, workers: int = 1, decoder: str = "cpu") -> list[str]:
-    """One sentence per damage in the tars and indexes of a split that ``load_split`` has accepted.
+    """One sentence per damage in the tars and indexes of a split that ``load_split`` or ``read_split`` gave.
 
     Fast: each index has the entries that the sample table implies, and the headers of the first and last sample of
     each tar are sound. full: also the sha256 of each tar, the crc32 of each sample, and whether DALI's ``decoder``
@@ -65,6 +75,9 @@ def _damages(task: _Task) -> Iterator[str]:
     path, rows = task.path, task.rows
     if (rows["shard"] != task.number).any():
         yield f"{path.parent / 'samples.npy'} lists samples of other shards under {path.name}"
+        return
+    if damage := size_damage(path, task.shard):
+        yield damage
         return
     names = []
     with path.open("rb") as tar:
@@ -101,7 +114,6 @@ def _index_damage(path: Path, rows: npt.NDArray[Any], names: list[str | None] | 
             same = words[3] == names[i] and words[7] == f"{Path(str(names[i])).stem}.cls"
         if not same:
             yield f"index {path} is damaged: line {i + 2} does not describe sample {i}"
-            return
 
 
 def _content_damage(task: _Task, names: list[str | None]) -> Iterator[str]:
@@ -125,16 +137,16 @@ def _damage_around_images(task: _Task, data: bytes, names: list[str | None]) -> 
     indexed = _indexed_names(task.path.with_suffix(".idx"), len(task.rows))
     for i, (row, name) in enumerate(zip(task.rows, names, strict=True)):
         known = name or indexed[i]
-        if known is None:
-            continue
+        who = f"sample {i}, {known or 'name unreadable'}"
         at, length = int(row["offset"]), int(row["length"])
-        around = around_image(Path(known).stem, length, int(row["label"]))
+        around = around_image(Path(known or "unknown").stem, length, int(row["label"]))
         label_header_at = at + length + len(around.padding)
         places = (at - BLOCK, at + length, label_header_at, label_header_at + BLOCK)
         for part, expected, start in zip(around._fields, around, places, strict=True):
-            if data[start : start + len(expected)] != expected and not (part == "header" and name is None):
+            named = part in ("padding", "label") or (known is not None and (part != "header" or name is not None))
+            if named and data[start : start + len(expected)] != expected:
                 what = "label's header" if part == "label_header" else part
-                yield f"{task.path}: sample {i}, {known}: its {what}, at offset {start}, is damaged"
+                yield f"{task.path}: {who}: its {what}, at offset {start}, is damaged"
     if not data.endswith(END_OF_ARCHIVE):
         yield f"{task.path}: its end is damaged"
 
@@ -173,7 +185,8 @@ def verify(data: Path, *, full: bool, workers: int = 1, decoder: str = "cpu") ->
     damages: list[str] = []
     for split in found:
         try:
-            damages += verify_split(load_split(data, split), full=full, workers=workers, decoder=decoder)
+            shards = read_split(data / split) if (data / split / MANIFEST).is_file() else load_split(data, split)
+            damages += verify_split(shards, full=full, workers=workers, decoder=decoder)
         except UserError as error:
             damages.append(str(error))
     try:

@@ -46,10 +46,11 @@ def test_the_classifier_is_the_optimum_of_its_objective() -> None:
         assert gradient.abs().max() < 1e-4
 
 
-def test_the_scale_of_a_feature_does_not_matter() -> None:
+@pytest.mark.parametrize(("scale", "shift"), [(50, -3), (1e-8, 0), (1e-20, 0), (1e15, 0)])
+def test_the_scale_of_a_feature_does_not_matter(scale: float, shift: float) -> None:
     features, labels = problem()
     plain = fit_linear(features, labels, 4, 1e-3).layer(features)
-    scaled = features * 50 - 3
+    scaled = features * scale + shift
     assert torch.allclose(fit_linear(scaled, labels, 4, 1e-3).layer(scaled), plain, atol=2e-2)
 
 

@@ -51,6 +51,12 @@ def test_rows_of_any_norm_have_the_loss_and_gradient_of_their_directions(scale: 
     assert gradient.abs().max() > 0.01 and torch.allclose(gradient, of_scaled * scale, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("scale", [1e-200, 1e-60, 1e200, 1e300])
+def test_rows_of_any_norm_of_float64_have_the_loss_of_their_directions(scale: float) -> None:
+    z = embeddings(10).detach()
+    assert torch.allclose(nt_xent(z * scale, 0.1).loss, nt_xent(z, 0.1).loss, rtol=1e-12)
+
+
 def test_scaled_loss_has_a_scaled_gradient() -> None:
     z = embeddings(10)
     (once,), (thrice,) = (torch.autograd.grad(factor * nt_xent(z, 0.1).loss, z) for factor in (1, 3))

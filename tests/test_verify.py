@@ -117,6 +117,40 @@ def test_every_damage_of_a_tar_is_named(small: Path) -> None:
     assert len(damages) == len(wanted)
 
 
+def test_damages_of_several_tars_and_of_several_lines_of_an_index_are_all_named(small: Path) -> None:
+    """A tar is cut; of another, two lines of the index, and header and label of the sample that one of them names."""
+    train = load_split(small, "train")
+    cut = train.folder / train.shards[-1].name
+    first = train.folder / train.shards[0].name
+    assert cut != first
+    row = next(row for row in train.samples if row["shard"] == 0)
+    kept = {path: path.read_bytes() for path in (cut, first, first.with_suffix(".idx"))}
+    label = int(row["offset"]) + -(-int(row["length"]) // 512) * 512 + 512
+    try:
+        cut.write_bytes(kept[cut][:1000])
+        damaged = bytearray(kept[first])
+        damaged[int(row["offset"]) - 300] ^= 1
+        damaged[label] ^= 1
+        first.write_bytes(damaged)
+        lines = kept[first.with_suffix(".idx")].split(b"\n")
+        lines[1], lines[3] = b"x", b"x"
+        first.with_suffix(".idx").write_bytes(b"\n".join(lines))
+        damages = verify(small, full=True)
+    finally:
+        for path, data in kept.items():
+            path.write_bytes(data)
+    wanted = [
+        (str(cut), "has 1000 bytes"),
+        (str(first), "header of sample 0"),
+        (str(first), "sample 0, name unreadable: its label,"),
+        ("index", "line 2"),
+        ("index", "line 4"),
+    ]
+    for words in wanted:
+        assert any(all(word in line for word in words) for line in damages), (words, damages)
+    assert len(damages) == len(wanted)
+
+
 def test_an_image_that_does_not_decode_is_found_though_every_hash_fits(small: Path, tmp_path: Path) -> None:
     """What another packer, or one with --decoder none, let through."""
     folder = tmp_path / "set" / "train" / "a"

@@ -53,14 +53,14 @@ def _read_with_base(name: str, folder: Path | None = None, seen: tuple[Path, ...
         raise UserError(f"{path} is not JSON: {error}") from error
     if not isinstance(raw, dict):
         raise UserError(f"{path} must be a JSON object")
-    if path in seen:
+    if path.resolve() in seen:
         raise UserError(f"{path} is its own base; name another one")
     base = raw.pop("base", None)
     if base is None:
         return path, raw
     if not isinstance(base, str):
         raise UserError(f"{path}: base is {base!r}; give the name of a config")
-    return path, _merged(_read_with_base(base, path.parent, (*seen, path))[1], raw)
+    return path, _merged(_read_with_base(base, path.parent, (*seen, path.resolve()))[1], raw)
 
 
 def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
