@@ -113,13 +113,7 @@ class Evaluation:
             "train_images": len(self.train.shards),
             "val_images": len(self.val.shards),
             "classes": len(self.classes),
-            "image_size": self.image_size,
-            "center_fraction": center_fraction(self.image_size),
-            "encoder": self.source.architecture.encoder.label(),
-            "layout": self.source.layout,
-            **self.encoder.conventions(),
-            "checkpoint": str(self.source.path),
-            "checkpoint_sha256": self.source.sha256,
+            **origin(self.source, self.image_size),
             "checkpoint_step": self.source.step,
             "encoder_sha256": self.encoder_sha256,
             "data": self.data,
@@ -188,6 +182,19 @@ def _set_aside(described: Path, weights: Path, result: dict[str, Any], identity:
     if weights.is_file():
         weights.replace(aside.with_suffix(".pt"))
     described.replace(aside)
+
+
+def origin(source: Pretrained, image_size: int) -> dict[str, Any]:
+    """Which encoder something was computed by, and of which view; what it must be read with."""
+    return {
+        "image_size": image_size,
+        "center_fraction": center_fraction(image_size),
+        "encoder": source.architecture.encoder.label(),
+        "layout": source.layout,
+        **source.encoder.conventions(),
+        "checkpoint": str(source.path),
+        "checkpoint_sha256": source.sha256,
+    }
 
 
 def result_folder(path: Path) -> Path:

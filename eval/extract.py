@@ -50,9 +50,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from simclr_dali.eval.evaluation import cache_of, data_of, image_size_of, open_encoder, own_device
-from simclr_dali.model.pretrained import Pretrained
-from simclr_dali.pipeline.draws import center_fraction
+from simclr_dali.eval.evaluation import cache_of, data_of, image_size_of, open_encoder, origin, own_device
 from simclr_dali.pipeline.graph import LoaderConfig
 from simclr_dali.pipeline.image_files import ImageFiles, central_views_of_files, find_images, refuse_failures
 from simclr_dali.pipeline.loader import central_views
@@ -70,7 +68,7 @@ def main(arguments: argparse.Namespace) -> None:
     encoder = source.encoder.place(device)
     size = image_size_of(chosen, source)
     config = LoaderConfig(size=size, device=device, threads=cores)
-    about = origin(source, size) | {"untrained": arguments.untrained}
+    about = origin(source, size) | {"untrained": arguments.untrained, "pooled": "mean over the feature map"}
     files, paths = None, []
     if arguments.images:
         paths = find_images(arguments.images)
@@ -114,20 +112,6 @@ def main(arguments: argparse.Namespace) -> None:
     print(f"{len(places):,} embeddings of width {encoder.width}: {out}, ids in {out.with_suffix('.ids.json')}")
     if files is not None:
         refuse_failures(files, paths)
-
-
-def origin(source: Pretrained, size: int) -> dict[str, Any]:
-    """What the rows must be read with."""
-    return {
-        "encoder": source.architecture.encoder.label(),
-        "layout": source.layout,
-        **source.encoder.conventions(),
-        "checkpoint": str(source.path),
-        "checkpoint_sha256": source.sha256,
-        "image_size": size,
-        "center_fraction": center_fraction(size),
-        "pooled": "mean over the feature map",
-    }
 
 
 def files_of(out: Path, maps: bool) -> list[Path]:

@@ -62,7 +62,8 @@ from simclr_dali.eval.supervised import micro_batch, state_of, train
 from simclr_dali.model.batchnorm import synchronised
 from simclr_dali.model.encoder import Encoder
 from simclr_dali.model.process import on_rank_0, print_rank_0
-from simclr_dali.pipeline.subset import Ids, class_balanced, ids_of_names
+from simclr_dali.pipeline.order import Ids
+from simclr_dali.pipeline.subset import class_balanced, ids_of_names
 
 EPOCHS_ONE_PERCENT, EPOCHS = 60, 30
 FEW = 0.03  # half way, in proportion, between the paper's 1 % and 10 %: a smaller share gets the epochs of 1 %

@@ -23,8 +23,8 @@ from simclr_dali.model.schedule import learning_rate
 from simclr_dali.pipeline.batch_plan import BatchPlan
 from simclr_dali.pipeline.draws import PROBE
 from simclr_dali.pipeline.loader import TwoViews
-from simclr_dali.pipeline.order import Order
-from simclr_dali.pipeline.subset import Ids, Subset
+from simclr_dali.pipeline.order import Ids, Order
+from simclr_dali.pipeline.subset import Subset
 from simclr_dali.shards.durable import write_durably
 from simclr_dali.shards.errors import UserError
 from simclr_dali.shards.manifest import ShardSet

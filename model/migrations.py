@@ -13,16 +13,21 @@ REMOVED = {
 }
 
 
+def block_of(config: dict[str, Any], path: str) -> tuple[dict[str, Any], str]:
+    """The block of ``config`` that holds the key at ``path`` (empty where there is none), and the key's own name."""
+    *blocks, last = path.split(".")
+    block: Any = config
+    for name in blocks:
+        block = block.get(name, {}) if isinstance(block, dict) else {}
+    return (block if isinstance(block, dict) else {}), last
+
+
 def config(old: dict[str, Any]) -> dict[str, Any]:
     """The config that a checkpoint holds."""
     new = deepcopy(old)
     for path in REMOVED:
-        *blocks, last = path.split(".")
-        block: Any = new
-        for name in blocks:
-            block = block.get(name, {}) if isinstance(block, dict) else {}
-        if isinstance(block, dict):
-            block.pop(last, None)
+        block, last = block_of(new, path)
+        block.pop(last, None)
     simclr = new.get("simclr")
     if isinstance(simclr, dict) and simclr.get("compile") in ("eager", "aot_eager"):  # backends that compile nothing
         simclr["compile"] = "no"

@@ -4,13 +4,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-from simclr_dali.pipeline.order import Order
+from simclr_dali.pipeline.order import Ids, Order
 from simclr_dali.pipeline.subset import SPARSE, Subset
 from simclr_dali.shards.manifest import ShardSet
-
-Ids = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)

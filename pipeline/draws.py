@@ -11,6 +11,7 @@ A step of a view is a field or two of Recipe and of Draws, a word or two, and a 
 computes is in pipeline/graph.py and, by torchvision, in scripts/parity.py; pipeline/views.py says what was drawn.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum, auto
 from itertools import permutations
@@ -167,6 +168,18 @@ def draw(
         solarize=word[:, _Word.SOLARIZE] < recipe.solarize,
         threshold=np.full(len(ids), recipe.solarize_threshold),
     )
+
+
+def draw_views(
+    recipes: Sequence[Recipe],
+    seed: int,
+    epoch: int,
+    ids: npt.NDArray[np.int64],
+    width: npt.NDArray[np.int64],
+    height: npt.NDArray[np.int64],
+) -> list[Draws]:
+    """:func:`draw` of a view by each recipe."""
+    return [draw(recipe, seed, epoch, ids, view, width, height) for view, recipe in enumerate(recipes)]
 
 
 def center_fraction(size: int) -> float:

@@ -14,10 +14,9 @@ import numpy as np
 import torch
 
 from simclr_dali.pipeline.batch_plan import PlannedBatch
-from simclr_dali.pipeline.draws import center
-from simclr_dali.pipeline.draws import center_fraction as default_fraction
 from simclr_dali.pipeline.graph import LoaderConfig
-from simclr_dali.pipeline.reader import Encoded, Ids
+from simclr_dali.pipeline.order import Ids
+from simclr_dali.pipeline.reader import Encoded
 from simclr_dali.pipeline.stream import ViewSource, stream
 from simclr_dali.shards.decode import decoder
 from simclr_dali.shards.errors import UserError
@@ -78,8 +77,7 @@ def central_views_of_files(
 ) -> Iterator[FileViews]:
     """The central view (draws.center) of every usable file, in order; ``files.failures`` names the others."""
     count = len(files.samples)
-    fraction = center_fraction or default_fraction(config.size)
-    source = ViewSource(files.samples, files, lambda plan, width, height: [center(width, height, fraction)])
+    source = ViewSource.centered(files.samples, files, config.size, center_fraction)
     planned = (PlannedBatch(np.arange(at, min(at + batch, count))) for at in range(0, count, batch))
     for _, images in stream(source, planned, config, batch=min(batch, count)):
         places = [int(place) for place in images.ids if int(place) not in files.failures]

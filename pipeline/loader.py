@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from simclr_dali.pipeline.batch_plan import BatchPlan, Ids, PlannedBatch, in_storage_order
-from simclr_dali.pipeline.draws import Draws, Recipe, center, draw
-from simclr_dali.pipeline.draws import center_fraction as default_fraction
+from simclr_dali.pipeline.batch_plan import BatchPlan, PlannedBatch, in_storage_order
+from simclr_dali.pipeline.draws import Recipe
 from simclr_dali.pipeline.files import Split
-from simclr_dali.pipeline.graph import LoaderConfig, Steps
+from simclr_dali.pipeline.graph import LoaderConfig
+from simclr_dali.pipeline.order import Ids
 from simclr_dali.pipeline.reader import SampleReader
 from simclr_dali.pipeline.stream import Batch, ViewSource, stream
 from simclr_dali.shards.errors import UserError
@@ -51,12 +51,8 @@ class TwoViews(Iterator[Batch]):
     def __next__(self) -> Batch:
         if self._stream is None:
             self._reader = SampleReader(self._split, self._max_bad_fraction)
-            source = ViewSource(
-                self._split.shards.samples,
-                self._reader,
-                lambda plan, width, height: _drawn(self._recipes, self._plan.order.seed, plan, width, height),
-                len(self._recipes),
-                _steps(self._recipes),
+            source = ViewSource.augmented(
+                self._split.shards.samples, self._reader, self._recipes, self._plan.order.seed
             )
             rest = replace(self._plan, start=self._position)
             self._stream = stream(source, rest.batches(), self._config, batch=self._plan.images)
@@ -116,12 +112,8 @@ def central_views(
     wanted = np.arange(len(split.shards)) if ids is None else ids
     if not len(wanted):
         return _without_plans(_nothing())
-    fraction = center_fraction or default_fraction(config.size)
-    source = ViewSource(
-        split.shards.samples,
-        SampleReader(split, max_bad_fraction),
-        lambda plan, width, height: [center(width, height, fraction)],
-    )
+    reader = SampleReader(split, max_bad_fraction)
+    source = ViewSource.centered(split.shards.samples, reader, config.size, center_fraction)
     planned = in_storage_order(split.shards, wanted, batch)
     return _without_plans(stream(source, planned, config, batch=min(batch, len(wanted))))
 
@@ -145,26 +137,12 @@ def views_in_epoch(
     max_bad_fraction: float = 0.0,
 ) -> Batch:
     """The views of samples ``ids`` as ``epoch`` of a run with ``seed`` draws them."""
-    source = ViewSource(
-        split.shards.samples,
-        SampleReader(split, max_bad_fraction),
-        lambda plan, width, height: _drawn(recipes, seed, plan, width, height),
-        len(recipes),
-        _steps(recipes),
-    )
+    source = ViewSource.augmented(split.shards.samples, SampleReader(split, max_bad_fraction), recipes, seed)
     shards = np.unique(split.shards.samples["shard"][ids]).tolist()
     made = stream(source, [PlannedBatch(ids, epoch, current=shards)], config, batch=len(ids))
     _, batch = next(made)
     made.close()
     return batch
-
-
-def _drawn(recipes: Sequence[Recipe], seed: int, plan: PlannedBatch, width: Ids, height: Ids) -> list[Draws]:
-    return [draw(recipe, seed, plan.epoch, plan.ids, view, width, height) for view, recipe in enumerate(recipes)]
-
-
-def _steps(recipes: Sequence[Recipe]) -> Steps:
-    return frozenset().union(*(recipe.steps() for recipe in recipes))
 
 
 def _nothing() -> Generator[tuple[PlannedBatch, Batch], None, None]:

@@ -13,10 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 from simclr_dali.pipeline.files import Split
+from simclr_dali.pipeline.order import Ids
 from simclr_dali.shards.errors import UserError
 
 Encoded = npt.NDArray[np.uint8]
-Ids = npt.NDArray[np.int64]
 Plan = TypeVar("Plan")
 Prepared = TypeVar("Prepared")
 

@@ -6,14 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from simclr_dali.pipeline.draws import Draws, Recipe, draw
+from simclr_dali.pipeline.draws import Draws, Recipe, draw_views
+from simclr_dali.pipeline.order import Ids
 from simclr_dali.shards.durable import write_durably
 from simclr_dali.shards.errors import UserError
 from simclr_dali.shards.manifest import ShardSet
-
-Ids = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -39,10 +37,7 @@ class Replay:
         """What each view drew. shown: the samples that stood in for damaged ones, and those that did not."""
         rows = shards.samples[self.ids if shown is None else shown]
         width, height = rows["width"].astype(np.int64), rows["height"].astype(np.int64)
-        return [
-            draw(recipe, self.seed, self.epoch, self.ids, view, width, height)
-            for view, recipe in enumerate(self.recipes)
-        ]
+        return draw_views(self.recipes, self.seed, self.epoch, self.ids, width, height)
 
 
 def write(path: Path, replay: Replay, shards: ShardSet) -> None:

@@ -4,7 +4,7 @@ Legend: n = images per batch of this process, V = views.
 """
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -13,10 +13,11 @@ import numpy.typing as npt
 import torch
 
 from simclr_dali.pipeline import graph
-from simclr_dali.pipeline.batch_plan import Ids, PlannedBatch
-from simclr_dali.pipeline.draws import Draws
+from simclr_dali.pipeline.batch_plan import PlannedBatch
+from simclr_dali.pipeline.draws import Draws, Recipe, center, center_fraction, draw_views
 from simclr_dali.pipeline.graph import LoaderConfig, Steps
 from simclr_dali.pipeline.memory import Recycled, keep_freed_memory
+from simclr_dali.pipeline.order import Ids
 from simclr_dali.pipeline.reader import Reader, map_ahead
 
 # Batches (or micro-batches) by which the host may be ahead of a GPU; the views of each are in its memory.
@@ -46,6 +47,22 @@ class ViewSource:
     views: int = 1
     steps: Steps = frozenset()
     """What any view can draw (Recipe.steps)."""
+
+    @staticmethod
+    def augmented(samples: npt.NDArray[Any], reader: Reader, recipes: Sequence[Recipe], seed: int) -> "ViewSource":
+        """A view by each recipe, as a run with ``seed`` draws them."""
+
+        def drawn(plan: PlannedBatch, width: Ids, height: Ids) -> list[Draws]:
+            return draw_views(recipes, seed, plan.epoch, plan.ids, width, height)
+
+        steps = frozenset[str]().union(*(recipe.steps() for recipe in recipes))
+        return ViewSource(samples, reader, drawn, len(recipes), steps)
+
+    @staticmethod
+    def centered(samples: npt.NDArray[Any], reader: Reader, size: int, fraction: float | None) -> "ViewSource":
+        """The central view of ``size`` pixels; fraction: None for the usual one (draws.center_fraction)."""
+        seen = fraction or center_fraction(size)
+        return ViewSource(samples, reader, lambda plan, width, height: [center(width, height, seen)])
 
 
 def stream(

@@ -8,13 +8,12 @@ import numpy as np
 import numpy.typing as npt
 
 from simclr_dali.pipeline.files import Split
-from simclr_dali.pipeline.order import Order
+from simclr_dali.pipeline.order import Ids, Order
 from simclr_dali.pipeline.philox import SUBSET, permutation
 from simclr_dali.shards.errors import UserError
 from simclr_dali.shards.manifest import ShardSet, member_name
 from simclr_dali.shards.tar import key_of
 
-Ids = npt.NDArray[np.int64]
 # Below this share of a set its samples are read one by one; above, whole shards are fetched ahead.
 SPARSE = 0.25
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from simclr_dali.shards.durable import refusals_named, sync_folder, write_durably
 from simclr_dali.shards.errors import UserError
-from simclr_dali.shards.manifest import unseal
+from simclr_dali.shards.manifest import MANIFEST, unseal
 from simclr_dali.shards.sources.source import SPLITS, Source
 
 _FINISHED = "another process has just finished {out}; look at it with simclr-dali show {out}"
@@ -30,7 +30,7 @@ def is_finished(out: Path, made_with: dict[str, Any]) -> bool:
     """Whether ``out`` is this very pack, complete; raises UserError where something else lies there."""
     if not out.exists():
         return False
-    manifests = [out / split / "manifest.json" for split in SPLITS if (out / split / "manifest.json").is_file()]
+    manifests = [out / split / MANIFEST for split in SPLITS if (out / split / MANIFEST).is_file()]
     if not manifests:
         raise UserError(f"{out} exists and is not a packed data set; choose another target or remove it")
     try:

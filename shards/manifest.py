@@ -139,11 +139,6 @@ def load_split(data: Path | str, split: str) -> ShardSet:
     Raises UserError where the folder is not a packed split or a file is missing, cut or swapped.
     """
     folder = Path(data) / split
-    if not (folder / MANIFEST).is_file():
-        raise UserError(
-            f"no packed split {split!r} in {data} ({folder / MANIFEST} is missing); pack it first: "
-            f"scripts/make_shards.sh IMAGES {data}"
-        )
     shards = read_split(folder)
     for shard in shards.shards:
         if damage := size_damage(folder / shard.name, shard):
@@ -163,9 +158,14 @@ def size_damage(path: Path, shard: Shard) -> str | None:
 def read_split(folder: Path) -> ShardSet:
     """Read the description in ``folder``, whether or not the tars lie beside it.
 
-    Raises UserError where manifest or table are damaged or of another version.
+    Raises UserError where there is none, or manifest or table are damaged or of another version.
     """
     manifest_path = folder / MANIFEST
+    if not manifest_path.is_file():
+        raise UserError(
+            f"no packed split {folder.name!r} in {folder.parent} ({manifest_path} is missing); pack it first: "
+            f"scripts/make_shards.sh IMAGES {folder.parent}"
+        )
     raw = manifest_path.read_bytes()
     try:
         manifest = unseal(raw)

@@ -13,8 +13,8 @@ from simclr_dali.pipeline.files import LocalFiles
 from simclr_dali.pipeline.graph import LoaderConfig
 from simclr_dali.pipeline.loader import central_views
 from simclr_dali.pipeline.memory import Recycled
-from simclr_dali.pipeline.order import Order
-from simclr_dali.pipeline.reader import Encoded, Ids, SampleReader, map_ahead
+from simclr_dali.pipeline.order import Ids, Order
+from simclr_dali.pipeline.reader import Encoded, SampleReader, map_ahead
 from simclr_dali.pipeline.stream import Batch
 from simclr_dali.shards.errors import UserError
 from simclr_dali.shards.manifest import ShardSet, load_split

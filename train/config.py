@@ -76,8 +76,12 @@ def _described(name: Any, values: dict[str, Any]) -> Description:
         first = error.errors()[0]
         if first["type"] == "value_error":  # the description's own
             raise first["ctx"]["error"] from None
-        key, message = ".".join(map(str, first["loc"])), first["msg"]
-        raise ValueError(f"{key} is {first['input']!r}: {message[0].lower()}{message[1:]}") from error
+        raise ValueError(wrong_value(".".join(map(str, first["loc"])), first)) from error
+
+
+def wrong_value(key: str, detail: Any) -> str:
+    """What is wrong with the value of ``key``, in the words of one of pydantic's errors()."""
+    return f"{key} is {detail['input']!r}: {detail['msg'][0].lower()}{detail['msg'][1:]}"
 
 
 class Views(Recipe):

@@ -11,7 +11,7 @@ import pydantic
 
 from simclr_dali.model import migrations
 from simclr_dali.shards.errors import UserError
-from simclr_dali.train.config import LR_RULES, Config
+from simclr_dali.train.config import LR_RULES, Config, wrong_value
 
 PRESETS = Path(__file__).resolve().parent / "configs"
 
@@ -74,11 +74,9 @@ def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 def _refuse_removed(path: Path, raw: dict[str, Any]) -> None:
     for removed, why in migrations.REMOVED.items():
-        block: Any = raw
-        for key in removed.split("."):
-            block = block.get(key, {}) if isinstance(block, dict) else {}
-        if block != {}:
-            raise UserError(f"{path}: {removed} is {block!r}, which there is no more ({why}); remove it")
+        block, key = migrations.block_of(raw, removed)
+        if key in block:
+            raise UserError(f"{path}: {removed} is {block[key]!r}, which there is no more ({why}); remove it")
 
 
 def _read(name: str, folder: Path | None) -> tuple[Path, str]:
@@ -153,4 +151,4 @@ def _sentence(error: pydantic.ValidationError) -> str:
         return f"key {key!r} is missing"
     if first["type"] == "value_error":  # ours, which begins with the key inside of its block
         return f"{key}.{first['ctx']['error']}" if key else str(first["ctx"]["error"])
-    return f"{key} is {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
+    return wrong_value(key, first)

@@ -14,7 +14,8 @@ from simclr_dali.model.neighbours import accuracies
 from simclr_dali.model.process import on_rank_0, print_now
 from simclr_dali.pipeline.features import Features, extract, share
 from simclr_dali.pipeline.graph import LoaderConfig
-from simclr_dali.pipeline.subset import Ids, class_balanced
+from simclr_dali.pipeline.order import Ids
+from simclr_dali.pipeline.subset import class_balanced
 from simclr_dali.shards.durable import refusals_named
 from simclr_dali.shards.errors import UserError
 from simclr_dali.train.job import Job

@@ -68,9 +68,7 @@ def train(
                 saver.refuse_failure()
             if save_now:
                 watchdog.at(f"step {step}, its checkpoint")
-                if not all_finite(engine.module, optimizer):  # the last step's update came after its loss
-                    reporter.refuse(step, "weights are not finite", saver.last_kept)
-                begin_checkpoint(job, engine.module, optimizer, saver, done, keep_forever)
+                begin_checkpoint(job, engine.module, optimizer, saver, reporter, done, keep_forever)
             if knn.due(done) and not leave:  # after a stop, the check is made when the run goes on
                 knn.check(engine.module, done)
                 reporter.paused()
@@ -87,14 +85,15 @@ def train(
 
 
 def report_end(job: Job, first_step: int, done: int, seconds: float) -> None:
-    """Say where the run stands, and write that it is finished where it is."""
+    """Say where the run stands, and write that it is finished where it is; all of it on rank 0."""
+    if job.process.rank:
+        return
     speed = run_speed(job.run, job.config.train_batch_size, first_step)[1]
-    print_rank_0(
-        job.process,
+    print_now(
         f"{done - first_step} steps in {seconds:.1f} s, {speed:,.0f} images/s; {job.run} is at step {done} of "
         f"{job.total_steps}",
     )
-    if job.process.rank == 0 and done == job.total_steps:
+    if done == job.total_steps:
         write_finished(job)
 
 
@@ -113,9 +112,20 @@ def reporter_of(job: Job, loss: Loss, first_step: int) -> Reporter:
 
 
 def begin_checkpoint(
-    job: Job, model: torch.nn.Module, optimizer: torch.optim.Optimizer, saver: Saver, done: int, keep_forever: bool
+    job: Job,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    saver: Saver,
+    reporter: Reporter,
+    done: int,
+    keep_forever: bool,
 ) -> None:
-    """Have the state after ``done`` steps written. All ranks call it; raises UserError where their weights differ."""
+    """Have the state after ``done`` steps written. All ranks call it.
+
+    Raises UserError where weights are not finite, or differ between the ranks.
+    """
+    if not all_finite(model, optimizer):  # the last step's update came after its loss
+        reporter.refuse(done - 1, "weights are not finite", saver.last_kept)
     refuse_drift(model, job.process, done)
     if job.process.rank == 0:
         state = state_of(model, optimizer, job.config, job.split.shards, done)

@@ -154,10 +154,10 @@ class Reporter:
         print_now(f"\r\033[K{text}" if sys.stdout.isatty() else text, end="" if sys.stdout.isatty() else "\n")
 
     def _line(self, step: int, lr: float, row: dict[str, float]) -> dict[str, float]:
-        loss, norm = row["loss"], row["gradient_norm"]
-        metrics = self._derived({name: row[name] for name in self._names[1:-1]})
+        metrics = dict(row)
+        loss, norm = metrics.pop("loss"), metrics.pop("gradient_norm")
         epoch = step // self._steps_per_epoch
-        return {"step": step, "epoch": epoch, "lr": lr, "loss": loss, **metrics, "gradient_norm": norm}
+        return {"step": step, "epoch": epoch, "lr": lr, "loss": loss, **self._derived(metrics), "gradient_norm": norm}
 
 
 def _is_finite(row: dict[str, float]) -> bool:

@@ -74,7 +74,7 @@ from simclr_dali.train.job import Job, build_order
 from simclr_dali.train.knn_monitor import KnnMonitor
 from simclr_dali.train.lock import lock_run
 from simclr_dali.train.loop import train, write_finished
-from simclr_dali.train.resume import PER_MACHINE, flatten, resume
+from simclr_dali.train.resume import PER_MACHINE, resume, settings
 from simclr_dali.train.stopping import StopRequest
 from simclr_dali.train.watchdog import Watchdog
 
@@ -130,13 +130,9 @@ def run_locked(run: Path, process: Process) -> Iterator[None]:
 
 def refuse_differences(config: Config, shards: ShardSet, process: Process) -> None:
     """All ranks must have read the same settings and the same data set, each from its own machine's files."""
-    settings = {
-        key: value
-        for key, value in flatten(config.model_dump(mode="json")).items()
-        if key not in PER_MACHINE and not key.startswith("simclr.about.")
-    }
     everywhere: list[Any] = [None] * process.world
-    dist.all_gather_object(everywhere, {**settings, "the manifest of the data": shards.fingerprint})
+    own = {**settings(config, PER_MACHINE), "the manifest of the data": shards.fingerprint}
+    dist.all_gather_object(everywhere, own)
     for rank, there in enumerate(everywhere):
         for key, value in everywhere[0].items():
             if there.get(key) != value:

@@ -1,6 +1,7 @@
 """What a run keeps to go on with, and going on with it."""
 
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -96,10 +97,8 @@ def refuse_other_settings(run: Path, found: checkpoint.Checkpoint, config: Confi
             f"{found.path} has a config that this version does not read ({reason}); go on with the version that wrote "
             "it, or give another --run"
         ) from error
-    then, now = flatten(old.model_dump(mode="json")), flatten(config.model_dump(mode="json"))
+    then, now = settings(old, MAY_CHANGE_ON_RESUME), settings(config, MAY_CHANGE_ON_RESUME)
     for key in sorted(then.keys() | now.keys()):
-        if key in MAY_CHANGE_ON_RESUME or key.startswith("simclr.about"):
-            continue
         if then.get(key) != now.get(key):
             raise UserError(
                 f"{run} was made with {key} = {then.get(key)!r}, this command gives {now.get(key)!r}; give another "
@@ -107,11 +106,17 @@ def refuse_other_settings(run: Path, found: checkpoint.Checkpoint, config: Confi
             )
 
 
-def flatten(block: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def settings(config: Config, but: Collection[str]) -> dict[str, Any]:
+    """The fields of ``config`` by their path, but for some and for what it says of itself, which decides nothing."""
+    fields = _flat(config.model_dump(mode="json"))
+    return {key: value for key, value in fields.items() if key not in but and not key.startswith("simclr.about.")}
+
+
+def _flat(block: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"a": {"b": 1}} -> {"a.b": 1}"""
     flat: dict[str, Any] = {}
     for key, value in block.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
 
 

@@ -51,7 +51,7 @@ import torch
 
 from simclr_dali.pipeline import graph
 from simclr_dali.pipeline.batch_plan import BatchPlan
-from simclr_dali.pipeline.draws import Recipe, draw
+from simclr_dali.pipeline.draws import Recipe, draw_views
 from simclr_dali.pipeline.files import Split
 from simclr_dali.pipeline.graph import LoaderConfig
 from simclr_dali.pipeline.loader import TwoViews
@@ -87,9 +87,7 @@ def measure(split: Split, config: LoaderConfig, *, batch: int, images: int, roun
     for some in ids:
         rows = shards.samples[some]
         size = rows["width"].astype(np.int64), rows["height"].astype(np.int64)
-        batches_read.append(
-            (reader.read(some)[0], [draw(Recipe(), order.seed, 0, some, view, *size) for view in range(2)])
-        )
+        batches_read.append((reader.read(some)[0], draw_views([Recipe()] * 2, order.seed, 0, some, *size)))
     reader.close()
 
     before = 0.0
