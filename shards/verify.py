@@ -10,6 +10,7 @@ import hashlib
 import os
 import sys
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -68,6 +69,7 @@ def _damages(task: _Task) -> Iterator[str]:
         return
     if damage := size_damage(path, task.shard):
         yield damage
+        yield from _index_damage(path.with_suffix(".idx"), rows, None)
         return
     names = []
     with path.open("rb") as tar:
@@ -76,13 +78,21 @@ def _damages(task: _Task) -> Iterator[str]:
             if name is None:
                 yield f"{path}: the header of sample {i}, before offset {rows[i]['offset']}, is damaged"
             names.append(name)
-    yield from _index_damage(path.with_suffix(".idx"), rows, names if task.full else None)
-    if task.full:
-        yield from _content_damage(task, names)
+    if not task.full:
+        yield from _index_damage(path.with_suffix(".idx"), rows, None)
+        return
+    keys = _keys(task, names)
+    yield from _index_damage(path.with_suffix(".idx"), rows, keys)
+    yield from _content_damage(task, names, keys)
 
 
-def _index_damage(path: Path, rows: npt.NDArray[Any], names: list[str | None] | None) -> Iterator[str]:
-    """Compare a DALI index with the sample table, and with the member names where they are known."""
+def _label_at(row: Any) -> int:
+    """Offset of a sample's label, which follows the image's padding and a header."""
+    return int(row["offset"]) + -(-int(row["length"]) // BLOCK) * BLOCK + BLOCK
+
+
+def _index_damage(path: Path, rows: npt.NDArray[Any], keys: list[str | None] | None) -> Iterator[str]:
+    """Compare a DALI index with the sample table, and with the samples' keys where they are known."""
     if not path.is_file():
         yield f"index {path} is missing"
         return
@@ -95,18 +105,18 @@ def _index_damage(path: Path, rows: npt.NDArray[Any], names: list[str | None] | 
         yield f"index {path} is damaged: it should list {len(rows)} samples"
         return
     for i, (line, row) in enumerate(zip(lines, rows, strict=False)):
-        label_at = int(row["offset"]) + -(-int(row["length"]) // BLOCK) * BLOCK + BLOCK
+        label_at = _label_at(row)
         label_length = len(str(row["label"]))
         words = line.split(" ")
         expected = ["jpg", row["offset"], row["length"], None, "cls", label_at, label_length, None]
         same = len(words) == 8 and all(e is None or str(e) == w for e, w in zip(expected, words, strict=True))
-        if same and names is not None and names[i] is not None:
-            same = words[3] == names[i] and words[7] == f"{Path(str(names[i])).stem}.cls"
+        if same and keys is not None and keys[i] is not None:
+            same = words[3] == f"{keys[i]}.jpg" and words[7] == f"{keys[i]}.cls"
         if not same:
             yield f"index {path} is damaged: line {i + 2} does not describe sample {i}"
 
 
-def _content_damage(task: _Task, names: list[str | None]) -> Iterator[str]:
+def _content_damage(task: _Task, names: list[str | None], keys: list[str | None]) -> Iterator[str]:
     data = task.path.read_bytes()
     spans = [(int(row["offset"]), int(row["offset"]) + int(row["length"])) for row in task.rows]
     sound = [zlib.crc32(data[start:end]) == row["crc32"] for (start, end), row in zip(spans, task.rows, strict=True)]
@@ -116,41 +126,48 @@ def _content_damage(task: _Task, names: list[str | None]) -> Iterator[str]:
             what = "its bytes are damaged" if not sound[i] else "it does not decode to its size"
             yield f"{task.path}: sample {i}, {names[i] or 'name unreadable'}, at offset {start}: {what}"
     if hashlib.sha256(data).hexdigest() != task.shard.sha256:
-        others = list(_damage_around_images(task, data, names))
+        others = list(_damage_around_images(task, data, names, keys))
         yield from others
         if not others and all(sound) and all(names):
             yield f"{task.path}: its sha256 is not its manifest's, though all that it holds is as it should be"
 
 
-def _damage_around_images(task: _Task, data: bytes, names: list[str | None]) -> Iterator[str]:
+def _damage_around_images(task: _Task, data: bytes, names: list[str | None], keys: list[str | None]) -> Iterator[str]:
     """Name each header, padding and label that is not what the packer wrote; unreadable headers were named before."""
-    indexed = _indexed_names(task.path.with_suffix(".idx"), len(task.rows))
-    for i, (row, name) in enumerate(zip(task.rows, names, strict=True)):
-        known = name or indexed[i]
-        who = f"sample {i}, {known or 'name unreadable'}"
+    for i, (row, name, key) in enumerate(zip(task.rows, names, keys, strict=True)):
+        who = f"sample {i}, {f'{key}.jpg' if key else 'name unreadable'}"
         at, length = int(row["offset"]), int(row["length"])
-        around = around_image(Path(known or "unknown").stem, length, int(row["label"]))
-        label_header_at = at + length + len(around.padding)
-        places = (at - BLOCK, at + length, label_header_at, label_header_at + BLOCK)
+        around = around_image(key or "", length, int(row["label"]))
+        label_at = _label_at(row)
+        places = (at - BLOCK, at + length, label_at - BLOCK, label_at)
         for part, expected, start in zip(around._fields, around, places, strict=True):
-            # An unreadable header was named before; a label's cannot be compared where nobody knows the name in it.
-            skip = name is None if part == "header" else part == "label_header" and known is None
-            if not skip and data[start : start + len(expected)] != expected:
+            if data[start : start + len(expected)] != expected and not (part == "header" and name is None):
                 what = "label's header" if part == "label_header" else part
                 yield f"{task.path}: {who}: its {what}, at offset {start}, is damaged"
     if not data.endswith(END_OF_ARCHIVE):
         yield f"{task.path}: its end is damaged"
 
 
-def _indexed_names(path: Path, count: int) -> list[str | None]:
-    """The names of a shard's images by its index, None where it does not say them."""
+def _keys(task: _Task, names: list[str | None]) -> list[str | None]:
+    """The key of each sample as most of image header, label header and index say it; of a tie, the first of these.
+
+    names: those in the image headers. None where none of the three can be read.
+    """
     try:
-        lines = path.read_text("ascii").split("\n")[1:-1]
+        lines = task.path.with_suffix(".idx").read_text("ascii").split("\n")[1:-1]
     except (OSError, UnicodeDecodeError):
         lines = []
-    words = [line.split(" ") for line in lines]
-    found = [line[3] if len(line) == 8 else None for line in words]
-    return found if len(found) == count else [None] * count
+    indexed: list[list[str] | None] = [words if len(words := line.split(" ")) == 8 else None for line in lines]
+    if len(indexed) != len(task.rows):
+        indexed = [None] * len(task.rows)
+    keys = []
+    with task.path.open("rb") as tar:
+        for row, name, words in zip(task.rows, names, indexed, strict=True):
+            label_at = _label_at(row)
+            said = [name, member_name(tar, label_at, len(str(row["label"]))), *([words[3], words[7]] if words else [])]
+            votes = Counter(word.rpartition(".")[0] for word in said if word)
+            keys.append(votes.most_common(1)[0][0] if votes else None)
+    return keys
 
 
 def _decodes(task: _Task, images: list[bytes], sound: list[bool]) -> list[bool]:
@@ -197,7 +214,7 @@ def main() -> None:
     damages = verify(given.data, full=given.full, workers=given.workers if given.full else 1, decoder=given.decoder)
     for damage in damages:
         print(damage)
-    print(f"{given.data}: {len(damages)} damages found" if damages else f"{given.data} is sound")
+    print(f"{given.data}: {len(damages)} damage{'s' * (len(damages) != 1)} found" if damages else f"{given.data} is sound")
     sys.exit(1 if damages else 0)
 
 

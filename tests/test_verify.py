@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from simclr_dali.shards.manifest import load_split
+from simclr_dali.shards.manifest import load_split, member_name
 from simclr_dali.shards.pack import pack
 from simclr_dali.shards.plan import Options
 from simclr_dali.shards.verify import verify
@@ -125,6 +125,8 @@ def test_damages_of_several_tars_and_of_several_lines_of_an_index_are_all_named(
     assert cut != first
     row = next(row for row in train.samples if row["shard"] == 0)
     kept = {path: path.read_bytes() for path in (cut, first, first.with_suffix(".idx"))}
+    with first.open("rb") as tar:
+        train_key = str(member_name(tar, int(row["offset"]), int(row["length"]))).removesuffix(".jpg")
     label = int(row["offset"]) + -(-int(row["length"]) // 512) * 512 + 512
     try:
         cut.write_bytes(kept[cut][:1000])
@@ -142,13 +144,55 @@ def test_damages_of_several_tars_and_of_several_lines_of_an_index_are_all_named(
     wanted = [
         (str(cut), "has 1000 bytes"),
         (str(first), "header of sample 0"),
-        (str(first), "sample 0, name unreadable: its label,"),
+        (str(first), f"{train_key}.jpg: its label,"),
         ("index", "line 2"),
         ("index", "line 4"),
     ]
     for words in wanted:
         assert any(all(word in line for word in words) for line in damages), (words, damages)
     assert len(damages) == len(wanted)
+
+
+def test_of_names_that_differ_the_odd_one_is_damaged(small: Path) -> None:
+    """Image header, label header and index name a sample; whichever is alone is named, and no sound neighbour."""
+    shards = load_split(small, "train")
+    path = shards.folder / shards.shards[0].name
+    index = path.with_suffix(".idx")
+    row = next(row for row in shards.samples if row["shard"] == 0)
+    label_header = int(row["offset"]) + -(-int(row["length"]) // 512) * 512
+    whole, lines = path.read_bytes(), index.read_bytes().split(b"\n")
+    words = lines[1].split(b" ")
+    renamed = b"\n".join([lines[0], b" ".join([*words[:3], b"9" + words[3][1:], *words[4:]]), *lines[2:]])
+    image_header = int(row["offset"]) - 512
+
+    def swapped(at: int) -> bytes:
+        """Two letters of the name change places, which the header's checksum does not see."""
+        name = bytearray(whole)
+        other = next(place for place in range(at, at + 100) if whole[place] != whole[at])
+        name[at], name[other] = name[other], name[at]
+        return bytes(name)
+
+    def broken(*at: int) -> bytes:
+        return bytes(byte ^ (place in at) for place, byte in enumerate(whole))
+
+    cases = [
+        (swapped(image_header), index.read_bytes(), ["its header,"]),
+        (swapped(label_header), index.read_bytes(), ["its label's header,"]),
+        (broken(image_header + 130), renamed, ["header of sample 0", "line 2"]),
+        (broken(image_header + 130, label_header + 130), b"", ["header of sample 0", "its label's header", "index"]),
+        (whole[:1000], renamed.replace(b"cls", b"cla", 1), ["has 1000 bytes", "line 2"]),
+    ]
+    kept = index.read_bytes()
+    for tar, idx, wanted in cases:
+        try:
+            path.write_bytes(tar)
+            index.write_bytes(idx)
+            damages = verify(small, full=True)
+        finally:
+            path.write_bytes(whole)
+            index.write_bytes(kept)
+        assert len(damages) == len(wanted), damages
+        assert all(any(words in line for line in damages) for words in wanted), damages
 
 
 def test_an_image_that_does_not_decode_is_found_though_every_hash_fits(small: Path, tmp_path: Path) -> None:
