@@ -157,14 +157,15 @@ def _keys(task: _Task, names: list[str | None]) -> list[str | None]:
         lines = task.path.with_suffix(".idx").read_text("ascii").split("\n")[1:-1]
     except (OSError, UnicodeDecodeError):
         lines = []
-    indexed: list[list[str] | None] = [words if len(words := line.split(" ")) == 8 else None for line in lines]
+    split_lines = [text.split(" ") for text in lines]
+    indexed = [words if len(words) == 8 else None for words in split_lines]
     if len(indexed) != len(task.rows):
         indexed = [None] * len(task.rows)
     keys = []
     with task.path.open("rb") as tar:
-        for row, name, words in zip(task.rows, names, indexed, strict=True):
+        for row, name, line in zip(task.rows, names, indexed, strict=True):
             label_at = _label_at(row)
-            said = [name, member_name(tar, label_at, len(str(row["label"]))), *([words[3], words[7]] if words else [])]
+            said = [name, member_name(tar, label_at, len(str(row["label"]))), *([line[3], line[7]] if line else [])]
             votes = Counter(word.rpartition(".")[0] for word in said if word)
             keys.append(votes.most_common(1)[0][0] if votes else None)
     return keys
@@ -214,7 +215,8 @@ def main() -> None:
     damages = verify(given.data, full=given.full, workers=given.workers if given.full else 1, decoder=given.decoder)
     for damage in damages:
         print(damage)
-    print(f"{given.data}: {len(damages)} damage{'s' * (len(damages) != 1)} found" if damages else f"{given.data} is sound")
+    count = f"{len(damages)} damage{'' if len(damages) == 1 else 's'} found"
+    print(f"{given.data}: {count}" if damages else f"{given.data} is sound")
     sys.exit(1 if damages else 0)
 
 
