@@ -214,6 +214,12 @@ def open_evaluation(
     source = open_encoder(chosen)
     address = data_of(data, source)
     train, val = (open_split(address, split, cache_of(data)) for split in ("train", "val"))
+    for split in (train, val):
+        if not split.shards.classes:
+            raise UserError(
+                f"{split.shards.split} of {address} has no labels, which this evaluation needs; give a set that has "
+                f"them with --data"
+            )
     if train.shards.classes != val.shards.classes:
         raise UserError(f"train and val of {address} name different classes; pack them together")
     if source.layout != OURS:

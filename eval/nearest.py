@@ -48,6 +48,7 @@ from simclr_dali.pipeline.graph import LoaderConfig
 from simclr_dali.pipeline.image_files import ImageFiles, central_views_of_files, find_images, refuse_failures
 from simclr_dali.pipeline.reader import Encoded, SampleReader
 from simclr_dali.pipeline.remote import open_split
+from simclr_dali.pipeline.subset import keys
 from simclr_dali.shards.durable import refusals_named
 from simclr_dali.shards.image import rgb
 from simclr_dali.shards.show import save
@@ -79,7 +80,9 @@ def main(arguments: argparse.Namespace) -> None:
     if places:
         bank = extract(encoder, split, config, batch=arguments.batch)
         cosines, found = (part.cpu() for part in nearest(bank.features, torch.cat(embeddings), arguments.count))
-        names = [split.shards.classes[label] for label in split.shards.samples["label"]]
+        # Where there are no labels, neighbours are known by what they are called in the tars.
+        labels = split.shards.samples["label"].tolist()
+        names = [split.shards.class_name(label) for label in labels] if split.shards.classes else keys(split)
         for place, ids, of_row in zip(places, found.tolist(), cosines.tolist(), strict=True):
             alike = ", ".join(f"{names[sample]} {cosine:.3f}" for sample, cosine in zip(ids, of_row, strict=True))
             print(f"{paths[place]}: {alike}")

@@ -4,7 +4,7 @@ Each file becomes what the packer would store (shards.image): its own bytes wher
 otherwise. So a picture gives the same view here and out of a shard.
 """
 
-import os
+import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -22,7 +22,7 @@ from simclr_dali.shards.decode import decoder
 from simclr_dali.shards.errors import UserError
 from simclr_dali.shards.image import UnusableError, convert, prepare
 from simclr_dali.shards.manifest import SAMPLE
-from simclr_dali.shards.sources.folder import PICTURE_ENDINGS
+from simclr_dali.shards.sources.walk import LeftOut, pictures_below
 
 _GRAY = b"P5 1 1 255 \x80"  # a picture of one pixel
 
@@ -86,23 +86,24 @@ def central_views_of_files(
 
 
 def find_images(paths: Iterable[Path]) -> list[Path]:
-    """Files as they are given, and all pictures in and under folders, sorted. Raises UserError where there are none."""
+    """Files as they are given, and all pictures in and under folders, sorted (shards.sources.walk).
+
+    What else lies in a folder is counted in one line. Raises UserError where there are no pictures.
+    """
     found: list[Path] = []
     for path in paths:
         if path.is_dir():
-            inside = [
-                Path(folder) / name
-                for folder, _, names in os.walk(path)
-                for name in names
-                if Path(name).suffix.lower() in PICTURE_ENDINGS
-            ]
+            left_out = LeftOut()
+            inside = sorted(path / file.path for file in pictures_below(path, left_out))
+            if left_out.counts:
+                print(f"{path}: left out: {left_out}", file=sys.stderr)
             if not inside:
-                raise UserError(
-                    f"no pictures in {path} (endings: {', '.join(sorted(PICTURE_ENDINGS))}); give another folder"
-                )
-            found += sorted(inside)
+                raise UserError(f"no pictures in {path}; give another folder")
+            found += inside
         elif path.is_file():
             found.append(path)
+        elif path.exists():
+            raise UserError(f"{path} is no regular file; give pictures, or a folder of them")
         else:
             raise UserError(f"{path} does not exist; give pictures, or a folder of them")
     return found

@@ -117,7 +117,7 @@ def ids_of_names(names: Iterable[str], split: Split, what: str) -> Ids:
     labels = shards.samples["label"]
     for sample, key in enumerate(keys(split)):
         stem = _stem(key)
-        for folder in ("", shards.classes[labels[sample]]):
+        for folder in {"", shards.class_name(int(labels[sample]))}:
             places.setdefault((folder, stem), []).append(sample)
     wanted = {}
     for name in filter(None, map(str.strip, names)):

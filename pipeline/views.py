@@ -95,7 +95,7 @@ def sheet(split: Split, batch: Replay) -> tuple[PIL.Image.Image, list[str]]:
     pen = PIL.ImageDraw.Draw(result)
     lines = []
     for row, sample in enumerate(ids):
-        name = shards.classes[int(labels[row])]
+        name = shards.class_name(int(labels[row])) or "no label"
         captions = [[f"sample {sample}, {name}"[:36], f"{width[row]}x{height[row]} pixels"]]
         captions += [described(view, row) for view in draws]
         for column, picture in enumerate((originals[row], pictures[row], pictures[len(ids) + row])):

@@ -24,6 +24,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:1] = [str(ROOT), str(ROOT / ".package")]
 
+from simclr_dali.pipeline.image_files import find_images
 from simclr_dali.shards.command_line import positive_int
 from simclr_dali.shards.errors import UserError, run_main
 
@@ -55,7 +56,6 @@ from simclr_dali.pipeline.color import LUMA
 from simclr_dali.pipeline.draws import BRIGHTNESS, CONTRAST, HUE, SATURATION, Draws, Recipe, draw
 from simclr_dali.shards.durable import refusals_named
 from simclr_dali.shards.image import rgb
-from simclr_dali.shards.sources.folder import PICTURE_ENDINGS
 
 RECIPE = Recipe(solarize=0.2)  # what can be drawn must be in the graph
 ALL_STEPS = RECIPE.steps()
@@ -188,14 +188,7 @@ def _stays_inside(crop: Pixels, draws: Draws, row: int) -> bool:
 
 
 def _read(paths: list[Path], most: int) -> list[bytes]:
-    files: list[Path] = []
-    for path in paths:
-        if not path.exists():
-            raise UserError(f"{path} does not exist; give JPEG files or folders of them")
-        inside = sorted(path.rglob("*")) if path.is_dir() else [path]
-        files += [file for file in inside if file.suffix.lower() in PICTURE_ENDINGS]
-    if not files:
-        raise UserError(f"no pictures in {', '.join(map(str, paths))}; give JPEG files or folders of them")
+    files = find_images(paths)
     chosen = [files[place] for place in np.unique(np.linspace(0, len(files) - 1, min(most, len(files))).astype(int))]
     images = []
     for file in chosen:

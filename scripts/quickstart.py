@@ -69,7 +69,7 @@ def check_images(images: Path) -> None:
     """Refuse a folder that could not be probed, or that lies where this run clears the last one's results."""
     if FOLDER.resolve() in (images.resolve(), *images.resolve().parents):
         raise UserError(f"{images} lies inside {FOLDER}, which each quickstart makes anew; copy it elsewhere first")
-    splits = {source.split for source in find_sources(images)}
+    splits = {source.split for source in find_sources(images).sources}
     if "val" not in splits:
         raise UserError(f"{images} has no folder 'val'; the probe needs {images}/val/<class>/*")
 

@@ -61,6 +61,7 @@ class ShardSet:
     folder: Path
     split: str
     classes: tuple[str, ...]
+    """Empty where the samples have no labels, which are then -1."""
     shards: tuple[Shard, ...]
     samples: npt.NDArray[Any]
     """Of dtype SAMPLE, ordered by shard, then offset."""
@@ -75,6 +76,10 @@ class ShardSet:
     def shard_sizes(self) -> tuple[int, ...]:
         """Samples per shard."""
         return tuple(shard.samples for shard in self.shards)
+
+    def class_name(self, label: int) -> str:
+        """The name of a class, or nothing for -1."""
+        return self.classes[label] if label >= 0 else ""
 
     def where(self, sample: int) -> str:
         """A name for one sample that a person can look up: tar, offset of its bytes, key."""
@@ -162,10 +167,7 @@ def read_split(folder: Path) -> ShardSet:
     """
     manifest_path = folder / MANIFEST
     if not manifest_path.is_file():
-        raise UserError(
-            f"no packed split {folder.name!r} in {folder.parent} ({manifest_path} is missing); pack it first: "
-            f"scripts/make_shards.sh IMAGES {folder.parent}"
-        )
+        raise UserError(_no_split(folder))
     raw = manifest_path.read_bytes()
     try:
         manifest = unseal(raw)
@@ -175,9 +177,10 @@ def read_split(folder: Path) -> ShardSet:
         for shard in shards:
             if Path(shard.name).name != shard.name or shard.name in ("", "..") or "\\" in shard.name:
                 raise ValueError(f"shard {shard.name!r} would lie outside of the folder")
-        classes = tuple(manifest["classes"])
+        classes = tuple(str(name) for name in manifest["classes"])
         table_hash, split = manifest["samples_sha256"], manifest["split"]
-    except (ValueError, KeyError, TypeError) as error:
+        max_pixels = int(manifest["made_with"].get("max_pixels", MAX_PIXELS))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{manifest_path} is not a manifest this version reads ({error}); pack the data set again"
         ) from error
@@ -190,12 +193,35 @@ def read_split(folder: Path) -> ShardSet:
     if samples["shard"].max() >= len(shards) or not min(samples["width"].min(), samples["height"].min()):
         raise UserError(f"{folder / TABLE} names shards or sizes that cannot be; pack the data set again")
     pixels = samples["width"].astype(np.int64) * samples["height"]
-    if pixels.max() > MAX_PIXELS:
+    if pixels.max() > max_pixels:
         raise UserError(
-            f"{folder / TABLE}: sample {pixels.argmax()} has {pixels.max():,} pixels, more than the {MAX_PIXELS:,} "
-            f"that this packer stores; pack the data set again"
+            f"{folder / TABLE}: sample {pixels.argmax()} has {pixels.max():,} pixels, more than the {max_pixels:,} "
+            f"that were allowed when it was packed; pack the data set again"
         )
+    lowest, highest = (0, len(classes) - 1) if classes else (-1, -1)
+    if samples["label"].min() < lowest or samples["label"].max() > highest:
+        raise UserError(f"{folder / TABLE} has labels that name none of its {len(classes)} classes; pack it again")
     return ShardSet(folder, split, classes, shards, samples, hashlib.sha256(raw).hexdigest())
+
+
+def _no_split(folder: Path) -> str:
+    """What to do where ``folder`` is no packed split."""
+    data, split = folder.parent, folder.name
+    missing = f"no packed split {split!r} in {data}"
+    if (folder / TABLE).is_file():
+        return f"{missing} ({folder / MANIFEST} is missing); copy it back, or pack the data set again"
+    if not data.exists():
+        return f"{missing}, which does not exist; give a folder made by scripts/make_shards.sh"
+    others = sorted(path.parent.name for path in data.glob(f"*/{MANIFEST}"))
+    if others:
+        return (
+            f"{missing}, only {' and '.join(others)}; add it with: scripts/make_shards.sh IMAGES {data} --split "
+            f"{split}, or choose another with --split where the command has it"
+        )
+    if next(data.iterdir(), None) is None:
+        return f"{missing}, which is empty; pack pictures into it: scripts/make_shards.sh IMAGES {data}"
+    packed = data.absolute().with_name(f"{data.absolute().name}-shards")
+    return f"{missing}; where these are your pictures, pack them with: scripts/make_shards.sh {data}, and give {packed}"
 
 
 def _load_table(path: Path, sha256: str) -> npt.NDArray[Any]:

@@ -17,24 +17,27 @@ import os
 import shutil
 import sys
 import time
-from contextlib import closing
-from dataclasses import fields
+from collections import Counter
+from contextlib import closing, suppress
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from simclr_dali.shards.claim import claim, finish, is_finished, machines_of, partial_folder
+from simclr_dali.shards.claim import claim, clear_leftovers, finish, machines_of, packed_splits, partial_folder
 from simclr_dali.shards.command_line import parser_of, positive_int
-from simclr_dali.shards.durable import write_durably
 from simclr_dali.shards.errors import UserError, run_main
-from simclr_dali.shards.manifest import seal, unseal, write_split
-from simclr_dali.shards.pack_shard import PackedShard, ShardTask, is_done, pack_shard, read_record, record_of
+from simclr_dali.shards.image import MAX_PIXELS, REENCODE
+from simclr_dali.shards.manifest import MANIFEST, read_split, unseal, write_split
+from simclr_dali.shards.pack_report import describe, print_summary, write_report
+from simclr_dali.shards.pack_shard import ShardTask, is_done, pack_shard, read_record, record_of
 from simclr_dali.shards.parallel import map_unordered
 from simclr_dali.shards.plan import DECODERS, Options, describe_pack, split_into_shards, tar_bytes
 from simclr_dali.shards.sources.find import find_sources
-from simclr_dali.shards.sources.source import SPLITS, Source
+from simclr_dali.shards.sources.source import DEFAULT_SPLITS, SPLITS, Listing, Source
+from simclr_dali.shards.value_range import check_depth, measure_range, parse_range
 
 DEFAULT_MAX_BAD = 0.1  # percent
 
@@ -48,36 +51,41 @@ def pack(
     part: tuple[int, int] = (1, 1),
     merge: bool = False,
     max_bad: float = DEFAULT_MAX_BAD,
+    auto_range: bool = False,
     dry_run: bool = False,
 ) -> None:
     """Pack ``source`` into ``out``; see the module's docstring.
 
     part: (i, n), this is machine i of n and packs its share only. merge: all n are done, make one set of them.
-    max_bad: percent of the images that may be left out. dry_run: only say what would be done.
+    max_bad: percent of the images that may be lost. auto_range: measure ``options.value_range`` (value_range.py).
+    dry_run: only say what would be done.
     Raises UserError for a bad source or option, an ``out`` that holds something else or that another process works on,
     a half-done pack of other images or options, too many bad images, and a disk that refuses.
     """
     options = options or Options()
     options.check()
     number, parts = part
-    if workers < 1:
-        raise UserError(f"--workers is {workers}; it must be at least 1")
-    if not 1 <= number <= parts:
-        raise UserError(f"--part is {number}/{parts}; it must be I/N with 1 <= I <= N")
-    if not 0 <= max_bad <= 100:
-        raise UserError(f"--max-bad is {max_bad}; it must be a percentage, 0 to 100")
-    splits = (options.split,) if options.split else SPLITS
-    sources = find_sources(source, splits=splits, limit_per_class=options.limit_per_class)
+    _check_arguments(workers, number, parts, max_bad)
+    # Absolute, so that targets inside of the source are known for what they are, and "." has a name.
+    source, out = (Path(os.path.normpath(path.absolute())) for path in (source, out))
+    listing = _listed(source, out, options, max_bad)
+    if auto_range:
+        options = replace(options, value_range=_range_of(listing.sources, out))
     if dry_run:
-        describe(sources, out, options, parts)
+        describe(listing, out, options, parts)
         return
-    made_with = describe_pack(options, sources)
-    if is_finished(out, made_with):
+    made_with = {one.split: describe_pack(options, one) for one in listing.sources}
+    done = packed_splits(out, made_with)
+    if not (sources := [one for one in listing.sources if one.split not in done]):
+        clear_leftovers(out)
         print(f"{out} is already packed from these images; nothing to do")
         return
+    _check_classes(out, sources)
+    check_depth(sources, options)
     if merge:
         parts = machines_of(partial_folder(out))
-    with claim(out, made_with, sources, 0 if merge else number, parts) as partial:
+    to_do = {one.split: made_with[one.split] for one in sources}
+    with claim(out, to_do, sources, 0 if merge else number, parts) as partial:
         tasks = [_tasks(one, partial / one.split, options) for one in sources]
         if not merge:
             mine = [[task for task in split if task.number % parts == number - 1] for split in tasks]
@@ -87,27 +95,71 @@ def pack(
             if parts > 1:
                 print(f"part {number} of {parts} is packed; when all are, the same command with --merge instead")
                 return
-        _write_manifests(sources, tasks, partial, made_with)
+        _write_manifests(sources, tasks, partial, to_do)
+        write_report(replace(listing, sources=sources), tasks, partial, out, auto_range=auto_range)
         finish(partial, out)
-    _print_summary(sources, out)
+    print_summary(out, [one.split for one in sources])
 
 
-def describe(sources: list[Source], out: Path, options: Options, parts: int) -> None:
-    """Print what would be packed."""
-    for source in sources:
-        shards = len(split_into_shards(source, options))
-        size = sum(item.length for item in source.items)
-        print(
-            f"{source.split}: {len(source.items):,} images of {len(source.classes):,} classes, {size / 1e9:.3f} GB, in "
-            f"{shards:,} shards of about {len(source.items) / shards:,.0f} images, {size / shards / 1e6:.1f} MB"
-            + (f", resized to a short side of {options.resize} at most" if options.resize else "")
-        )
-    free = shutil.disk_usage(_existing(out)).free
-    print(f"target {out}{f', packed by {parts} machines' if parts > 1 else ''}; {free / 1e9:,.1f} GB are free there")
+def _check_arguments(workers: int, number: int, parts: int, max_bad: float) -> None:
+    if workers < 1:
+        raise UserError(f"--workers is {workers}; it must be at least 1")
+    if not 1 <= number <= parts:
+        raise UserError(f"--part is {number}/{parts}; it must be I/N with 1 <= I <= N")
+    if not 0 <= max_bad <= 100:
+        raise UserError(f"--max-bad is {max_bad}; it must be a percentage, 0 to 100")
 
 
-def _existing(path: Path) -> Path:
-    return next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+def _listed(source: Path, out: Path, options: Options, max_bad: float) -> Listing:
+    splits = (options.split,) if options.split else DEFAULT_SPLITS
+    without = frozenset({out, partial_folder(out)})
+    listing = find_sources(source, splits=splits, limit_per_class=options.limit_per_class, without=without)
+    _check_lost(listing.sources, max_bad)
+    return listing
+
+
+def _check_lost(sources: list[Source], max_bad: float) -> None:
+    """Raise UserError where too many pictures are lost before any was packed, for lack of a label for instance."""
+    lost = sum((source.left_out.lost for source in sources), Counter())
+    count, packed = sum(lost.values()), sum(len(source.items) for source in sources)
+    if count <= (count + packed) * max_bad / 100:
+        return
+    reasons = ", ".join(f"{number:,} {reason}" for reason, number in lost.most_common(6))
+    first = next(
+        source.left_out.names[reason][0]
+        for reason, _ in lost.most_common(1)
+        for source in sources
+        if source.left_out.lost[reason]
+    )
+    raise UserError(
+        f"{count:,} of {count + packed:,} pictures would be left out ({reasons}), more than --max-bad {max_bad:g} %; "
+        f"the first is {first}; mend or move them, or allow more"
+    )
+
+
+def _range_of(sources: list[Source], out: Path) -> tuple[float, float]:
+    """What --range auto stands for; a split that is added takes the range of those that are there."""
+    for split in SPLITS:
+        if (path := out / split / MANIFEST).is_file():
+            with suppress(ValueError, KeyError, TypeError):
+                low, high = unseal(path.read_bytes())["made_with"]["value_range"]
+                return float(low), float(high)
+    return measure_range(sources)
+
+
+def _check_classes(out: Path, sources: list[Source]) -> None:
+    """Raise UserError where a split that is added names other classes than those that are there."""
+    for split in SPLITS:
+        if not (out / split / MANIFEST).is_file():
+            continue
+        classes = list(read_split(out / split).classes)
+        for source in sources:
+            if classes and source.classes and source.classes != classes:
+                odd = next(iter(set(source.classes) ^ set(classes)), source.classes[0])
+                raise UserError(
+                    f"{out / split} has {len(classes)} classes and {source.split} of {source.root} has "
+                    f"{len(source.classes)}, {odd!r} in only one of them; pack both together into another target"
+                )
 
 
 def _tasks(source: Source, folder: Path, options: Options) -> list[ShardTask]:
@@ -116,8 +168,7 @@ def _tasks(source: Source, folder: Path, options: Options) -> list[ShardTask]:
     for number, chosen in enumerate(split_into_shards(source, options)):
         tar = folder / f"{source.split}-{number:06d}.tar"
         items = [source.items[i] for i in chosen]
-        how = options.resize, options.quality, options.decoder
-        tasks.append(ShardTask(source.root, items, tar, number, start, *how))
+        tasks.append(ShardTask(source.root, items, tar, number, start, options))
         start += len(items)
     return tasks
 
@@ -158,7 +209,7 @@ def _write(splits: list[list[ShardTask]], partial: Path, workers: int, max_bad: 
 
 
 def _check_space(todo: list[ShardTask], partial: Path) -> None:
-    if any(task.resize for task in todo):
+    if any(task.options.resize for task in todo):
         return
     needed, free = sum(tar_bytes(task.items) for task in todo), shutil.disk_usage(partial).free
     if needed > free:
@@ -181,46 +232,20 @@ def _check_bad(bad: int, images: int, max_bad: float, splits: list[list[ShardTas
 
 
 def _write_manifests(
-    sources: list[Source], tasks: list[list[ShardTask]], partial: Path, made_with: dict[str, Any]
+    sources: list[Source], tasks: list[list[ShardTask]], partial: Path, made_with: dict[str, dict[str, Any]]
 ) -> None:
-    """Write manifests, tables and the report from the records of the finished shards."""
+    """Write manifests and tables from the records of the finished shards."""
     missing = [task.tar.name for split in tasks for task in split if not is_done(task)]
     if missing:
         raise UserError(
             f"{len(missing)} shards are missing or cut in {partial}, the first is {missing[0]}; pack all parts, and "
             f"copy what other machines packed into it"
         )
-    report: dict[str, Any] = {}
     for source, split in zip(sources, tasks, strict=True):
         packed = [read_record(record_of(task.tar)) for task in split]
         rows = np.concatenate([one.rows for one in packed])
-        folder = partial / source.split
-        write_split(folder, source.split, source.classes, [one.shard for one in packed], rows, made_with)
-        report[source.split] = _reported(packed)
-    write_durably(partial / "report.json", seal(report))
-
-
-def _reported(packed: list[PackedShard]) -> dict[str, Any]:
-    changes = [one.changes for one in packed]
-
-    def listed(kind: str) -> list[dict[str, str]]:
-        return [{"image": name, "reason": reason} for one in changes for name, reason in getattr(one, kind)]
-
-    return {
-        "stored": sum(len(one.rows) for one in packed),
-        "resized": sum(one.resized for one in changes),
-        "converted": listed("converted"),
-        "left_out": listed("left_out"),
-    }
-
-
-def _print_summary(sources: list[Source], out: Path) -> None:
-    report = unseal((out / "report.json").read_bytes())
-    counts = ", ".join(f"{report[source.split]['stored']:,} {source.split}" for source in sources)
-    changed, lost = (sum(len(report[source.split][kind]) for source in sources) for kind in ("converted", "left_out"))
-    print(f"{out}: {counts} images of {len(sources[0].classes):,} classes")
-    if changed or lost:
-        print(f"{changed:,} images were encoded anew and {lost:,} left out, see {out / 'report.json'}")
+        shards = [one.shard for one in packed]
+        write_split(partial / source.split, source.split, source.classes, shards, rows, made_with[source.split])
 
 
 def _part(text: str) -> tuple[int, int]:
@@ -243,21 +268,39 @@ def parse_arguments() -> argparse.Namespace:
     add("--seed", type=int, default=0, metavar="N", help="of the global shuffle (default: 0)")
     add("--resize", type=positive_int, metavar="PX", help="make the short side PX at most (Lanczos); default: do not")
     add("--quality", type=int, default=95, metavar="Q", help="of JPEGs encoded anew; above 90 with 4:4:4 (default: 95)")
+    add("--reencode", choices=REENCODE, help="make JPEGs of PNGs too (default: plain 8-bit PNGs keep their bytes)")
+    add("--range", dest="value_range", metavar="LOW:HIGH", help="values that become black and white in pictures of "
+        "more than 8 bits; auto: the 0.1 and 99.9 percentile of the set (default: 0:65535, of 16 bits)")  # fmt: skip
+    add("--max-pixels", type=positive_int, default=MAX_PIXELS, metavar="N", help="a picture may have "
+        f"(default: {MAX_PIXELS:,}, which take 270 MB once decoded)")  # fmt: skip
     add("--limit-per-class", type=positive_int, metavar="N", help="pack the first N images of each class, by name")
-    add("--split", choices=SPLITS, help="pack this split only (default: those that are there)")
+    add("--split", choices=SPLITS, help="pack this split only, or add it to OUT (default: train and val)")
     add("--part", type=_part, default=(1, 1), metavar="I/N", help="pack the I-th of N shares, on one of N machines")
     add("--merge", action="store_true", help="all parts are packed (or copied) into OUT.partial: make one set of them")
     add("--decoder", choices=DECODERS, default="cpu", help="DALI's that must take each image, or none (default: cpu)")
-    add("--max-bad", type=float, default=DEFAULT_MAX_BAD, metavar="PERCENT", help="of the images that nobody can "
-        f"decode and that are left out; more stop the pack (default: {DEFAULT_MAX_BAD})")  # fmt: skip
+    add("--max-bad", type=float, default=DEFAULT_MAX_BAD, metavar="PERCENT", help="of the pictures that may be "
+        f"lost: not decodable, or without the label that others have (default: {DEFAULT_MAX_BAD})")  # fmt: skip
     add("--dry-run", action="store_true", help="say what would be packed, write nothing")
-    return parser.parse_args()
+    return parser.parse_args(_with_joined_range(sys.argv[1:]))
+
+
+def _with_joined_range(words: list[str]) -> list[str]:
+    """``--range -1000:3000`` as ``--range=-1000:3000``: argparse takes what begins with a dash for an option."""
+    at = words.index("--range") if "--range" in words[:-1] else None
+    return words if at is None else [*words[:at], f"--range={words[at + 1]}", *words[at + 2 :]]
 
 
 def main() -> None:
     given = parse_arguments()
-    source = Path(os.path.normpath(given.source))
+    source = Path(os.path.normpath(given.source.absolute()))
+    if given.out is None and not source.name:
+        raise UserError(f"the target must be named where {source} is packed; give OUT")
     out = given.out or source.with_name(f"{source.name}-shards")
+    auto_range = given.value_range == "auto"
+    try:
+        given.value_range = None if auto_range or given.value_range is None else parse_range(given.value_range)
+    except ValueError as error:
+        raise UserError(f"--range is {given.value_range}; it must be LOW:HIGH, such as 0:4095, or auto") from error
     options = Options(**{field.name: getattr(given, field.name) for field in fields(Options)})
     try:
         pack(
@@ -268,6 +311,7 @@ def main() -> None:
             part=given.part,
             merge=given.merge,
             max_bad=given.max_bad,
+            auto_range=auto_range,
             dry_run=given.dry_run,
         )
     except KeyboardInterrupt:

@@ -11,11 +11,13 @@ import numpy.typing as npt
 
 from simclr_dali.shards.durable import refusals_named, writing
 from simclr_dali.shards.errors import UserError
-from simclr_dali.shards.image import Prepared, UnusableError, convert, prepare
+from simclr_dali.shards.image import Prepared, RangeError, UnusableError, allow_pixels, convert, prepare
 from simclr_dali.shards.manifest import Shard
+from simclr_dali.shards.plan import Options
 from simclr_dali.shards.sources.source import Item, read_item
 from simclr_dali.shards.tar import Image, key_of, write_shard
 
+RECORD = ".part.npz"
 BATCH = 16  # images prepared before the decoder is asked about them
 
 
@@ -29,10 +31,7 @@ class ShardTask:
     number: int
     start: int
     """Place of its first image in the packed split."""
-    resize: int | None
-    quality: int
-    decoder: str
-    """"cpu", "gpu" or "none"."""
+    options: Options
 
 
 @dataclass
@@ -55,7 +54,7 @@ class PackedShard:
 
 def record_of(tar: Path) -> Path:
     """Where what is known of a finished shard lies until the manifest takes it up."""
-    return tar.with_name(f"{tar.name}.part.npz")
+    return tar.with_name(f"{tar.name}{RECORD}")
 
 
 def is_done(task: ShardTask) -> bool:
@@ -79,6 +78,7 @@ def pack_shard(task: ShardTask) -> tuple[int, int]:
     Raises UserError where an image cannot be read, none of them is usable, or the target cannot be written.
     """
     changes = Changes()
+    allow_pixels(task.options.max_pixels)
     with refusals_named(task.tar):
         shard, rows = write_shard(task.tar, task.number, _usable(task, changes))
         if not len(rows):
@@ -106,9 +106,11 @@ def _usable(task: ShardTask, changes: Changes) -> Iterator[Image]:
 
 
 def _prepared(task: ShardTask, item: Item, changes: Changes) -> Prepared | None:
-    encoded = read_item(task.root, item)
     try:
-        return prepare(encoded, resize=task.resize, quality=task.quality)
+        encoded = read_item(task.root, item)
+        return prepare(encoded, task.options)
+    except RangeError as error:
+        raise UserError(f"{task.root / item.path}{item.inside()}: {error}") from error
     except UnusableError as error:
         changes.left_out.append((item.name, str(error)))
         return None
@@ -124,7 +126,7 @@ def _decodable(
             yield picture
             continue
         try:
-            again = convert(picture.encoded, quality=task.quality, reason="DALI cannot decode it")
+            again = convert(picture.encoded, task.options, reason="DALI cannot decode it")
             if not next(_accepts(task, [again])):
                 raise UnusableError("DALI cannot decode it, not even encoded anew")
             yield again
@@ -134,9 +136,11 @@ def _decodable(
 
 
 def _accepts(task: ShardTask, pictures: list[Prepared]) -> Iterator[bool]:
-    if task.decoder == "none":
+    if task.options.decoder == "none":
         return iter([True] * len(pictures))
     from simclr_dali.shards.decode import decoder  # here, because importing DALI takes longer than packing a small set
 
     images = [picture.encoded for picture in pictures]
-    return iter(decoder(task.decoder).accepts(images, [(picture.width, picture.height) for picture in pictures]))
+    return iter(
+        decoder(task.options.decoder).accepts(images, [(picture.width, picture.height) for picture in pictures])
+    )

@@ -1,5 +1,6 @@
 """What a pack is going to make: its options, and which images go into which shard."""
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -7,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from simclr_dali.shards.errors import UserError
+from simclr_dali.shards.image import REENCODE, Storage
 from simclr_dali.shards.sources.source import SPLITS, Item, Source
 
 DECODERS = ("cpu", "gpu", "none")
@@ -15,7 +17,7 @@ _MEGABYTE = 1_000_000
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Storage):
     """Everything that decides the bytes of the result."""
 
     samples_per_shard: int = 1000
@@ -24,20 +26,16 @@ class Options:
     """Megabytes per shard instead, about."""
     seed: int = 0
     """Of the global shuffle."""
-    resize: int | None = None
-    """The longest that an image's short side may be, in pixels; None: any length."""
-    quality: int = 95
-    """Of JPEGs that are encoded anew, 1 to 100."""
     limit_per_class: int | None = None
     """How many images of each class are packed, the first by name; None: all."""
     split: str | None = None
-    """The only one that is packed; None: all that are there."""
+    """The only one that is packed; None: train and val, as far as they are there."""
     decoder: str = "cpu"
     """Which one must take every image: DALI's on "cpu" or "gpu", or "none"."""
 
     def check(self) -> None:
         """Raise UserError for a value that cannot be meant."""
-        for name in ("samples_per_shard", "resize", "limit_per_class"):
+        for name in ("samples_per_shard", "resize", "limit_per_class", "max_pixels"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
@@ -54,6 +52,11 @@ class Options:
             raise UserError(f"--quality is {self.quality}; it must lie in 1 .. 100")
         if self.split is not None and self.split not in SPLITS:
             raise UserError(f"--split is {self.split!r}; it must be one of {', '.join(SPLITS)}")
+        if self.reencode is not None and self.reencode not in REENCODE:
+            raise UserError(f"--reencode is {self.reencode!r}; it must be {' or '.join(REENCODE)}")
+        if self.value_range is not None and not -math.inf < self.value_range[0] < self.value_range[1] < math.inf:
+            low, high = self.value_range
+            raise UserError(f"--range is {low:g}:{high:g}; it must be LOW:HIGH with LOW below HIGH, such as 0:4095")
         if self.decoder not in DECODERS:
             raise UserError(f"--decoder is {self.decoder!r}; it must be one of {', '.join(DECODERS)}")
 
@@ -87,6 +90,21 @@ def tar_bytes(items: list[Item]) -> int:
     return sum(-(-item.length // 512) * 512 + _HEADERS for item in items)
 
 
-def describe_pack(options: Options, sources: list[Source]) -> dict[str, Any]:
-    """What manifests say of how they were made, under "made_with"."""
-    return {**asdict(options), "source": {source.split: source.fingerprint(times=False) for source in sources}}
+def describe_pack(options: Options, source: Source) -> dict[str, Any]:
+    """What the manifest of a split says of how it was made, under "made_with"."""
+    return as_made_with(asdict(options), source.split) | {"source": source.fingerprint(times=False)}
+
+
+def as_made_with(found: dict[str, Any], split: str) -> dict[str, Any]:
+    """What a manifest says of how ``split`` was made, as this version would say it.
+
+    Options that an older version did not have take their defaults, and which splits were packed together does not
+    matter.
+    """
+    rest = asdict(Options()) | found
+    del rest["split"]
+    if isinstance(sources := rest.get("source"), dict):
+        rest["source"] = sources.get(split)
+    if rest["value_range"] is not None:
+        rest["value_range"] = list(rest["value_range"])
+    return rest

@@ -18,6 +18,7 @@ from simclr_dali.shards.errors import UserError, run_main
 from simclr_dali.shards.image import rgb
 from simclr_dali.shards.manifest import ShardSet, load_split, unseal
 from simclr_dali.shards.sources.source import SPLITS
+from simclr_dali.shards.wording import counted, size_text
 
 THUMBNAIL = 128  # pixels, both sides
 CAPTION = 14  # pixels below each picture
@@ -27,20 +28,28 @@ _BAR = 40  # characters of the longest bar of a histogram
 def summary(shards: ShardSet) -> list[str]:
     """Lines that describe a split: counts, classes, sizes of shards and pictures."""
     rows, sizes = shards.samples, np.array([shard.bytes for shard in shards.shards])
-    of_class = np.bincount(rows["label"], minlength=len(shards.classes))
-    few, many = int(of_class.argmin()), int(of_class.argmax())
     in_shard = shards.shard_sizes()
     short = np.minimum(rows["width"], rows["height"])
     return [
-        f"{shards.split}: {len(rows):,} images, {sizes.sum() / 1e9:.3f} GB in {len(sizes):,} shards "
-        f"({min(in_shard):,} to {max(in_shard):,} images, {sizes.min() / 1e6:.1f} to {sizes.max() / 1e6:.1f} MB)",
-        f"  {len(shards.classes):,} classes, from {of_class[few]:,} images ({shards.classes[few]}) "
-        f"to {of_class[many]:,} ({shards.classes[many]})",
+        f"{shards.split}: {counted(len(rows), 'image')}, {size_text(sizes.sum())} in {counted(len(sizes), 'shard')} "
+        f"({min(in_shard):,} to {max(in_shard):,} images, {size_text(sizes.min())} to {size_text(sizes.max())})",
+        _class_line(shards),
         "  short side, pixels",
         *histogram(short, [0, 64, 128, 192, 224, 256, 320, 384, 512, 768, 1024, 2048]),
         "  encoded size, kB",
         *histogram(rows["length"] / 1000, [0, 5, 10, 20, 50, 100, 150, 200, 500, 1000, 5000]),
     ]
+
+
+def _class_line(shards: ShardSet) -> str:
+    if not shards.classes:
+        return "  without labels"
+    of_class = np.bincount(shards.samples["label"], minlength=len(shards.classes))
+    few, many = int(of_class.argmin()), int(of_class.argmax())
+    return (
+        f"  {counted(len(shards.classes), 'class', 'classes')}, from {counted(int(of_class[few]), 'image')} "
+        f"({shards.classes[few]}) to {of_class[many]:,} ({shards.classes[many]})"
+    )
 
 
 def histogram(values: npt.NDArray[Any], edges: list[int]) -> list[str]:
@@ -74,7 +83,7 @@ def sheet(shards: ShardSet, columns: int, lines: int) -> PIL.Image.Image:
         small.thumbnail((THUMBNAIL, THUMBNAIL))
         x, y = place % columns * THUMBNAIL, place // columns * (THUMBNAIL + CAPTION)
         result.paste(small, (x + (THUMBNAIL - small.width) // 2, y + (THUMBNAIL - small.height) // 2))
-        pen.text((x + 2, y + THUMBNAIL), shards.classes[row["label"]][:20], fill="black")
+        pen.text((x + 2, y + THUMBNAIL), shards.class_name(int(row["label"]))[:20], fill="black")
     return result
 
 
@@ -95,6 +104,7 @@ def _report_lines(data: Path) -> list[str]:
             f"{split}: {len(notes['converted']):,} images encoded anew, {notes['resized']:,} made smaller, "
             f"{len(notes['left_out']):,} left out while packing (see {path})"
             for split, notes in report.items()
+            if split in SPLITS
         ]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is missing or damaged ({error}); run simclr-dali verify {data}") from error

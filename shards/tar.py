@@ -2,20 +2,23 @@
 
 import hashlib
 import os
+import posixpath
 import re
 import tarfile
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from simclr_dali.shards.durable import write_durably
 from simclr_dali.shards.errors import UserError
+from simclr_dali.shards.image import ending_of_image
 from simclr_dali.shards.manifest import BLOCK, SAMPLE, Shard
+from simclr_dali.shards.sources.walk import DEAD_LINK, HIDDEN, NOT_REGULAR, RUBBISH, LeftOut, is_rubbish
 
 KEY_LENGTH = 60  # of the stem: with position, ending and room to spare inside the 100 bytes of a USTAR name
 _NOT_IN_KEYS = re.compile(r"[^A-Za-z0-9_-]")
@@ -65,11 +68,13 @@ class Around(NamedTuple):
     label: bytes
 
 
-def around_image(key: str, length: int, label: int) -> Around:
-    """For an image of ``length`` bytes."""
+def around_image(name: str, length: int, label: int) -> Around:
+    """For an image of ``length`` bytes that lies in the tar as ``name``, key and ending."""
     text = str(label).encode("ascii")
     padding = b"\0" * (-length % BLOCK)
-    return Around(header(f"{key}.jpg", length), padding, header(f"{key}.cls", len(text)), text.ljust(BLOCK, b"\0"))
+    return Around(
+        header(name, length), padding, header(f"{name.rpartition('.')[0]}.cls", len(text)), text.ljust(BLOCK, b"\0")
+    )
 
 
 def write_shard(path: Path, shard_number: int, images: Iterable[Image]) -> tuple[Shard, npt.NDArray[Any]]:
@@ -94,14 +99,15 @@ def write_shard(path: Path, shard_number: int, images: Iterable[Image]) -> tuple
             position += len(data)
 
         for image in images:
-            around = around_image(image.key, len(image.encoded), image.label)
+            ending = ending_of_image(image.encoded)
+            around = around_image(f"{image.key}.{ending}", len(image.encoded), image.label)
             image_at = position + BLOCK
             put(around.header)
             put(image.encoded)
             put(around.padding + around.label_header)
             index.append(
-                f"jpg {image_at} {len(image.encoded)} {image.key}.jpg cls {position} {len(str(image.label))} "
-                f"{image.key}.cls\n"
+                f"{ending} {image_at} {len(image.encoded)} {image.key}.{ending} cls {position} "
+                f"{len(str(image.label))} {image.key}.cls\n"
             )
             put(around.label)
             rows.append(
@@ -123,25 +129,72 @@ def write_shard(path: Path, shard_number: int, images: Iterable[Image]) -> tuple
     return Shard(path.name, len(rows), position, digest.hexdigest()), np.array(rows, SAMPLE)
 
 
-def list_members(path: Path, inside: tuple[int, int] | None = None) -> Iterator[tuple[str, int, int]]:
+def list_members(
+    path: Path, left_out: LeftOut, inside: tuple[int, int] | None = None
+) -> Iterator[tuple[str, int, int]]:
     """Yield (name, offset in ``path``, length) of each file in a tar, or in the tar that lies ``inside`` one.
 
-    ``inside`` is the offset and length of the inner tar. Raises UserError where it is no tar, or cut.
+    inside: offset and length of the inner tar. Links are given as the files they lead to; archives that were joined
+    with ``cat`` are read one behind the other. left_out: takes rubbish, hidden members and what is no file. Raises
+    UserError where it is no tar, is cut, or holds something else behind its end.
     """
     with path.open("rb") as file:
         begin, length = inside or (0, os.fstat(file.fileno()).st_size)
         end = begin + length
-        file.seek(begin)
+        at: int | None = begin
         try:
-            with tarfile.open(fileobj=file, mode="r:") as tar:
-                while member := tar.next():
-                    if member.offset_data + member.size > end:
-                        raise tarfile.ReadError(f"member {member.name!r} ends behind the archive")
-                    if member.isreg():
-                        yield member.name, member.offset_data, member.size
-                # tarfile takes a cut between two members for the end; a whole tar ends with blocks of zeros.
-                file.seek(tar.offset)
-                if file.read(min(BLOCK, end - tar.offset)) != END_OF_ARCHIVE[:BLOCK]:
-                    raise tarfile.ReadError("it has no end")
+            while at is not None:
+                file.seek(at)
+                with tarfile.open(fileobj=file, mode="r:") as tar:
+                    yield from _files_of_archive(tar, end, left_out)
+                    at = _next_archive(file, tar.offset, end)
         except (tarfile.TarError, EOFError) as error:
             raise UserError(f"{path} is no tar, or cut ({error}); fetch it again (and unpack a .gz first)") from error
+
+
+def _files_of_archive(tar: tarfile.TarFile, end: int, left_out: LeftOut) -> Iterator[tuple[str, int, int]]:
+    files: dict[str, tuple[int, int]] = {}
+    links: list[tuple[str, str]] = []
+    while member := tar.next():
+        if member.offset_data + (member.size if member.isreg() else 0) > end:
+            raise tarfile.ReadError(f"member {member.name!r} ends behind the archive")
+        words = [word for word in member.name.split("/") if word not in (".", "..")]
+        if member.isdir():
+            continue
+        if any(is_rubbish(word) for word in words):
+            left_out.add(RUBBISH, member.name)
+        elif any(word.startswith(".") for word in words):
+            left_out.add(HIDDEN, member.name)
+        elif member.issparse():
+            left_out.add("sparse member", member.name, lost=True)
+        elif member.isreg():
+            files[posixpath.normpath(member.name)] = member.offset_data, member.size
+            yield member.name, member.offset_data, member.size
+        elif member.islnk() or member.issym():
+            folder = posixpath.dirname(member.name) if member.issym() else ""
+            links.append((member.name, posixpath.normpath(posixpath.join(folder, member.linkname))))
+        else:
+            left_out.add(NOT_REGULAR, member.name)
+    target_of = {posixpath.normpath(name): target for name, target in links}
+    for name, target in links:
+        seen = {name}
+        while target in target_of and target not in seen:  # a link to a link; they may form a ring
+            seen.add(target)
+            target = target_of[target]
+        if target in files:
+            yield name, *files[target]
+        else:
+            left_out.add(DEAD_LINK, name, lost=True)
+
+
+def _next_archive(file: BinaryIO, at: int, end: int) -> int | None:
+    """Where another archive begins behind the zeros that end one at ``at``; None where nothing follows."""
+    file.seek(at)
+    # tarfile takes a cut between two members for the end; a whole tar ends with blocks of zeros.
+    if file.read(min(BLOCK, end - at)) != END_OF_ARCHIVE[:BLOCK]:
+        raise tarfile.ReadError("it has no end")
+    while (at := at + BLOCK) < end:
+        block = file.read(min(BLOCK, end - at))
+        if block.strip(b"\0"):
+            return at
+    return None

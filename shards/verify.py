@@ -26,6 +26,8 @@ from simclr_dali.shards.parallel import map_unordered
 from simclr_dali.shards.sources.source import SPLITS
 from simclr_dali.shards.tar import END_OF_ARCHIVE, around_image
 
+_ENDINGS = ("jpg", "png")  # of stored images
+
 
 class _Task(NamedTuple):
     """One shard to check: its place in ``split``'s row of shards, its tar, what is said of it, its rows."""
@@ -81,9 +83,9 @@ def _damages(task: _Task) -> Iterator[str]:
     if not task.full:
         yield from _index_damage(path.with_suffix(".idx"), rows, None)
         return
-    keys = _keys(task, names)
-    yield from _index_damage(path.with_suffix(".idx"), rows, keys)
-    yield from _content_damage(task, names, keys)
+    images = _image_names(task, names)
+    yield from _index_damage(path.with_suffix(".idx"), rows, images)
+    yield from _content_damage(task, names, images)
 
 
 def _label_at(row: Any) -> int:
@@ -91,8 +93,8 @@ def _label_at(row: Any) -> int:
     return int(row["offset"]) + -(-int(row["length"]) // BLOCK) * BLOCK + BLOCK
 
 
-def _index_damage(path: Path, rows: npt.NDArray[Any], keys: list[str | None] | None) -> Iterator[str]:
-    """Compare a DALI index with the sample table, and with the samples' keys where they are known."""
+def _index_damage(path: Path, rows: npt.NDArray[Any], images: list[str | None] | None) -> Iterator[str]:
+    """Compare a DALI index with the sample table, and with the images' names where they are known."""
     if not path.is_file():
         yield f"index {path} is missing"
         return
@@ -108,15 +110,16 @@ def _index_damage(path: Path, rows: npt.NDArray[Any], keys: list[str | None] | N
         label_at = _label_at(row)
         label_length = len(str(row["label"]))
         words = line.split(" ")
-        expected = ["jpg", row["offset"], row["length"], None, "cls", label_at, label_length, None]
-        same = len(words) == 8 and all(e is None or str(e) == w for e, w in zip(expected, words, strict=True))
-        if same and keys is not None and keys[i] is not None:
-            same = words[3] == f"{keys[i]}.jpg" and words[7] == f"{keys[i]}.cls"
+        expected = [None, row["offset"], row["length"], None, "cls", label_at, label_length, None]
+        same = len(words) == 8 and words[0] in _ENDINGS and words[3].endswith(f".{words[0]}")
+        same = same and all(e is None or str(e) == w for e, w in zip(expected, words, strict=True))
+        if same and images is not None and images[i] is not None:
+            same = words[3] == images[i] and words[7] == f"{_key(images[i])}.cls"
         if not same:
             yield f"index {path} is damaged: line {i + 2} does not describe sample {i}"
 
 
-def _content_damage(task: _Task, names: list[str | None], keys: list[str | None]) -> Iterator[str]:
+def _content_damage(task: _Task, names: list[str | None], images: list[str | None]) -> Iterator[str]:
     data = task.path.read_bytes()
     spans = [(int(row["offset"]), int(row["offset"]) + int(row["length"])) for row in task.rows]
     sound = [zlib.crc32(data[start:end]) == row["crc32"] for (start, end), row in zip(spans, task.rows, strict=True)]
@@ -126,18 +129,18 @@ def _content_damage(task: _Task, names: list[str | None], keys: list[str | None]
             what = "its bytes are damaged" if not sound[i] else "it does not decode to its size"
             yield f"{task.path}: sample {i}, {names[i] or 'name unreadable'}, at offset {start}: {what}"
     if hashlib.sha256(data).hexdigest() != task.shard.sha256:
-        others = list(_damage_around_images(task, data, names, keys))
+        others = list(_damage_around_images(task, data, names, images))
         yield from others
         if not others and all(sound) and all(names):
             yield f"{task.path}: its sha256 is not its manifest's, though all that it holds is as it should be"
 
 
-def _damage_around_images(task: _Task, data: bytes, names: list[str | None], keys: list[str | None]) -> Iterator[str]:
+def _damage_around_images(task: _Task, data: bytes, names: list[str | None], images: list[str | None]) -> Iterator[str]:
     """Name each header, padding and label that is not what the packer wrote; unreadable headers were named before."""
-    for i, (row, name, key) in enumerate(zip(task.rows, names, keys, strict=True)):
-        who = f"sample {i}, {f'{key}.jpg' if key else 'name unreadable'}"
+    for i, (row, name, image) in enumerate(zip(task.rows, names, images, strict=True)):
+        who = f"sample {i}, {image or 'name unreadable'}"
         at, length = int(row["offset"]), int(row["length"])
-        around = around_image(key or "", length, int(row["label"]))
+        around = around_image(image or "", length, int(row["label"]))
         label_at = _label_at(row)
         places = (at - BLOCK, at + length, label_at - BLOCK, label_at)
         for part, expected, start in zip(around._fields, around, places, strict=True):
@@ -148,10 +151,10 @@ def _damage_around_images(task: _Task, data: bytes, names: list[str | None], key
         yield f"{task.path}: its end is damaged"
 
 
-def _keys(task: _Task, names: list[str | None]) -> list[str | None]:
-    """The key of each sample as most of image header, label header and index say it; of a tie, the first of these.
+def _image_names(task: _Task, names: list[str | None]) -> list[str | None]:
+    """The name of each image, as most of its header, its label's header and the index say it; of a tie, the first.
 
-    names: those in the image headers. None where none of the three can be read.
+    names: those in the images' headers. None where none of the three can be read.
     """
     try:
         lines = task.path.with_suffix(".idx").read_text("ascii").split("\n")[1:-1]
@@ -161,14 +164,20 @@ def _keys(task: _Task, names: list[str | None]) -> list[str | None]:
     indexed = [words if len(words) == 8 else None for words in split_lines]
     if len(indexed) != len(task.rows):
         indexed = [None] * len(task.rows)
-    keys = []
+    images: list[str | None] = []
     with task.path.open("rb") as tar:
         for row, name, line in zip(task.rows, names, indexed, strict=True):
-            label_at = _label_at(row)
-            said = [name, member_name(tar, label_at, len(str(row["label"]))), *([line[3], line[7]] if line else [])]
-            votes = Counter(word.rpartition(".")[0] for word in said if word)
-            keys.append(votes.most_common(1)[0][0] if votes else None)
-    return keys
+            label = member_name(tar, _label_at(row), len(str(row["label"])))
+            said = [word for word in (name, label, *([line[3], line[7]] if line else [])) if word]
+            keys = Counter(_key(word) for word in said)
+            endings = Counter(ending for word in said if (ending := word.rpartition(".")[2]) in _ENDINGS)
+            ending = endings.most_common(1)[0][0] if endings else _ENDINGS[0]
+            images.append(f"{keys.most_common(1)[0][0]}.{ending}" if keys else None)
+    return images
+
+
+def _key(name: str | None) -> str:
+    return (name or "").rpartition(".")[0]
 
 
 def _decodes(task: _Task, images: list[bytes], sound: list[bool]) -> list[bool]:

@@ -140,24 +140,26 @@ def test_second_run_finds_nothing_to_do_and_other_options_are_refused(odd_pictur
     before = tree(out)
     pack(odd_pictures, out)
     assert tree(out) == before
-    with pytest.raises(UserError, match="other options"):
+    with pytest.raises(UserError, match="with another --seed"):
         pack(odd_pictures, out, Options(seed=1))
     assert tree(out) == before
 
 
 def test_what_was_changed_or_left_out_is_reported(odd_pictures: Path, tmp_path: Path) -> None:
     folder = odd_pictures / "train" / "a"
-    PIL.Image.new("RGB", (30, 40), "red").save(folder / "0.JPEG", "PNG")
+    PIL.Image.new("RGB", (30, 40), "red").save(folder / "0.JPEG", "BMP")
     (folder / "1.JPEG").write_bytes((folder / "2.JPEG").read_bytes()[:300])
     pack(odd_pictures, tmp_path / "out", Options(samples_per_shard=5), max_bad=5, workers=2)
     report = unseal((tmp_path / "out" / "report.json").read_bytes())
-    assert report["train"]["converted"] == [{"image": "train/a/0.JPEG", "reason": "PNG format"}]
+    assert report["train"]["converted"] == [{"image": "train/a/0.JPEG", "reason": "BMP format"}]
     assert [entry["image"] for entry in report["train"]["left_out"]] == ["train/a/1.JPEG"]
     assert report["train"]["stored"] == 23 and report["val"] == {
         "stored": 8,
+        "classes": 2,
         "resized": 0,
         "converted": [],
         "left_out": [],
+        "not_packed": [],
     }
     shards = load_split(tmp_path / "out", "train")
     assert len(shards) == 23 and (shards.samples["label"] == 0).sum() == 11
@@ -200,7 +202,7 @@ def test_options_choose_what_is_stored(odd_pictures: Path, tmp_path: Path) -> No
     (odd_pictures / "train").rename(odd_pictures / "elsewhere")
     pack(odd_pictures, tmp_path / "val", Options(split="val"))
     assert load_split(tmp_path / "val", "val").classes == ("a", "b")
-    with pytest.raises(UserError, match="no folder 'train'"):
+    with pytest.raises(UserError, match="nothing for --split train, only val"):
         pack(odd_pictures, tmp_path / "train", Options(split="train"))
 
 

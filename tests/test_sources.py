@@ -116,10 +116,10 @@ def test_one_archive_alone_is_enough_for_its_split(unpacked: Path, tmp_path: Pat
     archives = make_archives(unpacked, tmp_path / "archives")
     (archives / VAL).unlink()
     (archives / DEVKIT).rename(tmp_path / DEVKIT)
-    assert [source.split for source in find_sources(archives)] == ["train"]
+    assert [source.split for source in find_sources(archives).sources] == ["train"]
     archives = make_archives(unpacked, tmp_path / "second")
     (archives / TRAIN).unlink()
-    assert find_sources(archives)[0].classes == WORDNET_IDS
+    assert find_sources(archives).sources[0].classes == WORDNET_IDS
     (archives / DEVKIT).unlink()
     with pytest.raises(UserError, match=f"{DEVKIT} is missing"):
         find_sources(archives)
@@ -168,12 +168,10 @@ def test_archives_that_do_not_fit_are_refused(unpacked: Path, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("pattern", ["{split}/%05d.tar", "imagenet-{split}-%06d.tar"])
-def test_webdataset_tars_are_packed_again(
-    pattern: str, unpacked: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_webdataset_tars_are_packed_again(pattern: str, unpacked: Path, tmp_path: Path) -> None:
     tars = make_webdataset(unpacked, tmp_path / "tars", pattern)
-    assert find_sources(tars)[0].classes == ["0", "1", "2"]
-    assert "train: 15 members .json are left out" in capsys.readouterr().out
+    assert find_sources(tars).sources[0].classes == ["0", "1", "2"]
+    assert find_sources(tars).sources[0].left_out.counts == {"no picture (.json)": 15}
     (tars / "classes.txt").write_text("\n".join(WORDNET_IDS) + "\n")
     pack(tars, tmp_path / "out", Options(samples_per_shard=4))
     for split in ("train", "val"):
@@ -190,9 +188,8 @@ def test_a_packed_set_can_be_packed_again(unpacked: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("members", "sentence"),
     [
-        ({"a.jpg": b"x"}, r"'a' has no label \(\.cls\)"),
-        ({"a.cls": b"1"}, "'a' has no picture"),
-        ({"a.jpg": b"x", "a.cls": b"dog"}, "b'dog', not the number of a class"),
+        ({"a.cls": b"1"}, r"hold no samples \(1 label without a picture\)"),
+        ({"a.jpg": b"x", "a.cls": b"dog"}, "'dog', not the number of a class; write classes.txt"),
         ({"a.jpg": b"x", "a.png": b"y", "a.cls": b"1"}, "'a' has two pictures"),
         ({"a.txt": b"x"}, "hold no samples"),
     ],
@@ -215,7 +212,7 @@ def test_too_few_class_names_are_refused(unpacked: Path, tmp_path: Path) -> None
 
 def test_an_archive_that_is_replaced_after_it_was_listed_is_refused(unpacked: Path, tmp_path: Path) -> None:
     archives = make_archives(unpacked, tmp_path / "archives")
-    source: Source = find_sources(archives)[0]
+    source: Source = find_sources(archives).sources[0]
     assert read_item(source.root, source.items[0]) in originals(unpacked, "train")
     (archives / TRAIN).write_bytes((archives / TRAIN).read_bytes())
     later(archives / TRAIN)

@@ -11,7 +11,7 @@ import torch
 
 from simclr_dali.model.collectives import all_rows
 from simclr_dali.model.neighbours import accuracies
-from simclr_dali.model.process import on_rank_0, print_now
+from simclr_dali.model.process import on_rank_0, print_now, print_rank_0
 from simclr_dali.pipeline.features import Features, extract, share
 from simclr_dali.pipeline.graph import LoaderConfig
 from simclr_dali.pipeline.order import Ids
@@ -38,6 +38,9 @@ class KnnMonitor:
         self._job, self._watchdog = job, watchdog
         simclr, shards = job.config.simclr, job.split.shards
         self._every = simclr.knn_every_epochs * job.order.steps_per_epoch
+        if self._every and not shards.classes:
+            print_rank_0(job.process, "no kNN while training: the set has no labels")
+            self._every = 0
         if not self._every:
             return
         images, classes = min(simclr.knn_images, len(shards)), len(shards.classes)

@@ -67,6 +67,7 @@ from simclr_dali.pipeline.remote import open_split
 from simclr_dali.shards.durable import write_durably
 from simclr_dali.shards.manifest import ShardSet
 from simclr_dali.shards.verify import verify_split
+from simclr_dali.shards.wording import counted, of_classes
 from simclr_dali.train.config import LR_FORMULAS, Config
 from simclr_dali.train.config_file import load_config
 from simclr_dali.train.engine import build_engine, start
@@ -165,7 +166,7 @@ def announce(job: Job, step: int) -> None:
     architecture = config.architecture()
     print_rank_0(
         process,
-        f"{len(shards):,} images of {len(shards.classes)} classes in {shards.source or shards.folder}, "
+        f"{counted(len(shards), 'image')} {of_classes(len(shards.classes))} in {shards.source or shards.folder}, "
         f"run folder {config.simclr.run}",
     )
     print_rank_0(

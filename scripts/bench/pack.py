@@ -48,7 +48,7 @@ if __name__ == "__main__":
     ARGUMENTS = parse_arguments()  # --help and mistakes are answered before torch is imported, which takes seconds
 
 from scripts.bench.figures import extremes, machine, spread
-from simclr_dali.shards.sources.folder import scan
+from simclr_dali.shards.sources.find import find_sources
 
 PACKAGES = ("nvidia-dali-cuda120", "webdataset", "numpy")
 BASES = ("tar", "decode", "ShardWriter")
@@ -78,14 +78,18 @@ for _ in range(-(-len(paths) // batch)):
 
 
 def copied(images: Path, folder: Path, files: int) -> Path:
-    """An image folder with at least ``files`` files: all of ``images``' train split, repeated."""
-    (source,) = scan(images, ("train",))
+    """An image folder with at least ``files`` files: all of ``images``' train split, repeated.
+
+    The number of the repetition is written behind each picture's end, so that no two files are equal.
+    """
+    (source,) = find_sources(images, splits=("train",)).sources
     rounds = max(1, -(-files // len(source.items)))
     for repeat in range(rounds):
         for item in source.items:
             path = folder / item.path
             path.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(images / item.path, path.with_stem(f"{path.stem}_{repeat}"))
+            data = (source.root / item.path).read_bytes() + b"%d" % repeat
+            path.with_stem(f"{path.stem}_{repeat}").write_bytes(data)
     return folder
 
 

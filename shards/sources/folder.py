@@ -1,77 +1,133 @@
-"""Listing an image folder: ``train/<class>/*`` and, where it exists, ``val/<class>/*``."""
+"""Listing a folder of pictures: ``<class>/*`` with labels, or any tree of pictures without.
 
-import os
-from collections.abc import Iterator
+A class is a folder directly below the split, with all pictures in and under it (as torchvision's ImageFolder takes
+them), or a class archive of ILSVRC, ``n01440764.tar``. Pictures that lie directly in a split without classes have no
+labels, but for the validation pictures of ILSVRC, whose labels are looked up (ilsvrc.find_truth).
+"""
+
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tqdm import tqdm
 
 from simclr_dali.shards.errors import UserError
-from simclr_dali.shards.sources.source import SPLITS, Item, Source, time_of
+from simclr_dali.shards.sources import ilsvrc
+from simclr_dali.shards.sources.source import UNLABELLED, Item, Source, time_of
+from simclr_dali.shards.sources.walk import (
+    LeftOut,
+    is_picture,
+    is_rubbish,
+    needs_start,
+    pictures_below,
+    start_of,
+    walk,
+)
+from simclr_dali.shards.tar import list_members
 
-# A picture is what has one of these endings; other files in a class folder are named, not silently left out.
-PICTURE_ENDINGS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".gif", ".tif", ".tiff"})
+NO_LABEL = "no label"
 
 
-def is_here(root: Path) -> bool:
-    """Whether ``root`` has a folder of a split in which no tars lie."""
-    return any((root / split).is_dir() and not any((root / split).glob("*.tar")) for split in SPLITS)
+def class_names(folder: Path) -> list[str]:
+    """The sorted names of the classes in the folder of a split."""
+    names = {entry.name for entry in folder.iterdir() if entry.is_dir() and not _is_passed_over(entry.name)}
+    return sorted(names | {path.stem for path in folder.glob("*.tar") if ilsvrc.CLASS_TAR.fullmatch(path.name)})
 
 
-def scan(root: Path, splits: tuple[str, ...]) -> list[Source]:
-    """List the wanted splits that exist; classes are the sorted folder names of ``train``, as torchvision's.
+def _is_passed_over(name: str) -> bool:
+    return name.startswith(".") or is_rubbish(name)
 
-    Where only ``val`` is wanted and there is no ``train``, ``val`` names the classes. Raises UserError for a missing
-    ``train``, a split without classes, a class without pictures, a file that is no picture, or a class that
-    ``train`` does not have.
+
+@dataclass
+class _Files:
+    """What lies in the folder of a split: pictures by class, those of no class, and class archives."""
+
+    of_class: dict[str, list[Item]]
+    loose: list[Item] = field(default_factory=list)
+    tars: list[str] = field(default_factory=list)
+    watched: dict[str, int] = field(default_factory=dict)
+    left_out: LeftOut = field(default_factory=LeftOut)
+
+
+def scan(root: Path, split: str, folder: str, truth_folders: list[Path], without: frozenset[Path]) -> Source:
+    """List ``root/folder`` as ``split``; classes are sorted by name, as torchvision's.
+
+    truth_folders: where labels of ILSVRC's validation pictures are looked for. Raises UserError where there are no
+    pictures, or a class has none.
     """
-    named_by = root / ("train" if "train" in splits or (root / "train").is_dir() else "val")
-    if not named_by.is_dir():
-        raise UserError(
-            f"{root} has no folder {named_by.name!r}; expected {root}/train/<class>/* and {root}/val/<class>/*"
-        )
-    classes = _class_names(named_by)
+    files = _list_files(root, split, folder, without)
+    classes = sorted(files.of_class)
+    if not classes and files.loose:
+        return _scan_flat(root, split, files, truth_folders)
+    for name in classes:
+        if not files.of_class[name]:
+            raise UserError(f"class folder {root / folder / name} is empty; add pictures or remove it")
     if not classes:
-        raise UserError(f"{named_by} has no class folders; expected {named_by}/<class>/*.jpg")
-    return [_scan_split(root, split, classes, named_by) for split in splits if (root / split).is_dir()]
+        raise UserError(f"{root / folder} holds no pictures; expected {root / folder}/<class>/*.jpg")
+    for item in files.loose:
+        files.left_out.add(NO_LABEL, item.name, lost=True)
+    items = [item._replace(label=label) for label, name in enumerate(classes) for item in files.of_class[name]]
+    return Source(root, split, classes, items, files.watched, files.left_out)
 
 
-def _scan_split(root: Path, split: str, classes: list[str], named_by: Path) -> Source:
-    names = _class_names(root / split)
-    unknown = sorted(set(names) - set(classes))
-    if unknown:
-        raise UserError(
-            f"{root / split} has the class folder {unknown[0]!r}, which {named_by} does not have; add or remove it"
-        )
-    items: list[Item] = []
-    # Folder times come first: what is added while a folder is listed makes it newer than this.
-    watched = {f"{split}/{name}": time_of(root / split / name) for name in names} | {split: time_of(root / split)}
+def scan_tree(root: Path, split: str, without: frozenset[Path]) -> Source | None:
+    """All pictures in and under ``root``, without labels; None where there are none."""
+    left_out, watched = LeftOut(), dict[str, int]()
+    found = pictures_below(root, left_out, watched=watched, without=without)
+    items = [
+        Item(path, path, 0, size, UNLABELLED, modified)
+        for path, size, modified in tqdm(found, f"scan {split}", unit=" images", disable=None, leave=False)
+    ]
+    return Source(root, split, [], items, watched, left_out) if items else None
+
+
+def _list_files(root: Path, split: str, folder: str, without: frozenset[Path]) -> _Files:
+    files = _Files({name: [] for name in class_names(root / folder)})
+    listed = walk(root, files.left_out, below=folder, watched=files.watched, without=without)
+    unpacked = set()
+    for path, size, modified in tqdm(listed, f"scan {split}", unit=" files", disable=None, leave=False):
+        name, slash, _ = path.removeprefix(f"{folder}/").partition("/")
+        if not slash and ilsvrc.CLASS_TAR.fullmatch(name):
+            files.tars.append(path)
+        elif is_picture(path, start_of(root / path) if needs_start(path) else None, files.left_out):
+            item = Item(path, path, 0, size, UNLABELLED, modified)
+            if slash:
+                files.of_class[name].append(item)
+                unpacked.add(name)
+            else:
+                files.loose.append(item)
+    for path in tqdm(files.tars, f"scan {split}", unit=" archives", disable=None, leave=False):
+        name = Path(path).stem
+        if name in unpacked:
+            files.left_out.add("class archive beside its folder", path)
+        else:
+            files.of_class[name] += _class_archive(root, path, name, files)
+    return files
+
+
+def _class_archive(root: Path, path: str, name: str, files: _Files) -> list[Item]:
+    modified = files.watched[path] = time_of(root / path)
+    return [
+        Item(path, f"{name}/{member}", offset, length, UNLABELLED, modified)
+        for member, offset, length in sorted(list_members(root / path, files.left_out))
+        if is_picture(member, start_of(root / path, offset, length) if needs_start(member) else None, files.left_out)
+    ]
+
+
+def _scan_flat(root: Path, split: str, files: _Files, truth_folders: list[Path]) -> Source:
+    numbers = [ilsvrc.VAL_PICTURE.fullmatch(Path(item.name).name) for item in files.loose]
+    found = ilsvrc.find_truth(truth_folders) if any(numbers) else None
+    if found is None:
+        return Source(root, split, [], files.loose, files.watched, files.left_out)
+    path, truth = found
+    known = [truth.get(int(number[1])) if number else None for number in numbers]
+    classes = sorted({name for name in known if name is not None})
     label_of = {name: label for label, name in enumerate(classes)}
-    for name in tqdm(names, f"scan {split}", disable=None, leave=False):
-        items += _pictures(root, f"{split}/{name}", label_of[name])
-    return Source(root, split, classes, items, watched)
-
-
-def _class_names(folder: Path) -> list[str]:
-    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-
-
-def _pictures(root: Path, folder: str, label: int) -> Iterator[Item]:
-    empty = True
-    for entry in sorted(os.scandir(root / folder), key=lambda entry: entry.name):
-        if entry.name.startswith("."):
-            continue
-        path = f"{folder}/{entry.name}"
-        if Path(entry.name).suffix.lower() not in PICTURE_ENDINGS:
-            raise UserError(
-                f"{root / path} is not a picture ({', '.join(sorted(PICTURE_ENDINGS))}); move it out of the class "
-                f"folder"
-            )
-        try:
-            status = entry.stat()
-        except OSError as error:
-            raise UserError(f"cannot read {root / path} ({error.strerror}); repair or remove it") from error
-        empty = False
-        yield Item(path, path, 0, status.st_size, label, status.st_mtime_ns)
-    if empty:
-        raise UserError(f"class folder {root / folder} is empty; add pictures or remove it")
+    items = []
+    for item, name in zip(files.loose, known, strict=True):
+        if name is None:
+            files.left_out.add(f"{NO_LABEL} in {path.name}", item.name, lost=True)
+        else:
+            items.append(item._replace(label=label_of[name]))
+    if not items:
+        raise UserError(f"{path} has a label for none of the {len(known)} pictures of {split}; fetch it again")
+    return Source(root, split, classes, items, files.watched, files.left_out)

@@ -1,13 +1,15 @@
-"""Listing the original archives of ILSVRC 2012, without unpacking them.
+"""Listing the original archives of ILSVRC 2012, without unpacking them, and labels of its validation pictures.
 
     ILSVRC2012_img_train.tar        one tar per class, named by WordNet id: n01440764.tar, ...
     ILSVRC2012_img_val.tar          ILSVRC2012_val_00000001.JPEG, ...; labels in the devkit
     ILSVRC2012_devkit_t12.tar.gz    data/meta.mat and data/ILSVRC2012_validation_ground_truth.txt
+    LOC_val_solution.csv            Kaggle's labels: ILSVRC2012_val_00000001,n01751748 111 108 230 366
 
 Labels are the places of the WordNet ids in sorted order, as in torchvision's ImageNet; the devkit's own ids
 (ILSVRC2012_ID, 1 to 1000) are ordered otherwise.
 """
 
+import csv
 import io
 import re
 import tarfile
@@ -17,83 +19,118 @@ from tqdm import tqdm
 
 from simclr_dali.shards.errors import UserError
 from simclr_dali.shards.sources.source import Item, Source, time_of
+from simclr_dali.shards.sources.walk import LeftOut, is_picture, needs_start, start_of
 from simclr_dali.shards.tar import list_members
 
 TRAIN = "ILSVRC2012_img_train.tar"
 VAL = "ILSVRC2012_img_val.tar"
 DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
+SOLUTION = "LOC_val_solution.csv"
+CLASS_TAR = re.compile(r"n\d{8}\.tar")
+VAL_PICTURE = re.compile(r"ILSVRC2012_val_(\d{8})\.\w+")
+_VAL_NAME = re.compile(r"ILSVRC2012_val_(\d{8})")
+_WORDNET_ID = re.compile(r"n\d{8}")
 _META = "ILSVRC2012_devkit_t12/data/meta.mat"
 _TRUTH = "ILSVRC2012_devkit_t12/data/ILSVRC2012_validation_ground_truth.txt"
 
 
-def is_here(root: Path) -> bool:
-    """Whether ``root`` holds one of the two image archives."""
-    return (root / TRAIN).is_file() or (root / VAL).is_file()
-
-
-def scan(root: Path, splits: tuple[str, ...]) -> list[Source]:
-    """List the wanted splits whose archive is there.
-
-    Raises UserError for an archive that is cut or is not what its name says, a missing devkit, and where the
-    devkit does not fit the archives.
-    """
-    found = []
-    if "train" in splits and (root / TRAIN).is_file():
-        found.append(_scan_train(root))
-    if "val" in splits and (root / VAL).is_file():
-        found.append(_scan_val(root))
-    if len({tuple(source.classes) for source in found}) > 1:
-        raise UserError(
-            f"{root / TRAIN} holds {len(found[0].classes)} classes and {root / DEVKIT} names {len(found[1].classes)}, "
-            f"or others; take the files of one release, or pack with --split train"
-        )
-    return found
-
-
-def _scan_train(root: Path) -> Source:
+def scan_train(root: Path) -> Source:
+    """List the train archive. Raises UserError where it is cut or is not what its name says."""
     path = root / TRAIN
     modified = time_of(path)
-    inner = sorted(list_members(path))
-    for name, _, _ in inner:
-        if not re.fullmatch(r"n\d{8}\.tar", name):
-            raise UserError(f"{path} holds {name!r}, which is no class archive like n01440764.tar; fetch it again")
-    if not inner:
-        raise UserError(f"{path} is empty; fetch it again")
+    left_out = LeftOut()
+    inner = _class_archives(path, left_out)
     classes = [name.removesuffix(".tar") for name, _, _ in inner]
     items = [
         Item(TRAIN, f"{classes[label]}/{picture}", at, size, label, modified)
         for label, (_, offset, length) in enumerate(tqdm(inner, "scan train", disable=None, leave=False))
-        for picture, at, size in sorted(list_members(path, (offset, length)))
+        for picture, at, size in sorted(list_members(path, left_out, (offset, length)))
+        if is_picture(picture, start_of(path, at, size) if needs_start(picture) else None, left_out)
     ]
-    return Source(root, "train", classes, items, {TRAIN: modified})
+    return Source(root, "train", classes, items, {TRAIN: modified}, left_out)
 
 
-def _scan_val(root: Path) -> Source:
+def classes_of_archive(root: Path) -> list[str]:
+    """The classes of the train archive, from the names of what it holds."""
+    return [name.removesuffix(".tar") for name, _, _ in _class_archives(root / TRAIN, LeftOut())]
+
+
+def _class_archives(path: Path, left_out: LeftOut) -> list[tuple[str, int, int]]:
+    inner = sorted(list_members(path, left_out))
+    for name, _, _ in inner:
+        if not CLASS_TAR.fullmatch(name):
+            raise UserError(f"{path} holds {name!r}, which is no class archive like n01440764.tar; fetch it again")
+    if not inner:
+        raise UserError(f"{path} is empty; fetch it again")
+    return inner
+
+
+def scan_val(root: Path) -> Source:
+    """List the val archive. Raises UserError where it is cut, or the devkit is missing or does not fit it."""
     path = root / VAL
     modified = time_of(path)
+    if not (root / DEVKIT).is_file():
+        raise UserError(
+            f"{root / DEVKIT} is missing; it holds the labels of {VAL}: fetch it, or pack with --split train"
+        )
     wordnet_ids, truth = _read_devkit(root / DEVKIT)
     classes = sorted(wordnet_ids.values())
     label_of = {number: classes.index(wordnet_id) for number, wordnet_id in wordnet_ids.items()}
     items = []
-    for name, offset, length in sorted(list_members(path)):
-        match = re.fullmatch(r"(?:.*/)?ILSVRC2012_val_(\d{8})\.JPEG", name)
+    left_out = LeftOut()
+    for name, offset, length in sorted(list_members(path, left_out)):
+        match = VAL_PICTURE.fullmatch(name.rpartition("/")[2])
         if not match or not 1 <= int(match[1]) <= len(truth):
             raise UserError(f"{path} holds {name!r}, for which {root / DEVKIT} has no label; fetch both again")
         items.append(Item(VAL, name, offset, length, label_of[truth[int(match[1]) - 1]], modified))
     if len(items) != len(truth):
         raise UserError(f"{path} holds {len(items)} pictures, {root / DEVKIT} labels {len(truth)}; fetch both again")
-    return Source(root, "val", classes, items, {VAL: modified, DEVKIT: time_of(root / DEVKIT)})
+    return Source(root, "val", classes, items, {VAL: modified, DEVKIT: time_of(root / DEVKIT)}, left_out)
+
+
+def find_truth(folders: list[Path]) -> tuple[Path, dict[int, str]] | None:
+    """What says of each validation picture, by its number, which WordNet id it has; None where nothing does.
+
+    Kaggle's table or the devkit, packed or unpacked, the first that lies in one of ``folders``. Raises UserError where
+    it is damaged.
+    """
+    for folder in folders:
+        if (path := folder / SOLUTION).is_file():
+            return path, _read_solution(path)
+        for name in (DEVKIT, DEVKIT.removesuffix(".tar.gz")):
+            if (path := folder / name).exists():
+                wordnet_ids, truth = _read_devkit(path)
+                return path, {number: wordnet_ids[label] for number, label in enumerate(truth, 1)}
+    return None
+
+
+def _read_solution(path: Path) -> dict[int, str]:
+    found: dict[int, str] = {}
+    with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
+        for number, row in enumerate(csv.reader(file), 1):
+            if not row or (number == 1 and row[0] == "ImageId"):
+                continue
+            match = _VAL_NAME.fullmatch(row[0].strip())
+            wordnet_id = row[1].split(" ")[0] if len(row) > 1 else ""
+            if not match or not _WORDNET_ID.fullmatch(wordnet_id):
+                raise UserError(
+                    f"{path}: line {number} is {','.join(row)[:60]!r}, not a picture and its WordNet id as in "
+                    f"ILSVRC2012_val_00000001,n01751748 111 108 230 366; fetch it again"
+                )
+            found[int(match[1])] = wordnet_id
+    return found
 
 
 def _read_devkit(path: Path) -> tuple[dict[int, str], list[int]]:
     """WordNet id by ILSVRC2012_ID of the classes (not of their hypernyms), and the ID of each validation picture."""
     import scipy.io  # the only reader of MATLAB files here, and slow to import
 
-    if not path.is_file():
-        raise UserError(f"{path} is missing; it holds the labels of {VAL}: fetch it, or pack with --split train")
     try:
-        with tarfile.open(path, "r:gz") as devkit:
-            meta, truth = (_member(devkit, name) for name in (_META, _TRUTH))
+        if path.is_dir():
+            meta, truth = ((path.parent / name).read_bytes() for name in (_META, _TRUTH))
+        else:
+            with tarfile.open(path, "r:gz") as devkit:
+                meta, truth = (_member(devkit, name) for name in (_META, _TRUTH))
         synsets = scipy.io.loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"]
         leaves = synsets[synsets["num_children"] == 0]
         wordnet_ids = {

@@ -1,24 +1,29 @@
 """What is packed: splits of encoded pictures, wherever they lie.
 
 Three kinds exist: an image folder (folder.py), the ILSVRC archives (ilsvrc.py) and WebDataset tars (webtars.py). The
-latter two are read in place, by offset, without unpacking anything to disk. find.py tells them apart.
+latter two are read in place, by offset, without unpacking anything to disk. find.py tells them apart, split by split.
 """
 
 import hashlib
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 from simclr_dali.shards.errors import UserError
+from simclr_dali.shards.image import UnusableError
+from simclr_dali.shards.sources.walk import LeftOut
 
-SPLITS = ("train", "val")
+SPLITS = ("train", "val", "test")
+DEFAULT_SPLITS = ("train", "val")  # "test" has to be asked for
+UNLABELLED = -1
 
 
 class Item(NamedTuple):
     """One encoded picture: ``length`` bytes at ``offset`` of the file ``path`` (relative to the source's root).
 
-    ``name`` is the picture's own name, inside an archive the member's; ``modified`` is the file's time in ns.
+    ``name`` is the picture's own name, inside an archive the member's; ``label`` is UNLABELLED where it has none;
+    ``modified`` is the file's time in ns.
     """
 
     path: str
@@ -28,16 +33,24 @@ class Item(NamedTuple):
     label: int
     modified: int
 
+    def inside(self) -> str:
+        """``, name`` where the picture lies in an archive, for messages that begin with the file's path."""
+        return "" if self.name == self.path else f", {self.name}"
+
 
 @dataclass(frozen=True)
 class Source:
-    """One split. ``watched`` are the folders and archives it was listed from, with their times in ns."""
+    """One split."""
 
     root: Path
     split: str
     classes: list[str]
+    """Empty where the pictures have no labels."""
     items: list[Item]
     watched: dict[str, int]
+    """The folders and archives it was listed from, with their times in ns."""
+    left_out: LeftOut = field(default_factory=LeftOut)
+    """What lies in them and is not packed."""
 
     def fingerprint(self, *, times: bool) -> str:
         """Changes when a picture is added, removed, renamed or resized, and with ``times`` when a file is rewritten."""
@@ -55,8 +68,20 @@ class Source:
                 raise UserError(_changed(f"{self.root}/{path}"))
 
 
+@dataclass(frozen=True)
+class Listing:
+    """The splits that were found in a folder, and what lies beside them."""
+
+    sources: list[Source]
+    beside: LeftOut
+
+
 def read_item(root: Path, item: Item) -> bytes:
-    """The encoded bytes of ``item``; raises UserError where its file is gone or was changed since it was listed."""
+    """The encoded bytes of ``item``.
+
+    Raises UserError where its file is gone or was changed since it was listed, and UnusableError where its permissions
+    forbid to read it: it may be one of a thousand such files, so it is counted, as a damaged one is.
+    """
     path = f"{root}/{item.path}"  # not Path's slash, which takes as long as the reading
     try:
         descriptor = os.open(path, os.O_RDONLY)
@@ -66,6 +91,8 @@ def read_item(root: Path, item: Item) -> bytes:
             data = os.pread(descriptor, item.length + (item.path == item.name), item.offset)
         finally:
             os.close(descriptor)
+    except PermissionError as error:
+        raise UnusableError(f"it cannot be read ({error.strerror})") from error
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror}); repair or remove it") from error
     if modified != item.modified or len(data) != item.length:

@@ -1,99 +1,124 @@
-"""Listing WebDataset tars: ``train/*.tar`` and ``val/*.tar``, or tars of both in one folder told apart by name.
+"""Listing WebDataset tars: those in the folder of a split, or those in one folder whose names hold the split.
 
-Of each sample the picture (``key.jpg`` or another ending of PICTURES) and the label (``key.cls``, a number) are taken.
-Class names come from the manifest, where this packer wrote the tars, or from ``classes.txt`` beside them (a name a
-line); otherwise classes are called by their numbers.
+Of each sample the picture (``key.jpg`` or another ending of a picture) and, where there are any, the label
+(``key.cls``) are taken. Class names come from the manifest, where this packer wrote the tars, or from ``classes.txt``
+beside them (a name a line); otherwise classes are called by their numbers.
 """
 
-import re
-from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tqdm import tqdm
 
 from simclr_dali.shards.errors import UserError
 from simclr_dali.shards.manifest import load_split
-from simclr_dali.shards.sources.folder import PICTURE_ENDINGS
-from simclr_dali.shards.sources.source import SPLITS, Item, Source, read_item, time_of
+from simclr_dali.shards.sources.class_list import CLASSES, labels_of_texts, read_classes
+from simclr_dali.shards.sources.source import UNLABELLED, Item, Source, read_item, time_of
+from simclr_dali.shards.sources.walk import LeftOut, ending_of, is_picture, needs_start, start_of
 from simclr_dali.shards.tar import list_members
 
-PICTURES = frozenset(ending.removeprefix(".") for ending in PICTURE_ENDINGS)
-_WORDS = {"train": r"train(ing)?", "val": r"val(id|idation)?"}
-_CLASSES = "classes.txt"
+_LABEL = "cls"
 
 
-def is_here(root: Path) -> bool:
-    """Whether ``root`` holds tars of a split."""
-    return any(_tars(root, split) for split in SPLITS)
+@dataclass
+class _Samples:
+    """What the tars of a split hold."""
+
+    pictures: list[Item] = field(default_factory=list)
+    texts: list[str | None] = field(default_factory=list)
+    """What the label of each picture says; None where it has none."""
+    orphans: list[str] = field(default_factory=list)
+    """Labels without a picture."""
 
 
-def scan(root: Path, splits: tuple[str, ...]) -> list[Source]:
-    """List the wanted splits that exist; members of other kinds are counted and left out, with a line that says so.
+def scan(root: Path, split: str, tars: list[Path], left_out: LeftOut | None = None) -> Source:
+    """List the pictures of ``tars``.
 
-    Raises UserError for a damaged tar, a sample without picture or label, a label that is no number or has no name.
+    left_out: what lies beside them and was counted before. Raises UserError for a damaged tar, a sample with two
+    pictures, a label that cannot be understood, and where there are no pictures at all.
     """
-    found = [_scan_split(root, split) for split in splits if _tars(root, split)]
-    count = 1 + max((item.label for source in found for item in source.items), default=-1)
-    return [replace(source, classes=_class_names(root, source.split, count)) for source in found]
-
-
-def _tars(root: Path, split: str) -> list[Path]:
-    if (root / split).is_dir():
-        return sorted((root / split).glob("*.tar"))
-    word = re.compile(rf"(^|[^a-z]){_WORDS[split]}([^a-z]|$)")
-    return sorted(path for path in root.glob("*.tar") if word.search(path.stem.lower()))
-
-
-def _scan_split(root: Path, split: str) -> Source:
-    items: list[Item] = []
+    left_out = left_out or LeftOut()
     watched: dict[str, int] = {}
-    left_out: Counter[str] = Counter()
-    for path in tqdm(_tars(root, split), f"scan {split}", disable=None, leave=False):
+    samples = _Samples()
+    for path in tqdm(tars, f"scan {split}", unit=" tars", disable=None, leave=False):
         name = str(path.relative_to(root))
         watched[name] = time_of(path)
-        pictures: dict[str, Item] = {}
-        labels: dict[str, int] = {}
-        for member, offset, length in list_members(path):
-            folder, slash, base = member.rpartition("/")
-            key, _, ending = base.partition(".")
-            key = folder + slash + key
-            found = Item(name, member, offset, length, -1, watched[name])
-            if ending.lower() in PICTURES:
-                if key in pictures:
-                    raise UserError(f"{path}: sample {key!r} has two pictures; pack it anew with one each")
-                pictures[key] = found
-            elif ending.lower() == "cls":
-                labels[key] = _label(root, found)
-            else:
-                left_out[ending] += 1
-        if pictures.keys() != labels.keys():
-            key = min(pictures.keys() ^ labels.keys())
-            lacks = "label (.cls)" if key in pictures else f"picture (.{', .'.join(sorted(PICTURES))})"
-            raise UserError(f"{path}: sample {key!r} has no {lacks}; pack it anew with both")
-        items += [item._replace(label=labels[key]) for key, item in pictures.items()]
-    for ending, count in sorted(left_out.items()):
-        print(f"{split}: {count:,} members .{ending} are left out")
-    if not items:
-        raise UserError(f"the tars of {split} in {root} hold no samples; fetch them again, or choose another --split")
-    return Source(root, split, [], items, watched)
+        _list_tar(root, name, watched[name], samples, left_out)
+    for orphan in samples.orphans:
+        left_out.add("label without a picture", orphan, lost=True)
+    if not samples.pictures:
+        raise UserError(
+            f"the tars of {split} in {root} hold no samples ({str(left_out) or 'they are empty'}); fetch them again, "
+            f"or choose another --split"
+        )
+    texts = [text for text in samples.texts if text is not None]
+    if not texts:
+        return Source(root, split, [], samples.pictures, watched, left_out)
+    labels, classes = labels_of_texts(texts, _class_names(root, split, tars), f"{root}, {split}")
+    items, numbers = [], iter(labels)
+    for item, text in zip(samples.pictures, samples.texts, strict=True):
+        if text is None:
+            left_out.add("no label (.cls)", item.name, lost=True)
+        else:
+            items.append(item._replace(label=next(numbers)))
+    return Source(root, split, classes, items, watched, left_out)
 
 
-def _label(root: Path, found: Item) -> int:
-    text = read_item(root, found).strip()
-    if not re.fullmatch(rb"\d{1,9}", text):
-        raise UserError(f"{root / found.path}: {found.name!r} holds {text[:20]!r}, not the number of a class")
-    return int(text)
+def _list_tar(root: Path, path: str, modified: int, samples: _Samples, left_out: LeftOut) -> None:
+    pictures: dict[str, Item] = {}
+    labels: dict[str, Item] = {}
+    for member, offset, length in list_members(root / path, left_out):
+        found = Item(path, member, offset, length, UNLABELLED, modified)
+        stem = member.rpartition(".")[0] or member
+        if ending_of(member) == _LABEL:
+            labels[stem] = found
+        elif is_picture(member, start_of(root / path, offset, length) if needs_start(member) else None, left_out):
+            if stem in pictures:
+                raise UserError(f"{root / path}: sample {stem!r} has two pictures; pack it anew with one each")
+            pictures[stem] = found
+    keys = _keys(root / path, pictures, labels)
+    for stem, item in pictures.items():
+        key = keys[stem]
+        if key is None:
+            left_out.add("other picture of a sample", item.name)
+            continue
+        samples.pictures.append(item)
+        samples.texts.append(_text(root, labels.pop(key)) if key in labels else None)
+    samples.orphans += [item.name for item in labels.values()]
 
 
-def _class_names(root: Path, split: str, count: int) -> list[str]:
-    """Names of at least ``count`` classes, by label."""
+def _keys(path: Path, pictures: dict[str, Item], labels: dict[str, Item]) -> dict[str, str | None]:
+    """The key of each picture, by its name without the last ending; None for one that is not a sample of its own.
+
+    WebDataset ends a key at its first dot. But people put dots into keys too (``shot_2.3.png``), so the whole name
+    counts where it has a label or nothing else has the shorter key.
+    """
+    keys: dict[str, str | None] = {}
+    of_short: dict[str, str] = {}
+    for stem in pictures:
+        folder, slash, base = stem.rpartition("/")
+        short = folder + slash + base.partition(".")[0]
+        if stem in labels or short == stem:
+            keys[stem] = stem
+        elif short in pictures:
+            keys[stem] = None  # such as 0007.mask.png beside 0007.jpg
+        elif short not in labels:
+            keys[stem] = stem
+        elif short in of_short:
+            raise UserError(f"{path}: sample {short!r} has two pictures; pack it anew with one each")
+        else:
+            keys[stem] = of_short[short] = short
+    return keys
+
+
+def _text(root: Path, found: Item) -> str:
+    return read_item(root, found)[:1000].decode("utf-8", "replace").strip("\ufeff\0 \t\r\n")
+
+
+def _class_names(root: Path, split: str, tars: list[Path]) -> list[str] | None:
     if (root / split / "manifest.json").is_file():
-        names = list(load_split(root, split).classes)
-    elif (root / _CLASSES).is_file():
-        names = (root / _CLASSES).read_text(encoding="utf-8").splitlines()
-    else:
-        return [str(number) for number in range(count)]
-    if len(names) < count:
-        raise UserError(f"{root} names {len(names)} classes, but a picture has label {count - 1}; complete {_CLASSES}")
-    return names
+        return list(load_split(root, split).classes) or None
+    for folder in (tars[0].parent, root):
+        if (folder / CLASSES).is_file():
+            return read_classes(folder / CLASSES)
+    return None

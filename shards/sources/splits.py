@@ -1,0 +1,44 @@
+"""Which folder and which tars of a source belong to which split, by their names."""
+
+import re
+from pathlib import Path
+
+from simclr_dali.shards.errors import UserError
+from simclr_dali.shards.sources.source import SPLITS
+
+# What people call the splits; VOC's "trainval" is both.
+WORDS = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation", "validate"),
+    "test": ("test", "testing"),
+}
+_BOTH = ("trainval", "traintest", "valtest", "testval")
+# Kaggle's archive of ILSVRC 2012, from wherever somebody points into it.
+_KAGGLE = ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC", "CLS-LOC")
+
+
+def split_folder(root: Path, split: str) -> Path | None:
+    """The folder of ``split`` in ``root``, by any usual name in any case. Raises UserError where there are two."""
+    found = [path for path in sorted(root.iterdir()) if path.name.lower() in WORDS[split] and path.is_dir()]
+    if len(found) > 1:
+        raise UserError(f"{root} has the folders {found[0].name!r} and {found[1].name!r} for {split}; keep one of them")
+    return found[0] if found else None
+
+
+def split_tars(root: Path, split: str) -> list[Path]:
+    """The tars in ``root`` that are named after ``split``. Raises UserError where a name holds two splits."""
+    return [path for path in sorted(root.glob("*.tar")) if split_of_name(path) == split]
+
+
+def split_of_name(path: Path) -> str | None:
+    """The split that the name of a tar holds as a word, or None. Raises UserError where it holds two."""
+    words = re.findall("[a-z]+", path.stem.lower())
+    found = [split for split in SPLITS if any(word in WORDS[split] for word in words)]
+    if len(found) > 1 or any(word in _BOTH for word in words):
+        raise UserError(f"{path} names two splits; rename it, so that its name holds only one of {', '.join(SPLITS)}")
+    return found[0] if found else None
+
+
+def data_folder(root: Path) -> Path:
+    """``root``, or the folder of Kaggle's ILSVRC tree below it in which train and val lie."""
+    return next((root / inside for inside in _KAGGLE if (root / inside).is_dir()), root)
