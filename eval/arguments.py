@@ -99,4 +99,3 @@ def add_arguments(parser: argparse.ArgumentParser, *, features: bool = True) -> 
             "--features", type=Path, metavar="FOLDER", help="keep extracted features here, and use those that are there"
         )
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where results go (default: the run folder)")
-    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # given by the deepspeed launcher

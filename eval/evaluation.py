@@ -161,7 +161,7 @@ class Evaluation:
             _set_aside(described, weights, result, (*_IDENTITY, *self.encoder.conventions()))
         if model is not None:
             save_classifier(weights, model)
-        write_durably(described, (json.dumps(result, indent=2) + "\n").encode())
+        write_durably(described, (json.dumps(result, indent=2) + "\n").encode(), tag=f".{os.getpid()}")
 
 
 def _set_aside(described: Path, weights: Path, result: dict[str, Any], identity: tuple[str, ...]) -> None:

@@ -18,6 +18,7 @@ import os
 import shutil
 import sys
 from contextlib import ExitStack
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -46,11 +47,16 @@ if __name__ == "__main__":
     ARGUMENTS = parse_arguments()  # --help and mistakes are answered before torch is imported, which takes seconds
 
 import numpy as np
+import numpy.typing as npt
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from simclr_dali.eval.evaluation import cache_of, data_of, image_size_of, open_encoder, origin, own_device
+from simclr_dali.eval.evaluation import cache_of, data_of, image_size_of, open_encoder, origin
+from simclr_dali.model.encoder import Encoder
+from simclr_dali.model.process import Process, init_distributed, leave, on_rank_0, print_rank_0
+from simclr_dali.pipeline.features import share
 from simclr_dali.pipeline.graph import LoaderConfig
 from simclr_dali.pipeline.image_files import ImageFiles, central_views_of_files, find_images, refuse_failures
 from simclr_dali.pipeline.loader import central_views
@@ -61,57 +67,65 @@ from simclr_dali.shards.durable import refusals_named, write_durably, writing
 
 def main(arguments: argparse.Namespace) -> None:
     out: Path = arguments.out
-    written = files_of(out, arguments.map)
+    process = init_distributed(timedelta(hours=2))
+    on_rank_0(process, lambda: files_of(out, arguments.map))
     chosen, data = EncoderChoice.of(arguments), DataChoice.of(arguments)
     source = open_encoder(chosen)
-    device, cores = own_device()
-    encoder = source.encoder.place(device)
+    encoder = source.encoder.place(process.device)
     size = image_size_of(chosen, source)
-    config = LoaderConfig(size=size, device=device, threads=cores)
+    config = LoaderConfig(size=size, device=process.device, threads=process.cores)
     about = origin(source, size) | {"untrained": arguments.untrained, "pooled": "mean over the feature map"}
-    files, paths = None, []
+    files, labels, paths = None, None, []
     if arguments.images:
         paths = find_images(arguments.images)
-        files = ImageFiles(paths)
         names = [str(path) for path in paths]
-        views = ((found.views, found.places) for found in central_views_of_files(files, config, batch=arguments.batch))
+        own = share(len(names), process.rank, process.world)
+        files = ImageFiles([paths[place] for place in own])
+        found = central_views_of_files(files, config, batch=arguments.batch)
+        views = ((part.views, [int(own[place]) for place in part.places]) for part in found)
     else:
         split = open_split(data_of(data, source), arguments.split, cache_of(data))
         shards = split.shards
         names = keys(split)
         about |= {"manifest": shards.fingerprint, "split": shards.split, "classes": list(shards.classes)}
-        made = central_views(split, config, batch=arguments.batch)
-        views = ((found.views, found.ids.tolist()) for found in made)
-    places: list[int] = []
+        labels = shards.samples["label"].astype(np.int64)
+        own = share(len(names), process.rank, process.world)
+        views = (
+            (part.views, part.ids.tolist()) for part in central_views(split, config, batch=arguments.batch, ids=own)
+        )
     with refusals_named(out), ExitStack() as stack:
         out.parent.mkdir(parents=True, exist_ok=True)
-        embeddings = stack.enter_context(RowFile(out.with_name(f"{out.stem}.partial-embeddings")))
-        maps = stack.enter_context(RowFile(out.with_name(f"{out.stem}.partial-map"))) if arguments.map else None
-        with torch.inference_mode(), tqdm(total=len(names), desc="features", unit=" images", disable=None) as bar:
+        made = Rows(out, process, stack, maps=arguments.map)
+        with (
+            torch.inference_mode(),
+            tqdm(total=len(own), desc="features", unit=" images", disable=process.rank > 0 or None) as bar,
+        ):
             for images, of in views:
-                features = encoder.features(images)
-                embeddings.add(encoder.pool(features))
-                if maps is not None:
-                    maps.add(features)
-                places += of
+                made.add(encoder.features(images), encoder, of)
                 bar.update(len(of))
+        places = made.gather()
+        failures = _all_failures(files, own, process)
         if not places:
-            assert files is not None
-            refuse_failures(files, paths)
+            refuse_failures(failures, paths)
         about["ids"] = [names[place] for place in places]
-        labels = None if arguments.images else torch.from_numpy(shards.samples["label"].astype(np.int64))
         if labels is not None:
             about["labels"] = labels.tolist()
-        try:
-            give_names(out, embeddings, maps, labels)
-            write_durably(out.with_suffix(".ids.json"), (json.dumps(about, indent=1) + "\n").encode())
-        except BaseException:
-            for path in written:  # none of them was there before
-                path.unlink(missing_ok=True)
-            raise
-    print(f"{len(places):,} embeddings of width {encoder.width}: {out}, ids in {out.with_suffix('.ids.json')}")
-    if files is not None:
-        refuse_failures(files, paths)
+        on_rank_0(process, lambda: made.give_names(labels, about))
+    print_rank_0(
+        process,
+        f"{len(places):,} embeddings of width {encoder.width}: {out}, ids in {out.with_suffix('.ids.json')}",
+    )
+    if failures:
+        refuse_failures(failures, paths)
+    leave(process)
+
+
+def _all_failures(files: ImageFiles | None, own: npt.NDArray[np.int64], process: Process) -> dict[int, str]:
+    """Why files could not be used, by their place among all, on all ranks."""
+    here = {int(own[place]): reason for place, reason in files.failures.items()} if files else {}
+    everywhere: list[dict[int, str]] = [here] * process.world
+    dist.all_gather_object(everywhere, here)
+    return {place: reason for found in everywhere for place, reason in found.items()}
 
 
 def files_of(out: Path, maps: bool) -> list[Path]:
@@ -125,14 +139,65 @@ def files_of(out: Path, maps: bool) -> list[Path]:
     return written
 
 
-def give_names(out: Path, embeddings: "RowFile", maps: "RowFile | None", labels: Tensor | None) -> None:
-    """Turn the rows that were written into the files that were asked for."""
-    if out.suffix == ".npy":
-        if maps is not None:
-            maps.become_npy(_map_of(out))
-        embeddings.become_npy(out)
-    else:
-        write_safetensors(out, {"embeddings": embeddings, **({"feature_maps": maps} if maps else {})}, labels)
+class Rows:
+    """What all ranks make: files of their own beside OUT, whose names hold rank and process, joined by rank 0."""
+
+    def __init__(self, out: Path, process: Process, stack: ExitStack, *, maps: bool) -> None:
+        self._out, self._process = out, process
+        kinds = ["embeddings", *(["feature_maps"] if maps else [])]
+        tag = f"{process.rank}-{os.getpid()}"
+        self._files = {
+            kind: stack.enter_context(RowFile(out.with_name(f".{out.name}.{kind}-{tag}.tmp"))) for kind in kinds
+        }
+        self._places: list[int] = []
+
+    def add(self, features: Tensor, encoder: Encoder, places: list[int]) -> None:
+        self._files["embeddings"].add(encoder.pool(features))
+        if "feature_maps" in self._files:
+            self._files["feature_maps"].add(features)
+        self._places += places
+
+    def gather(self) -> list[int]:
+        """Join the rows of all ranks in rank 0's files; the places of all rows, in order.
+
+        Raises UserError where rank 0 does not see the file of another rank.
+        """
+        own = ({kind: (file.path, file.shape) for kind, file in self._files.items()}, self._places)
+        for file in self._files.values():
+            file.flush()
+        everywhere: list[Any] = [own] * self._process.world
+        dist.all_gather_object(everywhere, own)
+
+        def join() -> None:
+            for rank, (files, _) in enumerate(everywhere[1:], 1):
+                for kind, (path, shape) in files.items():
+                    if not path.is_file():
+                        raise UserError(
+                            f"rank 0 does not find {path}, which rank {rank} wrote; give an --out on a disk that all "
+                            f"machines share"
+                        )
+                    self._files[kind].append(path, shape)
+
+        on_rank_0(self._process, join)
+        return [place for _, places in everywhere for place in places]
+
+    def give_names(self, labels: npt.NDArray[np.int64] | None, about: dict[str, Any]) -> None:
+        """Turn the rows into the files that were asked for; none of them stays where one cannot be written."""
+        maps = self._files.get("feature_maps")
+        written = []
+        try:
+            if self._out.suffix == ".npy":
+                if maps is not None:
+                    written.append(maps.become_npy(_map_of(self._out)))
+                written.append(self._files["embeddings"].become_npy(self._out))
+            else:
+                written.append(write_safetensors(self._out, self._files, labels))
+            described = self._out.with_suffix(".ids.json")
+            write_durably(described, (json.dumps(about, indent=1) + "\n").encode(), tag=f".{os.getpid()}")
+        except BaseException:
+            for path in written:  # by this process, and there was none before
+                path.unlink(missing_ok=True)
+            raise
 
 
 def _map_of(out: Path) -> Path:
@@ -145,7 +210,7 @@ class RowFile:
     _HEADER = 128  # bytes before the rows, filled in when their number is known
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self.path = path
         self._file = path.open("wb+")
         self._file.write(b"\0" * self._HEADER)
         self.shape: tuple[int, ...] = (0,)
@@ -157,13 +222,25 @@ class RowFile:
         try:
             self._file.close()  # a full disk may refuse what it still holds
         finally:
-            self._path.unlink(missing_ok=True)
+            self.path.unlink(missing_ok=True)
 
     def add(self, rows: Tensor) -> None:
         self._file.write(rows.float().cpu().contiguous().numpy().tobytes())
         self.shape = (self.shape[0] + len(rows), *rows.shape[1:])
 
-    def become_npy(self, path: Path) -> None:
+    def flush(self) -> None:
+        self._file.flush()
+
+    def append(self, path: Path, shape: tuple[int, ...]) -> None:
+        """Add the rows of another file of this kind."""
+        if not shape[0]:
+            return
+        with path.open("rb") as rows:
+            rows.seek(self._HEADER)
+            shutil.copyfileobj(rows, self._file, 1 << 24)
+        self.shape = (self.shape[0] + shape[0], *shape[1:])
+
+    def become_npy(self, path: Path) -> Path:
         """NumPy's format, version 1.0: magic, length of the header, header padded with spaces (numpy.lib.format)."""
         header = repr({"descr": "<f4", "fortran_order": False, "shape": self.shape}).encode()
         header = header.ljust(self._HEADER - 11) + b"\n"
@@ -171,14 +248,15 @@ class RowFile:
         self._file.write(b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header)
         self._file.flush()
         os.fsync(self._file.fileno())
-        self._path.replace(path)
+        self.path.replace(path)
+        return path
 
     def copy_rows(self, target: BinaryIO) -> None:
         self._file.seek(self._HEADER)
         shutil.copyfileobj(self._file, target, 1 << 24)
 
 
-def write_safetensors(path: Path, rows: dict[str, RowFile], labels: Tensor | None) -> None:
+def write_safetensors(path: Path, rows: dict[str, RowFile], labels: npt.NDArray[np.int64] | None) -> Path:
     """safetensors' format: length of the header, JSON with places, then the tensors; no tensor is held in memory."""
     header: dict[str, Any] = {}
     at = 0
@@ -190,13 +268,14 @@ def write_safetensors(path: Path, rows: dict[str, RowFile], labels: Tensor | Non
         header["labels"] = {"dtype": "I64", "shape": [len(labels)], "data_offsets": [at, at + 8 * len(labels)]}
     text = json.dumps(header).encode()
     text = text.ljust(-(-len(text) // 8) * 8)
-    with writing(path) as target:
+    with writing(path, f".{os.getpid()}") as target:
         target.write(len(text).to_bytes(8, "little") + text)
         for file in rows.values():
             file.copy_rows(target)
         if labels is not None:
-            target.write(labels.numpy().tobytes())
+            target.write(labels.astype("<i8").tobytes())
+    return path
 
 
 if __name__ == "__main__":
-    run_main(lambda: main(ARGUMENTS))
+    run_main(lambda: main(ARGUMENTS), shares_work=True)

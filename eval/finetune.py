@@ -61,7 +61,7 @@ from simclr_dali.eval.protocols import FINETUNE
 from simclr_dali.eval.supervised import micro_batch, state_of, train
 from simclr_dali.model.batchnorm import synchronised
 from simclr_dali.model.encoder import Encoder
-from simclr_dali.model.process import on_rank_0, print_rank_0
+from simclr_dali.model.process import leave, on_rank_0, print_rank_0
 from simclr_dali.pipeline.order import Ids
 from simclr_dali.pipeline.subset import class_balanced, ids_of_names
 
@@ -133,7 +133,7 @@ def main(arguments: argparse.Namespace) -> None:
         f"on {found.count:,} images ({result['seconds']:.0f} s); "
         f"{out}.json",
     )
-    torch.distributed.destroy_process_group()
+    leave(job.process)
 
 
 def chosen_images(arguments: argparse.Namespace, job: Evaluation) -> tuple[str, Ids]:
@@ -156,4 +156,4 @@ def chosen_images(arguments: argparse.Namespace, job: Evaluation) -> tuple[str, 
 
 
 if __name__ == "__main__":
-    run_main(lambda: main(ARGUMENTS))
+    run_main(lambda: main(ARGUMENTS), shares_work=True)

@@ -34,13 +34,12 @@ def parse_arguments() -> argparse.Namespace:
 if __name__ == "__main__":
     ARGUMENTS = parse_arguments()  # --help and mistakes are answered before torch is imported, which takes seconds
 
-import torch
 
 from simclr_dali.eval.evaluation import open_evaluation
 from simclr_dali.eval.logistic import interval_95
 from simclr_dali.model.collectives import all_rows
 from simclr_dali.model.neighbours import accuracies
-from simclr_dali.model.process import print_rank_0
+from simclr_dali.model.process import leave, print_rank_0
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -85,8 +84,8 @@ def main(arguments: argparse.Namespace) -> None:
             f"kNN, k {k}{job.encoder_note()}: top-1 {top1:.2f} %, top-5 {top5:.2f} %",
         )
     print_rank_0(job.process, f"{len(truth):,} images against {images:,}, {seconds:.0f} s; {out}.json")
-    torch.distributed.destroy_process_group()
+    leave(job.process)
 
 
 if __name__ == "__main__":
-    run_main(lambda: main(ARGUMENTS))
+    run_main(lambda: main(ARGUMENTS), shares_work=True)

@@ -64,7 +64,7 @@ from simclr_dali.eval.evaluation import Evaluation, open_evaluation
 from simclr_dali.eval.logistic import fit_linear, reported, score
 from simclr_dali.eval.supervised import state_of, train
 from simclr_dali.eval.sweep import GRID, HELD_OUT, sweep
-from simclr_dali.model.process import print_rank_0
+from simclr_dali.model.process import leave, print_rank_0
 from simclr_dali.pipeline.features import Features, share
 
 
@@ -104,7 +104,7 @@ def main(arguments: argparse.Namespace) -> None:
         f"protocol {name}{changed}{job.encoder_note()}: top-1 {found.top1:.2f} %, "
         f"top-5 {found.top5:.2f} % on {found.count:,} images ({result['seconds']:.0f} s); {out}.json",
     )
-    torch.distributed.destroy_process_group()
+    leave(job.process)
 
 
 def on_features(job: Evaluation, name: str, seed: int) -> tuple[torch.nn.Linear, dict[str, Any]]:
@@ -197,4 +197,4 @@ def refuse_contradictions(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    run_main(lambda: main(ARGUMENTS))
+    run_main(lambda: main(ARGUMENTS), shares_work=True)

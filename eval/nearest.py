@@ -90,7 +90,7 @@ def main(arguments: argparse.Namespace) -> None:
         save(grid(drawn, split, found[:_LINES], cosines[:_LINES], names), arguments.out, "--out")
         some = f", the first {_LINES} on the grid" if len(places) > _LINES else ""
         print(f"{len(places)} queries against {len(split.shards):,} images{some}: {arguments.out}")
-    refuse_failures(files, paths)
+    refuse_failures(files.failures, paths)
 
 
 def grid(

@@ -69,7 +69,7 @@ def main(arguments: argparse.Namespace) -> None:
         print(json.dumps(found, indent=2))
     else:
         print(table(found))
-    refuse_failures(files, paths)
+    refuse_failures(files.failures, paths)
 
 
 def predict(classifier: Classifier, files: ImageFiles, names: list[str], top: int, batch: int) -> list[dict[str, Any]]:

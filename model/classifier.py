@@ -1,6 +1,7 @@
 """An encoder with a linear classifier, as the evaluations leave it behind: one file that predicts on its own."""
 
 import io
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -107,4 +108,4 @@ def save_classifier(path: Path, classifier: Classifier) -> None:
     """Write it, whole or not at all. Raises UserError where the disk refuses."""
     buffer = io.BytesIO()  # torch.save to a full disk raises no OSError
     torch.save(classifier.state(), buffer)
-    write_durably(path, buffer.getbuffer())
+    write_durably(path, buffer.getbuffer(), tag=f".{os.getpid()}")

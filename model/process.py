@@ -1,8 +1,9 @@
-"""This process among those of a launcher (deepspeed, torchrun), or alone."""
+"""This process among those that a launcher started (shards.launch), or alone."""
 
 import errno
 import os
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -10,14 +11,14 @@ from typing import Any, TextIO, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
-from simclr_dali.shards.errors import UserError
+from simclr_dali.model.peers import Peers
+from simclr_dali.shards.launch import UNSET, Launch, LaunchError, check_port, read_launch
 
 T = TypeVar("T")
-
-
-class LaunchError(UserError):
-    """The processes that were started do not fit the machine. The message says why and what to do."""
+_SECONDS_BEFORE_TELLING = 20.0
+_PATIENCE_AT_START = timedelta(minutes=10)  # machines of a cluster do not start together
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class Process:
     """This process's share of the machine's."""
     patience: timedelta = timedelta(minutes=30)
     """How long it waits for the others."""
+    peers: Peers | None = None
+    """Those on this machine, where there are others."""
 
 
 def on_gpu() -> bool:
@@ -44,11 +47,12 @@ def on_gpu() -> bool:
 def init_distributed(patience: timedelta) -> Process:
     """Join the process group: NCCL with a GPU per process, else gloo on the CPU.
 
-    Without a launcher this process is the whole group. patience: how long a rank waits for the others.
-    Raises LaunchError where a machine has fewer GPUs than processes.
+    Without a launcher this process is the whole group. patience: how long a rank waits for the others in it.
+    Raises LaunchError where what the launcher says cannot be, a machine has fewer GPUs than processes, or the others do
+    not come.
     """
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
+    launch = read_launch()
+    local_rank, local_world = launch.local_rank, launch.local_world
     if on_gpu() and local_rank >= torch.cuda.device_count():
         raise LaunchError(
             f"{local_world} processes were started on a machine with {torch.cuda.device_count()} GPUs; start one "
@@ -62,14 +66,49 @@ def init_distributed(patience: timedelta) -> Process:
         device = torch.device("cpu")
         torch.set_num_threads(cores)
     backend = "nccl" if on_gpu() else "gloo"
-    if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=patience)
+    if launch.world > 1:
+        store = _meet(launch)
     else:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
         # A store inside the process needs no port, which another job on the machine might hold.
         store = dist.HashStore()  # type: ignore[attr-defined]
-        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=patience)
-    return Process(dist.get_rank(), dist.get_world_size(), local_world, device, cores, patience)
+    dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.world, timeout=patience)
+    peers = Peers(launch.rank, launch.world) if launch.world > 1 else None
+    return Process(launch.rank, launch.world, local_world, device, cores, patience, peers)
+
+
+def _meet(launch: Launch) -> Any:
+    """The key-value store at which all processes have arrived."""
+    address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    if launch.rank == 0:
+        check_port()
+    waiting = threading.Timer(
+        _SECONDS_BEFORE_TELLING,
+        print_now,
+        [f"rank {launch.rank} of {launch.world} waits for the others at {address}; where none were started, {UNSET}"],
+        {"file": sys.stderr},
+    )
+    waiting.daemon = True
+    waiting.start()
+    try:
+        store, _, _ = next(rendezvous("env://", launch.rank, launch.world, timeout=_PATIENCE_AT_START))
+    except (RuntimeError, ValueError) as error:
+        first = str(error).partition("\n")[0]
+        raise LaunchError(
+            f"rank {launch.rank} of {launch.world} did not meet the others at {address} ({first}); "
+            f"start all {launch.world}, with an address and port that all can reach, or, {UNSET}"
+        ) from error
+    finally:
+        waiting.cancel()
+    return store
+
+
+def leave(process: Process) -> None:
+    """Leave the process group; all ranks call it together, when their work is done."""
+    if process.peers is not None:
+        process.peers.leave()
+    else:
+        dist.destroy_process_group()
 
 
 def on_rank_0(process: Process, action: Callable[[], T]) -> T:

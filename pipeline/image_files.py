@@ -109,10 +109,13 @@ def find_images(paths: Iterable[Path]) -> list[Path]:
     return found
 
 
-def refuse_failures(files: ImageFiles, paths: Sequence[Path]) -> None:
-    """Raise UserError where some files could not be used; for the end, when the others are done."""
-    if files.failures:
-        named = [f"{paths[place]} ({reason})" for place, reason in sorted(files.failures.items())]
+def refuse_failures(failures: dict[int, str], paths: Sequence[Path]) -> None:
+    """Raise UserError where some files could not be used; for the end, when the others are done.
+
+    failures: why, by the place of the file among ``paths``.
+    """
+    if failures:
+        named = [f"{paths[place]} ({reason})" for place, reason in sorted(failures.items())]
         more = f" and {len(named) - 5} more" if len(named) > 5 else ""
         raise UserError(
             f"{len(named)} of {len(paths)} files could not be used: {'; '.join(named[:5])}{more}; repair "

@@ -8,9 +8,12 @@ import simclr_dali
 def parser_of(about: str, doc: str | None = None) -> argparse.ArgumentParser:
     """A parser that is called as the command was, and whose help ends with ``doc`` as it stands."""
     prog = f"simclr-dali {simclr_dali.command}" if simclr_dali.command else None
-    return argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         prog=prog, description=about, epilog=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    # Given by the deepspeed launcher to whatever it starts; shards.launch reads the environment instead.
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    return parser
 
 
 def seed(text: str) -> int:

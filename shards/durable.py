@@ -28,9 +28,9 @@ def writing(path: Path, tag: str = "") -> Iterator[BinaryIO]:
         sync_folder(path.parent)
 
 
-def write_durably(path: Path, data: bytes | memoryview) -> None:
-    """Write a whole file so that it is either there, complete and on disk, or not there."""
-    with writing(path) as file:
+def write_durably(path: Path, data: bytes | memoryview, tag: str = "") -> None:
+    """Write a whole file so that it is either there, complete and on disk, or not there; tag: see :func:`writing`."""
+    with writing(path, tag) as file:
         file.write(data)
 
 

@@ -1,8 +1,10 @@
 """How a mistake of the user ends a program: one sentence on stderr, exit code 2, no traceback."""
 
+import io
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -12,27 +14,46 @@ SECONDS_FOR_RANK_0_TO_SPEAK = 4.0
 SECONDS_FOR_THE_LAUNCHER = 8.0
 
 
+# Called before a process leaves with an error that it tells, so that the others need not look for the cause.
+before_leaving: list[Callable[[], None]] = []
+
+
 class UserError(ValueError):
     """What the user gave cannot be used. The message says what was wrong, the offending value and what to do."""
 
 
-def run_main(main: Callable[[], None]) -> None:
+def run_main(main: Callable[[], None], *, shares_work: bool = False) -> None:
     """Run ``main`` and turn a :class:`UserError` into one sentence and exit code 2.
 
-    Every other exception is a bug of ours and keeps its traceback. Under a launcher all ranks meet most
-    mistakes together; rank 0 speaks first, and another rank only if it is still alive some seconds later
-    (the launcher ends the group as soon as one rank has left).
+    shares_work: whether several processes do it together; where not, more than one is refused. Every other exception
+    is a bug of ours and keeps its traceback. Under a launcher all ranks meet most mistakes together; rank 0 speaks
+    first, and another rank only if it is still alive some seconds later (the launcher ends the group as soon as one
+    rank has left).
     """
+    from simclr_dali.shards.launch import Launch, read_launch  # it needs UserError
+
+    # Names of files need not be text; what is printed of them must not end a command.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    launch = Launch("")
     try:
+        launch = read_launch()
+        if launch.world > 1 and not shares_work:
+            raise UserError(
+                f"{launch.world} processes were started by {launch.launcher}, and this command is one process's; start "
+                f"it without a launcher"
+            )
         main()
     except Exception as error:
-        rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+        rank, world = launch.rank, launch.world
         if world > 1:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher's, once another rank has left
         if not isinstance(error, UserError):
             if world > 1 and isinstance(error, RuntimeError):
                 # Most likely what torch says of a rank that has left: the launcher then ends this one too.
                 time.sleep(SECONDS_FOR_THE_LAUNCHER)
+            say_goodbye()
             raise
         if rank:
             time.sleep(SECONDS_FOR_RANK_0_TO_SPEAK)
@@ -41,5 +62,19 @@ def run_main(main: Callable[[], None]) -> None:
             sys.stdout.flush()
         with suppress(OSError):
             print(f"error: {speaker}{' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        say_goodbye()
         # Not sys.exit: a process group or a reader thread that is still up must not hold the exit back.
         os._exit(EXIT_CODE)
+
+
+def say_goodbye() -> None:
+    """Let the other ranks know that this one leaves with an error that it has told; takes three seconds at most."""
+
+    def call() -> None:
+        for goodbye in before_leaving:
+            with suppress(Exception):  # whatever it is, the error that was told counts
+                goodbye()
+
+    calling = threading.Thread(target=call, daemon=True)
+    calling.start()
+    calling.join(3)

@@ -34,7 +34,8 @@ def parse_arguments() -> argparse.Namespace:
     parser = parser_of("SimCLR pre-training", __doc__)
     parser.add_argument("--config", required=True, help="a JSON file, or a preset of train/configs")
     parser.add_argument("--data", help="folder of packed shards (default: the config's simclr.data)")
-    parser.add_argument("--run", help="run folder (default: the config's simclr.run, or runs/CONFIG)")
+    # torchrun takes --run for one of its own options; --out is what it leaves alone.
+    parser.add_argument("--run", "--out", help="run folder (default: the config's simclr.run, or runs/CONFIG)")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override one key, as in simclr.epochs=100"
     )
@@ -51,7 +52,6 @@ def parse_arguments() -> argparse.Namespace:
         metavar="SECONDS",
         help="end the run, naming who holds it up, where a step takes longer (default: 1800)",
     )
-    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # given by the deepspeed launcher
     return parser.parse_args()
 
 
@@ -61,7 +61,7 @@ if __name__ == "__main__":
 import torch.distributed as dist
 
 from simclr_dali.model.batchnorm import synchronised
-from simclr_dali.model.process import Process, on_rank_0, print_rank_0
+from simclr_dali.model.process import Process, leave, on_rank_0, print_rank_0
 from simclr_dali.model.simclr import build_model
 from simclr_dali.pipeline.remote import open_split
 from simclr_dali.shards.durable import write_durably
@@ -114,7 +114,7 @@ def main(arguments: argparse.Namespace) -> None:
         watchdog.at("the end, waiting for the other ranks")
         dist.barrier()
     watchdog.stop()
-    dist.destroy_process_group()
+    leave(process)
 
 
 @contextmanager
@@ -195,4 +195,4 @@ def announce(job: Job, step: int) -> None:
 
 
 if __name__ == "__main__":
-    run_main(lambda: main(ARGUMENTS))
+    run_main(lambda: main(ARGUMENTS), shares_work=True)

@@ -11,6 +11,7 @@ from contextlib import suppress
 import torch.distributed as dist
 
 from simclr_dali.model.process import Process, print_now
+from simclr_dali.shards.errors import say_goodbye
 
 EXIT_CODE = 3
 _REPORT_EVERY = 1.0  # seconds
@@ -67,6 +68,7 @@ class Watchdog:
             if asking.is_alive():
                 _tell("rank 0, which keeps what the ranks report, does not answer")
             faulthandler.dump_traceback(all_threads=True)
+            say_goodbye()
             os._exit(EXIT_CODE)
 
     def _list_others(self) -> None:

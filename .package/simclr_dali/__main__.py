@@ -49,11 +49,21 @@ def main() -> None:
         hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(COMMANDS)}"
         print(f"error: {name!r} is no command of simclr-dali; {hint}", file=sys.stderr)
         sys.exit(2)
-    if name == "pretrain" and "RANK" not in os.environ and not {"-h", "--help"} & set(words):
+    if name == "pretrain" and is_alone() and not {"-h", "--help"} & set(words):
         launch(words)
     simclr_dali.command = name
     sys.argv[1:] = words
     runpy.run_module(f"simclr_dali.{COMMANDS[name][0]}", run_name="__main__", alter_sys=True)
+
+
+def is_alone() -> bool:
+    """Whether no launcher started this process; what one said wrongly is told by the command itself."""
+    from simclr_dali.shards.launch import LaunchError, read_launch  # here, so that --help is there at once
+
+    try:
+        return not read_launch().launcher
+    except LaunchError:
+        return False
 
 
 def launch(words: list[str]) -> None:

@@ -49,7 +49,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--warm-up", type=positive_int, default=3, help="steps before, a round (default: 3)")
     parser.add_argument("--rounds", type=positive_int, default=3, help="default: 3")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
-    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # given by the deepspeed launcher
     return parser.parse_args()
 
 
@@ -57,13 +56,12 @@ if __name__ == "__main__":
     ARGUMENTS = parse_arguments()  # --help and mistakes are answered before torch is imported, which takes seconds
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from scripts.bench.figures import extremes, machine, spread
 from simclr_dali.model.batchnorm import synchronised
 from simclr_dali.model.ntxent import NTXent
-from simclr_dali.model.process import Process
+from simclr_dali.model.process import Process, leave
 from simclr_dali.model.simclr import build_model
 from simclr_dali.pipeline.remote import open_split
 from simclr_dali.train.config import Config
@@ -182,8 +180,7 @@ def main(given: argparse.Namespace) -> None:
         loader.close()
     if process.rank == 0:
         report(given, config, process, rounds)
-    dist.barrier()
-    dist.destroy_process_group()
+    leave(process)
 
 
 def random_views(config: Config, process: Process) -> Iterator[Tensor]:
@@ -257,4 +254,4 @@ def peak_memory(device: str) -> float:
 
 
 if __name__ == "__main__":
-    run_main(lambda: main(ARGUMENTS))
+    run_main(lambda: main(ARGUMENTS), shares_work=True)

@@ -1,0 +1,184 @@
+"""How a command was started: by deepspeed, torchrun or a PyTorchJob, by srun, by mpirun, or alone.
+
+The one place that reads what launchers say. What another launcher than torch's says is written into the environment
+as torch's launcher would say it, where DeepSpeed and torch read it. Every mistake is found before torch is imported.
+"""
+
+import os
+import re
+import socket
+import zlib
+from collections.abc import MutableMapping
+from dataclasses import dataclass
+
+from simclr_dali.shards.errors import UserError
+
+Environment = MutableMapping[str, str]
+
+_TORCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+UNSET = f"where they are left from an earlier run: unset {' '.join(_TORCH)}"
+# Rank, size, rank on the machine and size there, as Open MPI, MVAPICH and the Hydra of MPICH and Intel MPI say them.
+_MPI = (
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+    ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_SIZE"),
+    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+)
+_MPI_JOBS = ("PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "PMI_JOBID")
+_PORTS = range(20_000, 32_000)  # below those that systems give to whoever connects
+
+
+class LaunchError(UserError):
+    """The processes that were started do not fit together, or not the machine. The message says what to do."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """This process among those that were started together."""
+
+    launcher: str
+    """For messages; empty where there is none."""
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+    local_world: int = 1
+
+
+def read_launch(environment: Environment = os.environ) -> Launch:
+    """What the environment says of how this process was started; completes it for torch and DeepSpeed.
+
+    Raises LaunchError where that contradicts itself or something is missing.
+    """
+    if "RANK" in environment or "WORLD_SIZE" in environment:
+        return _by_torch(environment)
+    launch, address = _by_slurm(environment) or _by_mpi(environment) or (Launch(""), "")
+    if launch.world > 1:
+        environment.update(
+            RANK=str(launch.rank),
+            WORLD_SIZE=str(launch.world),
+            LOCAL_RANK=str(launch.local_rank),
+            LOCAL_WORLD_SIZE=str(launch.local_world),
+        )
+        environment.setdefault("MASTER_ADDR", address)
+        environment.setdefault("MASTER_PORT", str(_port_of(environment)))
+    return launch
+
+
+def _by_torch(environment: Environment) -> Launch:
+    """As deepspeed, torchrun and PyTorchJobs say it."""
+    rank, world = (_number(environment, name) for name in ("RANK", "WORLD_SIZE"))
+    if rank is None or world is None:
+        given, missing = ("RANK", "WORLD_SIZE") if world is None else ("WORLD_SIZE", "RANK")
+        raise LaunchError(f"{given} is set and {missing} is not; start with deepspeed or torchrun, or, {UNSET}")
+    if not 0 <= rank < world:
+        raise LaunchError(f"RANK is {rank} and WORLD_SIZE is {world}; RANK counts from 0, or, {UNSET}")
+    local_rank = _number(environment, "LOCAL_RANK")
+    local_world = _number(environment, "LOCAL_WORLD_SIZE") or _number(environment, "LOCAL_SIZE")
+    if local_rank is None and (world == 1 or "KUBERNETES_SERVICE_HOST" in environment):
+        local_rank, local_world = 0, 1  # a pod of a PyTorchJob is a machine with one process
+        environment.update(LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
+    if local_rank is None:
+        raise LaunchError(
+            f"RANK is {rank} of {world} and LOCAL_RANK is not set; start with deepspeed or torchrun, which set it, or "
+            f"set it to this process's number on its machine, or, {UNSET}"
+        )
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if world > 1 and name not in environment:
+            raise LaunchError(
+                f"RANK is {rank} of {world} and {name} is not set; start with deepspeed or torchrun, or, {UNSET}"
+            )
+    launcher = (
+        "torchrun" if "TORCHELASTIC_RUN_ID" in environment else "deepspeed" if "CROSS_SIZE" in environment else ""
+    )
+    return Launch(launcher or "RANK and WORLD_SIZE", rank, world, local_rank, local_world or 1)
+
+
+def _by_slurm(environment: Environment) -> tuple[Launch, str] | None:
+    """The tasks of a step that srun started; a batch script or an allocation alone is no step."""
+    world = _number(environment, "SLURM_STEP_NUM_TASKS")
+    if world is None or world == 1 or "SLURM_PROCID" not in environment:
+        return None
+    rank, local_rank, node = (_needed(environment, f"SLURM_{name}", "srun") for name in ("PROCID", "LOCALID", "NODEID"))
+    per_node = _tasks_per_node(environment.get("SLURM_STEP_TASKS_PER_NODE", ""))
+    if node >= len(per_node):
+        raise LaunchError(f"srun says node {node} and tasks {per_node} per node; start the step anew")
+    nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", "")
+    if len(per_node) > 1 and not nodes and "MASTER_ADDR" not in environment:
+        raise LaunchError("srun started several nodes and does not say which; set MASTER_ADDR to the first one's name")
+    address = _first_host(nodes) if len(per_node) > 1 else "127.0.0.1"
+    return Launch("srun", rank, world, local_rank, per_node[node]), address
+
+
+def _by_mpi(environment: Environment) -> tuple[Launch, str] | None:
+    for names in _MPI:
+        world = _number(environment, names[1])
+        if world is None or world == 1:
+            continue
+        rank, _, local_rank, local_world = (_needed(environment, name, "mpirun") for name in names)
+        if local_world < world and not {"MASTER_ADDR", "MASTER_PORT"} <= environment.keys():
+            raise LaunchError(
+                f"mpirun started {world} processes, {local_world} of them on this machine, and does not say where rank "
+                "0 is; give all of them its address and a free port: mpirun -x MASTER_ADDR=... -x MASTER_PORT=..."
+            )
+        return Launch("mpirun", rank, world, local_rank, local_world), "127.0.0.1"
+    if (rank_alone := _number(environment, "PMIX_RANK")) and "SLURM_PROCID" not in environment:
+        raise LaunchError(
+            f"PMIX_RANK is {rank_alone}, and how many processes there are is not said; set RANK, WORLD_SIZE, "
+            "LOCAL_RANK, MASTER_ADDR and MASTER_PORT, or start with deepspeed or torchrun"
+        )
+    return None
+
+
+def _number(environment: Environment, name: str) -> int | None:
+    text = environment.get(name, "").strip()
+    if not text:
+        return None
+    if not re.fullmatch(r"-?\d+", text):
+        raise LaunchError(f"{name} is {text!r}, not a number; start with deepspeed or torchrun, or, {UNSET}")
+    return int(text)
+
+
+def _needed(environment: Environment, name: str, launcher: str) -> int:
+    value = _number(environment, name)
+    if value is None:
+        raise LaunchError(
+            f"{launcher} started several processes and {name} is not set; start with deepspeed or torchrun"
+        )
+    return value
+
+
+def _tasks_per_node(text: str) -> list[int]:
+    """``2(x3),1`` means 2, 2, 2 and 1 tasks."""
+    found: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip())
+        if match is None:
+            raise LaunchError(f"SLURM_STEP_TASKS_PER_NODE is {text!r}, not as in 2(x3),1; start the step anew")
+        found += [int(match[1])] * int(match[2] or 1)
+    return found
+
+
+def _first_host(nodes: str) -> str:
+    """The first of Slurm's ``gpu[07-09,12],cpu1``: gpu07."""
+    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", re.split(r",(?![^\[]*\])", nodes)[0])
+
+
+def _port_of(environment: Environment) -> int:
+    """A port on which all processes of a job agree without talking, and which other jobs hardly have."""
+    job = "/".join(environment.get(name, "") for name in ("SLURM_JOB_ID", "SLURM_STEP_ID", *_MPI_JOBS)).strip("/")
+    return _PORTS[zlib.crc32((job or str(os.getppid())).encode()) % len(_PORTS)]
+
+
+def check_port(environment: Environment = os.environ) -> None:
+    """On rank 0: raise LaunchError where something else listens on the port at which it is to receive the others."""
+    if environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return  # torchrun itself listens there
+    port = int(environment["MASTER_PORT"])
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            raise LaunchError(
+                f"port {port}, at which the processes are to meet, is taken ({error.strerror}); another run holds it: "
+                f"give a free one with --master_port before the script's name, or MASTER_PORT"
+            ) from error
