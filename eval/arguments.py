@@ -50,6 +50,14 @@ class DataChoice:
         return DataChoice(given.data, given.cache, given.cache_gb)
 
 
+def image_size(text: str) -> int:
+    """The type of an argument that is the side of a view: below 16 pixels nothing is left of a picture."""
+    number = int(text)
+    if number < 16:
+        raise argparse.ArgumentTypeError(f"{number} is not at least 16")
+    return number
+
+
 def add_encoder_arguments(parser: argparse.ArgumentParser, *, batch: bool = True) -> None:
     """Which encoder; batch: whether it is asked about many images."""
     parser.add_argument(
@@ -69,7 +77,7 @@ def add_encoder_arguments(parser: argparse.ArgumentParser, *, batch: bool = True
         "google-research/simclr (default: as their keys say; tonylins/simclr-converter's do not)",
     )  # fmt: skip
     parser.add_argument(
-        "--image-size", type=positive_int, metavar="PX",
+        "--image-size", type=image_size, metavar="PX",
         help="side of the central view (default: as pre-trained; of other libraries 224, or 32 with the 3x3 stem)",
     )  # fmt: skip
     if batch:

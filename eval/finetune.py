@@ -93,6 +93,12 @@ def main(arguments: argparse.Namespace) -> None:
     fraction = len(ids) / len(job.train.shards)
     epochs = EPOCHS_ONE_PERCENT if fraction < FEW else EPOCHS
     schedule, differs = FINETUNE.changed(arguments.train_batch, arguments.epochs, epochs)
+    # Of how many images BatchNorm takes its statistics; the paper's took those of the whole batch.
+    together = micro_batch(job.batch, schedule.batch // process.world) * process.world
+    if together < 2:
+        raise UserError(
+            f"--batch {job.batch} normalises one image with itself, which leaves nothing of a small map; give 2 or more"
+        )
     out = job.out(f"finetune-{name}")
     print_rank_0(process, f"{len(ids):,} of {len(job.train.shards):,} images of train, {schedule.epochs} epochs")
     model = Tuned(job.encoder.requires_grad_(True), len(job.classes))
@@ -114,8 +120,7 @@ def main(arguments: argparse.Namespace) -> None:
         "list": str(arguments.list) if arguments.list else None,
         "differs": differs,
         "batch": schedule.batch,
-        # Of how many images BatchNorm takes its statistics; the paper's took those of the whole batch.
-        "normalised_together": micro_batch(job.batch, schedule.batch // process.world) * process.world,
+        "normalised_together": together,
         "lr": schedule.lr,
         "epochs": schedule.epochs,
         "seed": arguments.seed,

@@ -87,11 +87,13 @@ def nt_xent(z: Tensor, temperature: float, tile: int | None = None) -> Contrast:
 def _unit(z_RD: Tensor) -> Tensor:
     """Rows of norm 1, of rows of any norm: their squares would overflow above 1e19 and vanish below 1e-19.
 
-    Scaling by a power of two is exact.
+    Scaling by a power of two is exact. A row of zeros, which has no direction, stays one and gets no gradient.
     """
+    largest_R = z_RD.detach().abs().amax(1)
     limit = 1000 if z_RD.dtype == torch.float64 else 100  # powers of two that the type holds
-    exponent_R = torch.frexp(z_RD.detach().abs().amax(1)).exponent.clamp(-limit, limit)
-    return F.normalize(z_RD * torch.ldexp(z_RD.new_ones(len(z_RD)), -exponent_R)[:, None], dim=1)
+    exponent_R = torch.frexp(largest_R).exponent.clamp(-limit, limit)
+    scaled_RD = z_RD * torch.ldexp(z_RD.new_ones(len(z_RD)), -exponent_R)[:, None]
+    return F.normalize(scaled_RD.masked_fill((largest_R == 0)[:, None], 0.0), dim=1)
 
 
 class _NTXentFunction(torch.autograd.Function):

@@ -27,6 +27,11 @@ LR_RULES = {
     "sqrt": lambda batch: 0.075 * math.sqrt(batch),
 }
 LR_FORMULAS = {"linear": "0.3 B/256", "sqrt": "0.075 sqrt(B)"}
+# Cosines are divided by it: at 10 the best and the worst embeddings differ by 0.2 in the exponent.
+LARGEST_TEMPERATURE = 10.0
+# Images that BatchNorm must see at a time, over all processes: the two views of one alone become opposites. From a few
+# on its statistics are noise, which a run survives.
+FEWEST_NORMALISED, FEW_NORMALISED = 2, 16
 _LR_TOLERANCE = 1e-3  # relative; a rate written with three digits still fits its rule
 
 Positive = Annotated[int, Field(ge=1, lt=2**31)]
@@ -49,6 +54,13 @@ class Encoder(_Block):
     """Which encoder, one of model.simclr.ENCODERS."""
     projector: list[Positive] = Field(default=[2048, 128], min_length=1)
     """Widths of the projector's layers, two in the paper and three in SimCLRv2; the last is that of the embeddings."""
+
+    @pydantic.field_validator("projector")
+    @classmethod
+    def _refuse_one_number(cls, widths: list[int]) -> list[int]:
+        if min(widths) < 2:
+            raise ValueError(f"projector is {widths}; a layer of one number leaves only its sign to learn: use 2")
+        return widths
 
     @pydantic.model_validator(mode="before")
     @classmethod
@@ -144,7 +156,7 @@ class Simclr(_Block):
     """Linear warm-up, in epochs; then a cosine to 0 at the end."""
     lr_rule: Literal["linear", "sqrt", "none"] = "linear"
     """What lr must be, or "auto" makes it, for the global batch: 0.3 B/256 or 0.075 sqrt(B); none allows any number."""
-    temperature: float = Field(default=0.1, ge=SMALLEST_TEMPERATURE)
+    temperature: float = Field(default=0.1, ge=SMALLEST_TEMPERATURE, le=LARGEST_TEMPERATURE)
     """Of NT-Xent."""
     compile: Literal["no", "inductor"] = "no"
     """Whether torch.compile compiles encoder and projector, and by which backend."""
@@ -336,7 +348,7 @@ class Config(_Block):
     def micro_batch(self, world: int) -> int:
         """Images a process embeds at a time: the largest divisor of its share that is at most the configured number.
 
-        Raises UserError where that is less than half of it.
+        Raises UserError where that is less than half of it, or leaves BatchNorm one image over all processes.
         """
         local = self.local_batch(world)
         most = min(self.train_micro_batch_size_per_gpu or local, local)
@@ -346,5 +358,10 @@ class Config(_Block):
                 f"the {local} images of each of {world} processes have no divisor close below "
                 f"train_micro_batch_size_per_gpu {most} (the largest is {size}); change train_batch_size, the number "
                 "of processes, or the micro-batch"
+            )
+        if size * world < FEWEST_NORMALISED:
+            raise UserError(
+                f"{size} image on {world} process is what BatchNorm would see at a time: it makes opposites of the two "
+                f"views of one image; set train_micro_batch_size_per_gpu to {FEW_NORMALISED} or more"
             )
         return size

@@ -17,6 +17,7 @@ from torch import Tensor
 from simclr_dali.model.process import Process, print_now
 from simclr_dali.shards.durable import refusals_named, write_durably
 from simclr_dali.shards.errors import UserError
+from simclr_dali.train.collapse import CollapseWatch
 from simclr_dali.train.step import StepResult
 
 
@@ -51,6 +52,7 @@ class Reporter:
         self._pending: list[tuple[int, float, Tensor]] = []
         self._waited = 0.0
         self._since = time.perf_counter()
+        self._collapse = CollapseWatch()
         if process.rank == 0:
             for name in ("metrics.jsonl", "speed.jsonl", "knn.jsonl"):
                 _drop_lines_from(run / name, first_step)
@@ -144,6 +146,8 @@ class Reporter:
         with (self._run / "speed.jsonl").open("a") as speed:
             line = {"step": step, "images_per_s": round(images_per_s, 2), "wait_share": round(wait_share, 4)}
             speed.write(json.dumps(line) + "\n")
+        if warning := self._collapse.warning(rows):
+            print_now(warning, file=sys.stderr)
         left = (self._total_steps - step - 1) * self._batch / images_per_s
         text = (
             f"epoch {step // self._steps_per_epoch + 1}/{self._total_steps // self._steps_per_epoch}  step "

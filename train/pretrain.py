@@ -68,7 +68,7 @@ from simclr_dali.shards.durable import write_durably
 from simclr_dali.shards.manifest import ShardSet
 from simclr_dali.shards.verify import verify_split
 from simclr_dali.shards.wording import counted, of_classes
-from simclr_dali.train.config import LR_FORMULAS, Config
+from simclr_dali.train.config import FEW_NORMALISED, LR_FORMULAS, Config
 from simclr_dali.train.config_file import load_config
 from simclr_dali.train.engine import build_engine, start
 from simclr_dali.train.job import Job, build_order
@@ -189,6 +189,12 @@ def announce(job: Job, step: int) -> None:
     if passes > 1:
         print_rank_0(
             process, f"{passes} passes of {micro_batch} images: the loss sees the whole batch, BatchNorm only a pass"
+        )
+    if micro_batch * process.world < FEW_NORMALISED:
+        print_rank_0(
+            process,
+            f"warning: BatchNorm sees {micro_batch * process.world} images at a time, whose statistics are noise; "
+            f"set train_micro_batch_size_per_gpu to {FEW_NORMALISED} or more where memory allows",
         )
     if step:
         print_rank_0(process, f"going on from step {step}")
