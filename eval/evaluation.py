@@ -16,7 +16,7 @@ from simclr_dali.model.classifier import Classifier, save_classifier
 from simclr_dali.model.collectives import all_sum
 from simclr_dali.model.encoder import Encoder
 from simclr_dali.model.pretrained import OURS, Pretrained, fingerprint, open_pretrained
-from simclr_dali.model.process import Process, init_distributed, on_gpu, on_rank_0, print_rank_0
+from simclr_dali.model.process import Process, init_distributed, on_gpu, on_rank_0, print_now, print_rank_0
 from simclr_dali.pipeline.cache import Cache
 from simclr_dali.pipeline.draws import center_fraction
 from simclr_dali.pipeline.features import Features, extract, share
@@ -143,10 +143,24 @@ class Evaluation:
         return " (untrained encoder)" if self.untrained else f" (encoder of {tuned})" if tuned else ""
 
     def out(self, name: str) -> Path:
-        """Where results go, without their ending: RUN for RUN/checkpoints/step-*/state.pt, else beside the file."""
+        """Where results go, without their ending: RUN for RUN/checkpoints/step-*/state.pt, else beside the file.
+
+        Raises UserError where rank 0 cannot write there, which is asked before anything is computed. All ranks call it.
+        """
         folder = self.given_out or result_folder(self.source.path)
-        with refusals_named(folder):
-            folder.mkdir(parents=True, exist_ok=True)
+
+        def refuse_read_only() -> None:
+            probe = folder / f".{name}.{os.getpid()}.tmp"
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                probe.touch()
+                probe.unlink()
+            except OSError as error:
+                raise UserError(
+                    f"results cannot be written to {folder} ({error.strerror}); give another folder with --out"
+                ) from error
+
+        on_rank_0(self.process, refuse_read_only)
         return folder / (f"{name}-untrained" if self.untrained else name)
 
     def write(self, out: Path, result: dict[str, Any], model: Classifier | None = None) -> None:
@@ -157,11 +171,16 @@ class Evaluation:
         if self.process.rank:
             return
         described, weights = out.with_name(f"{out.name}.json"), out.with_name(f"{out.name}.pt")
-        with refusals_named(described):
-            _set_aside(described, weights, result, (*_IDENTITY, *self.encoder.conventions()))
-        if model is not None:
-            save_classifier(weights, model)
-        write_durably(described, (json.dumps(result, indent=2) + "\n").encode(), tag=f".{os.getpid()}")
+        text = json.dumps(result, indent=2) + "\n"
+        try:
+            with refusals_named(described):
+                _set_aside(described, weights, result, (*_IDENTITY, *self.encoder.conventions()))
+            if model is not None:
+                save_classifier(weights, model)
+            write_durably(described, text.encode(), tag=f".{os.getpid()}")
+        except UserError:
+            print_now(text)  # hours may have gone into it
+            raise
 
 
 def _set_aside(described: Path, weights: Path, result: dict[str, Any], identity: tuple[str, ...]) -> None:

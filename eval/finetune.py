@@ -56,7 +56,7 @@ import torch
 from torch import Tensor, nn
 
 from simclr_dali.eval.evaluation import Evaluation, open_evaluation
-from simclr_dali.eval.logistic import reported, score
+from simclr_dali.eval.logistic import in_words, reported, score
 from simclr_dali.eval.protocols import FINETUNE
 from simclr_dali.eval.supervised import micro_batch, state_of, train
 from simclr_dali.model.batchnorm import synchronised
@@ -134,7 +134,7 @@ def main(arguments: argparse.Namespace) -> None:
     print_rank_0(
         process,
         f"fine-tuned on {len(ids):,} images ({fraction:.2%}){changed}"
-        f"{' from random weights' if job.untrained else ''}: top-1 {found.top1:.2f} %, top-5 {found.top5:.2f} % "
+        f"{' from random weights' if job.untrained else ''}: {in_words(found.top1, found.top5, len(job.classes))} "
         f"on {found.count:,} images ({result['seconds']:.0f} s); "
         f"{out}.json",
     )

@@ -26,7 +26,7 @@ from simclr_dali.shards.errors import UserError, run_main
 def parse_arguments() -> argparse.Namespace:
     parser = parser_of("kNN evaluation", __doc__)
     add_arguments(parser)
-    parser.add_argument("--k", type=positive_int, nargs="+", default=[20, 200], help="default: 20 200")
+    parser.add_argument("--k", type=positive_int, nargs="+", help="default: 20 200, as far as there are so many")
     parser.add_argument("--temperature", type=float, default=0.1, help="of the votes (default: 0.1)")
     return parser.parse_args()
 
@@ -36,10 +36,12 @@ if __name__ == "__main__":
 
 
 from simclr_dali.eval.evaluation import open_evaluation
-from simclr_dali.eval.logistic import interval_95
+from simclr_dali.eval.logistic import among_five, in_words, interval_95
 from simclr_dali.model.collectives import all_rows
 from simclr_dali.model.neighbours import accuracies
 from simclr_dali.model.process import leave, print_rank_0
+
+_K = [20, 200]
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -51,19 +53,20 @@ def main(arguments: argparse.Namespace) -> None:
         features=arguments.features,
     )  # fmt: skip
     images = len(job.train.shards)
-    if max(arguments.k) > images:
-        raise UserError(f"--k {max(arguments.k)} is more than the {images} images of train; lower it")
+    given = arguments.k or [k for k in _K if k <= images] or [images]
+    if max(given) > images:
+        raise UserError(f"--k {max(given)} is more than the {images} images of train; lower it")
+    if not arguments.k and given != _K:
+        print_rank_0(job.process, f"k {', '.join(map(str, given))} only: train has {images} images")
     out = job.out("knn")
     train, val = job.extract(job.train), job.extract(job.val)
     queries, truth = all_rows(val.features), all_rows(val.labels)
-    found = accuracies(
-        train.features, train.labels, queries, truth, len(job.classes), arguments.k, arguments.temperature
-    )
+    found = accuracies(train.features, train.labels, queries, truth, len(job.classes), given, arguments.temperature)
     job.refuse_change()
     figures = {
         f"k{k}": {
             "top1": round(top1, 3),
-            "top5": round(top5, 3),
+            "top5": among_five(top5, len(job.classes)),
             "top1_interval_95": [round(bound, 3) for bound in interval_95(top1, len(truth))],
         }
         for k, (top1, top5) in found.items()
@@ -71,7 +74,7 @@ def main(arguments: argparse.Namespace) -> None:
     seconds = round(time.monotonic() - started, 1)
     result = {
         "protocol": "knn",
-        "k": arguments.k,
+        "k": given,
         "temperature": arguments.temperature,
         **figures,
         **job.report(),
@@ -81,7 +84,7 @@ def main(arguments: argparse.Namespace) -> None:
     for k, (top1, top5) in found.items():
         print_rank_0(
             job.process,
-            f"kNN, k {k}{job.encoder_note()}: top-1 {top1:.2f} %, top-5 {top5:.2f} %",
+            f"kNN, k {k}{job.encoder_note()}: {in_words(top1, top5, len(job.classes))}",
         )
     print_rank_0(job.process, f"{len(truth):,} images against {images:,}, {seconds:.0f} s; {out}.json")
     leave(job.process)

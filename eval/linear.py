@@ -61,7 +61,7 @@ import torch
 from torch import Tensor
 
 from simclr_dali.eval.evaluation import Evaluation, open_evaluation
-from simclr_dali.eval.logistic import fit_linear, reported, score
+from simclr_dali.eval.logistic import fit_linear, in_words, reported, score
 from simclr_dali.eval.supervised import state_of, train
 from simclr_dali.eval.sweep import GRID, HELD_OUT, sweep
 from simclr_dali.model.process import leave, print_rank_0
@@ -101,8 +101,8 @@ def main(arguments: argparse.Namespace) -> None:
     changed = f", with {details['differs']} unlike it" if details.get("differs") else ""
     print_rank_0(
         job.process,
-        f"protocol {name}{changed}{job.encoder_note()}: top-1 {found.top1:.2f} %, "
-        f"top-5 {found.top5:.2f} % on {found.count:,} images ({result['seconds']:.0f} s); {out}.json",
+        f"protocol {name}{changed}{job.encoder_note()}: {in_words(found.top1, found.top5, len(job.classes))} "
+        f"on {found.count:,} images ({result['seconds']:.0f} s); {out}.json",
     )
     leave(job.process)
 

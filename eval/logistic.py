@@ -123,7 +123,7 @@ class Score:
     top1: float
     """In percent."""
     top5: float
-    """In percent; 100 with fewer than five classes."""
+    """In percent; 100 with up to five classes, and not reported then."""
     per_class: tuple[float, ...]
     """Top-1 in percent by label, NaN for a class without images."""
     count: int
@@ -153,11 +153,21 @@ def interval_95(percent: float, count: int) -> tuple[float, float]:
     return 100 * (middle - half), 100 * (middle + half)
 
 
+def among_five(top5: float, classes: int) -> float | None:
+    """Top-5 accuracy as it is reported: not at all where five classes are all there are."""
+    return round(top5, 3) if classes > 5 else None
+
+
+def in_words(top1: float, top5: float, classes: int) -> str:
+    """``top-1 63.20 %, top-5 85.00 %``, or the first alone."""
+    return f"top-1 {top1:.2f} %" + (f", top-5 {top5:.2f} %" if classes > 5 else "")
+
+
 def reported(found: Score, classes: tuple[str, ...]) -> dict[str, object]:
     """A score as the result files have it."""
     return {
         "top1": round(found.top1, 3),
-        "top5": round(found.top5, 3),
+        "top5": among_five(found.top5, len(classes)),
         "top1_interval_95": [round(bound, 3) for bound in interval_95(found.top1, found.count)],
         "per_class": {
             name: None if math.isnan(top1) else round(top1, 2)

@@ -7,6 +7,7 @@ from typing import Any
 from simclr_dali.eval.evaluation import result_folder
 from simclr_dali.model.pretrained import Pretrained, fingerprint
 from simclr_dali.pipeline.draws import center_fraction
+from simclr_dali.shards.wording import of_classes
 
 _RESULTS = ("linear*.json", "knn.json", "finetune-*.json")
 
@@ -26,7 +27,7 @@ def model_card(source: Pretrained, size: int, *, in_timm: bool) -> str:
         "",
         f"# {of.label()}, SimCLR",
         "",
-        f"{'A classifier of ' + str(len(head.classes)) + ' classes on' if head else 'Features of'} a {of.name} encoder "
+        f"{'A classifier ' + of_classes(len(head.classes)) + ' on' if head else 'Features of'} a {of.name} encoder "
         f"({source.encoder.width:,} wide), pre-trained without labels by SimCLR "
         "(Chen et al. 2020).",
         "",
@@ -101,8 +102,9 @@ def _results(source: Pretrained) -> list[str]:
         changed = f" (differs: {result['differs']})" if result.get("differs") else ""
         for name, found in _figures(result):
             low, high = found["top1_interval_95"]
+            top5 = "" if found["top5"] is None else f"{found['top5']:.2f} %"
             rows.append(
-                f"| {name}{changed} | {found['top1']:.2f} % ({low:.2f} .. {high:.2f}) | {found['top5']:.2f} % | "
+                f"| {name}{changed} | {found['top1']:.2f} % ({low:.2f} .. {high:.2f}) | {top5} | "
                 f"{result['val_images']:,} |"
             )
     if not rows:

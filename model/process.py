@@ -132,6 +132,9 @@ def print_rank_0(process: Process, text: str) -> None:
         print_now(text)
 
 
+_line_is_open = False  # whether what was printed last is to be written over
+
+
 def print_now(text: str, *, end: str = "\n", file: TextIO | None = None) -> None:
     """Print at once, to stdout unless ``file`` is another stream.
 
@@ -139,6 +142,10 @@ def print_now(text: str, *, end: str = "\n", file: TextIO | None = None) -> None
     that is gone) all that follows is dropped too.
     """
     stream = file or sys.stdout
+    global _line_is_open
+    if _line_is_open and not text.startswith("\r"):
+        text = f"\n{text}"  # below the progress on a terminal, not behind it
+    _line_is_open = end == ""
     try:
         print(text, end=end, file=stream, flush=True)
     except OSError as error:

@@ -19,7 +19,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:1] = [str(ROOT), str(ROOT / ".package")]
 
 from simclr_dali.shards.errors import UserError, run_main
-from simclr_dali.shards.sources.find import find_sources
 
 FOLDER = Path("runs/quickstart")
 TOOLS = Path(sys.executable).parent  # of the virtual environment
@@ -67,6 +66,8 @@ def main() -> None:
 
 def check_images(images: Path) -> None:
     """Refuse a folder that could not be probed, or that lies where this run clears the last one's results."""
+    from simclr_dali.shards.sources.find import find_sources  # here: --help is to work before anything is installed
+
     if FOLDER.resolve() in (images.resolve(), *images.resolve().parents):
         raise UserError(f"{images} lies inside {FOLDER}, which each quickstart makes anew; copy it elsewhere first")
     splits = {source.split for source in find_sources(images).sources}

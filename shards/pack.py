@@ -38,6 +38,7 @@ from simclr_dali.shards.plan import DECODERS, Options, describe_pack, split_into
 from simclr_dali.shards.sources.find import find_sources
 from simclr_dali.shards.sources.source import DEFAULT_SPLITS, SPLITS, Listing, Source
 from simclr_dali.shards.value_range import check_depth, measure_range, parse_range
+from simclr_dali.shards.wording import size_text
 
 DEFAULT_MAX_BAD = 0.1  # percent
 
@@ -214,7 +215,7 @@ def _check_space(todo: list[ShardTask], partial: Path) -> None:
     needed, free = sum(tar_bytes(task.items) for task in todo), shutil.disk_usage(partial).free
     if needed > free:
         raise UserError(
-            f"{partial} needs {needed / 1e9:.3f} GB more and {free / 1e9:.3f} GB are free; make room, choose another "
+            f"{partial} needs {size_text(needed)} more and {size_text(free)} are free; make room, choose another "
             f"target, or store smaller images with --resize"
         )
 

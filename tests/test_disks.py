@@ -179,7 +179,7 @@ def test_class_lists_of_any_editor(text: str | bytes, tmp_path: Path) -> None:
         (b"cat\ndog\ncat\n", "'cat' on lines 1 and 3"),
         ("caf\u00e9\n".encode("latin-1"), "no UTF-8 text"),
         (b"\n\n", "is empty"),
-        (b"cat\n", "names 1 classes, but a picture has label 1"),
+        (b"cat\n", "names 1 class, but a picture has label 1"),
     ],
 )
 def test_class_lists_that_cannot_be_meant_are_one_sentence(data: bytes, sentence: str, tmp_path: Path) -> None:

@@ -298,7 +298,9 @@ class Config(_Block):
             raise ValueError("train_batch_size is 1; NT-Xent compares an image with others: use at least 2")
         if self.train_batch_size % self.simclr.lanes:
             raise ValueError(
-                f"simclr.lanes is {self.simclr.lanes}, which does not divide train_batch_size {self.train_batch_size}"
+                f"simclr.lanes is {self.simclr.lanes}, which does not divide train_batch_size {self.train_batch_size}; "
+                f"set simclr.lanes to {math.gcd(self.simclr.lanes, self.train_batch_size)}"
+                + ("" if self._lr_fits() else ' and optimizer.params.lr to "auto"')
             )
         if self.simclr.warmup_epochs > self.simclr.epochs:
             raise ValueError(
@@ -310,15 +312,21 @@ class Config(_Block):
             raise ValueError(
                 f'simclr.lr_rule is "{rule}", which is for LARS and SGD; for AdamW set it to "none" and lr to a number'
             )
-        if rule != "none":
-            expected = LR_RULES[rule](self.train_batch_size)
-            if abs(lr - expected) > _LR_TOLERANCE * expected:
-                raise ValueError(
-                    f"optimizer.params.lr is {lr}, but the {rule} rule gives {expected:.4g} for a global batch of "
-                    f"{self.train_batch_size}; "
-                    'change one of them, or set simclr.lr_rule to "none" to force it'
-                )
+        if not self._lr_fits():
+            raise ValueError(
+                f"optimizer.params.lr is {lr}, but the {rule} rule gives {LR_RULES[rule](self.train_batch_size):.4g} "
+                f'for a global batch of {self.train_batch_size}; set optimizer.params.lr to "auto", or simclr.lr_rule '
+                f'to "none" to force it'
+            )
         return self
+
+    def _lr_fits(self) -> bool:
+        """Whether the learning rate is what its rule gives for the global batch."""
+        rule, lr = self.simclr.lr_rule, self.optimizer.params.lr
+        if rule == "none":
+            return True
+        expected = LR_RULES[rule](self.train_batch_size)
+        return abs(lr - expected) <= _LR_TOLERANCE * expected
 
     def architecture(self) -> Architecture:
         encoder = self.simclr.encoder

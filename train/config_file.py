@@ -3,9 +3,11 @@
 A key "base" names another config, a preset or a file beside this one, of which this one changes what it says.
 """
 
+import difflib
 import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pydantic
 
@@ -64,7 +66,9 @@ def _read_with_base(name: str, folder: Path | None = None, seen: tuple[Path, ...
 
 
 def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """``base`` with ``changes``, block by block."""
+    """``base`` with ``changes``, block by block; a block of another type (of optimizer) is taken whole."""
+    if "type" in base and str(changes.get("type", base["type"])).lower() != str(base["type"]).lower():
+        return changes
     merged = dict(base)
     for key, value in changes.items():
         both = isinstance(value, dict) and isinstance(base.get(key), dict)
@@ -137,6 +141,50 @@ def _resolve_optimizer(raw: dict[str, Any]) -> None:
         params["lr"] = LR_RULES[rule](batch)
 
 
+# What other trainers call it, or DeepSpeed where one key decides what it has three for.
+_OTHER_NAMES = {
+    "gradient_accumulation_steps": "train_micro_batch_size_per_gpu",
+    "batch_size": "train_batch_size",
+    "learning_rate": "optimizer.params.lr",
+    "lr": "optimizer.params.lr",
+    "base_lr": "optimizer.params.lr",
+    "max_epochs": "simclr.epochs",
+    "num_epochs": "simclr.epochs",
+    "weight_decay": "optimizer.params.weight_decay",
+    "tau": "simclr.temperature",
+    "data_path": "simclr.data",
+    "output_dir": "simclr.run",
+    "num_workers": "simclr.loader_threads",
+    "workers": "simclr.loader_threads",
+    "crop_size": "simclr.image_size",
+    "arch": "simclr.encoder.name",
+    "backbone": "simclr.encoder.name",
+}
+
+
+def _nearest(key: str) -> str:
+    """Which known key may be meant."""
+    known = sorted(_known_keys(Config))
+    last = key.rpartition(".")[2]
+    if last in _OTHER_NAMES:
+        return f"here it is called {_OTHER_NAMES[last]!r}"
+    by_last = {path.rpartition(".")[2]: path for path in known}
+    same = [path for path in known if path.rpartition(".")[2] == last]
+    near = same or difflib.get_close_matches(key, known, 1, 0.8)
+    near = near or [by_last[name] for name in difflib.get_close_matches(last, by_last, 1)]
+    return f"did you mean {near[0]!r}?" if near else "see train/config.py for the known ones"
+
+
+def _known_keys(block: type[pydantic.BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in block.model_fields.items():
+        kinds = [field.annotation, *get_args(field.annotation)]
+        blocks = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, pydantic.BaseModel)]
+        for inside in blocks:
+            yield from _known_keys(inside, f"{prefix}{name}.")
+        if not blocks:
+            yield f"{prefix}{name}"
+
+
 def _sentence(error: pydantic.ValidationError) -> str:
     first = error.errors()[0]
     if first["type"] == "union_tag_invalid":
@@ -146,7 +194,7 @@ def _sentence(error: pydantic.ValidationError) -> str:
         location = location[:1] + location[2:]  # without the name of the optimizer, which pydantic puts in
     key = ".".join(str(part) for part in location)
     if first["type"] == "extra_forbidden":
-        return f"unknown key {key!r}; see train/config.py for the known ones"
+        return f"unknown key {key!r}; {_nearest(key)}"
     if first["type"] == "missing":
         return f"key {key!r} is missing"
     if first["type"] == "value_error":  # ours, which begins with the key inside of its block

@@ -1,5 +1,6 @@
 """What a run is made of."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,9 @@ from simclr_dali.pipeline.loader import TwoViews
 from simclr_dali.pipeline.order import Order
 from simclr_dali.pipeline.replay import Replay, write
 from simclr_dali.shards.durable import refusals_named
+from simclr_dali.shards.errors import UserError
 from simclr_dali.shards.manifest import ShardSet
+from simclr_dali.shards.wording import counted
 from simclr_dali.train.config import Config
 from simclr_dali.train.metrics import batch_file
 from simclr_dali.train.resume import data_address
@@ -87,7 +90,15 @@ class Job:
 
 
 def build_order(config: Config, shards: ShardSet) -> Order:
-    """The order of a run. Raises UserError where the global batch does not fit the data."""
+    """The order of a run. Raises UserError where the global batch does not fit the data, and says what would."""
+    if config.train_batch_size > len(shards):
+        batch = max(2, 2 ** (max(1, len(shards) // 4).bit_length() - 1))
+        words = [f"train_batch_size={batch}", f"simclr.lanes={math.gcd(config.simclr.lanes, batch)}"]
+        words += ["optimizer.params.lr=auto"] if config.simclr.lr_rule != "none" else []
+        raise UserError(
+            f"a global batch of {config.train_batch_size} does not fit the {counted(len(shards), 'image')} of the data "
+            f"set; give: {' '.join(f'--set {word}' for word in words)}"
+        )
     return Order(
         shard_sizes=shards.shard_sizes(),
         global_batch=config.train_batch_size,

@@ -18,6 +18,7 @@ from simclr_dali.pipeline.order import Ids
 from simclr_dali.pipeline.subset import class_balanced
 from simclr_dali.shards.durable import refusals_named
 from simclr_dali.shards.errors import UserError
+from simclr_dali.shards.wording import of_classes
 from simclr_dali.train.job import Job
 from simclr_dali.train.watchdog import Watchdog
 
@@ -46,7 +47,7 @@ class KnnMonitor:
         images, classes = min(simclr.knn_images, len(shards)), len(shards.classes)
         if images < _PER_CLASS * classes:
             raise UserError(
-                f"kNN during training would have {images} images of {classes} classes; set simclr.knn_images to at "
+                f"kNN during training would have {images} images {of_classes(classes)}; set simclr.knn_images to at "
                 f"least {_PER_CLASS * classes}, or simclr.knn_every_epochs to 0"
             )
         ids = class_balanced(shards.samples["label"], classes, images / len(shards), simclr.seed)

@@ -74,7 +74,7 @@ def launch(words: list[str]) -> None:
     ours, rest = parser.parse_known_args(words)
     options = [word for key, value in vars(ours).items() if value is not None for word in (f"--{key}", value)]
     script = Path(__file__).resolve().parents[1] / "simclr_dali/train/pretrain.py"
-    os.execv(sys.executable, [sys.executable, "-m", _LAUNCHER, *options, str(script), *rest])
+    os.execv(sys.executable, [sys.executable, "-m", _LAUNCHER, "--quiet", *options, str(script), *rest])
 
 
 if __name__ == "__main__":

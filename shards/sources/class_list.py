@@ -7,6 +7,7 @@ from pathlib import Path
 
 from simclr_dali.shards.errors import UserError
 from simclr_dali.shards.sources.source import UNLABELLED
+from simclr_dali.shards.wording import counted
 
 CLASSES = "classes.txt"
 # More classes than this, and ten times as many as there are different labels, and the labels are ids.
@@ -57,8 +58,8 @@ def labels_of_texts(texts: Sequence[str], names: list[str] | None, where: str) -
             return [place[text] for text in texts], names
         if len(numbers) == len(different):
             raise UserError(
-                f"{where} names {len(names)} classes, but a picture has label {max(numbers.values())}; complete "
-                f"{CLASSES}"
+                f"{where} names {counted(len(names), 'class', 'classes')}, but a picture has label "
+                f"{max(numbers.values())}; complete {CLASSES}"
             )
     if len(numbers) < len(different):
         odd = min(different - numbers.keys())

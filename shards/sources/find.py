@@ -19,6 +19,7 @@ from simclr_dali.shards.sources.walk import (
     is_rubbish,
     walk,
 )
+from simclr_dali.shards.wording import of_classes
 
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _USED = frozenset({CLASSES, ilsvrc.TRAIN, ilsvrc.VAL, ilsvrc.DEVKIT, ilsvrc.SOLUTION})
@@ -171,11 +172,7 @@ def _without_splits(
         )
     print(
         f"{root} has no folder train: all its {len(source.items):,} pictures are train, "
-        + (
-            f"of {len(source.classes):,} classes"
-            if source.classes
-            else "without labels (classes would be train/<class>)"
-        )
+        + (of_classes(len(source.classes)) if source.classes else "without labels (classes would be train/<class>)")
     )
     if limit_per_class is not None:
         source = _limited(source, limit_per_class)
