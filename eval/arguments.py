@@ -26,14 +26,15 @@ class EncoderChoice:
     prefix: str | None = None
     stem_padding: int | None = None
     unit_range: bool | None = None
+    mean: list[float] | None = None
+    std: list[float] | None = None
     image_size: int | None = None
     """Side of the central view, in pixels; None: as pre-trained."""
 
     @staticmethod
     def of(given: argparse.Namespace) -> "EncoderChoice":
-        return EncoderChoice(
-            given.ckpt, given.untrained, given.prefix, given.stem_padding, given.unit_range, given.image_size
-        )
+        names = ("ckpt", "untrained", "prefix", "stem_padding", "unit_range", "mean", "std", "image_size")
+        return EncoderChoice(**{name: getattr(given, name) for name in names})
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,8 @@ def add_encoder_arguments(parser: argparse.ArgumentParser, *, batch: bool = True
     parser.add_argument(
         "--ckpt", type=Path, required=True, metavar="RUN_OR_FILE",
         help="run folder, checkpoint folder, its state.pt, a classifier of ours, or weights of torchvision, timm, "
-        "mmpretrain, VISSL, lightly, solo-learn, moco or converted from google-research/simclr",
+        "mmpretrain, VISSL, lightly, solo-learn, moco, sthalles/SimCLR, Spijkervet/SimCLR, or converted from "
+        "google-research/simclr",
     )  # fmt: skip
     parser.add_argument("--untrained", action="store_true", help="the encoder with the weights its run began with")
     parser.add_argument("--prefix", help="beginning of the encoder's keys, where a file holds several")
@@ -76,6 +78,11 @@ def add_encoder_arguments(parser: argparse.ArgumentParser, *, batch: bool = True
         help="whether the weights were trained on values in 0..1 instead of normalised ones, as those of "
         "google-research/simclr (default: as their keys say; tonylins/simclr-converter's do not)",
     )  # fmt: skip
+    for name in ("mean", "std"):
+        parser.add_argument(
+            f"--{name}", type=float, nargs=3, metavar=("R", "G", "B"),
+            help=f"{name} of values in 0..1 by which the weights' images were normalised (default: ImageNet's)",
+        )  # fmt: skip
     parser.add_argument(
         "--image-size", type=image_size, metavar="PX",
         help="side of the central view (default: as pre-trained; of other libraries 224, or 32 with the 3x3 stem)",

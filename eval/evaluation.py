@@ -15,7 +15,7 @@ from simclr_dali.model.checkpoint import STATE
 from simclr_dali.model.classifier import Classifier, save_classifier
 from simclr_dali.model.collectives import all_sum
 from simclr_dali.model.encoder import Encoder
-from simclr_dali.model.pretrained import OURS, Pretrained, fingerprint, open_pretrained
+from simclr_dali.model.pretrained import Pretrained, fingerprint, open_pretrained
 from simclr_dali.model.process import Process, init_distributed, on_gpu, on_rank_0, print_now, print_rank_0
 from simclr_dali.pipeline.cache import Cache
 from simclr_dali.pipeline.draws import center_fraction
@@ -210,6 +210,7 @@ def origin(source: Pretrained, image_size: int) -> dict[str, Any]:
         "center_fraction": center_fraction(image_size),
         "encoder": source.architecture.encoder.label(),
         "layout": source.layout,
+        "input": source.encoder.input_range(),
         **source.encoder.conventions(),
         "checkpoint": str(source.path),
         "checkpoint_sha256": source.sha256,
@@ -231,6 +232,7 @@ def open_evaluation(
     """
     process = init_distributed(_PATIENCE)
     source = open_encoder(chosen)
+    print_rank_0(process, source.in_words())
     address = data_of(data, source)
     train, val = (open_split(address, split, cache_of(data)) for split in ("train", "val"))
     for split in (train, val):
@@ -241,13 +243,6 @@ def open_evaluation(
             )
     if train.shards.classes != val.shards.classes:
         raise UserError(f"train and val of {address} name different classes; pack them together")
-    if source.layout != OURS:
-        conventions = ", ".join(f"{name} {value}" for name, value in source.encoder.conventions().items())
-        print_rank_0(
-            process,
-            f"{source.path.name}: {source.architecture.encoder.label()}, by the keys of {source.layout}; "
-            f"{conventions}; {len(source.left_out)} keys are not the encoder's",
-        )
     encoder = source.encoder.requires_grad_(False).place(process.device)
     sha256 = fingerprint(encoder)
     own = (sha256, train.shards.fingerprint, val.shards.fingerprint)
@@ -278,6 +273,8 @@ def open_encoder(chosen: EncoderChoice) -> Pretrained:
         untrained=chosen.untrained,
         prefix=chosen.prefix,
         unit_range=chosen.unit_range,
+        mean=chosen.mean,
+        std=chosen.std,
         stem_padding=chosen.stem_padding,
     )
 
@@ -291,7 +288,7 @@ def data_of(data: DataChoice, source: Pretrained) -> str:
 
 
 def cache_of(data: DataChoice) -> Cache:
-    return Cache(data.cache.expanduser(), int(data.cache_gb * 1e9))
+    return Cache.at(data.cache, data.cache_gb)
 
 
 def image_size_of(chosen: EncoderChoice, source: Pretrained) -> int:

@@ -20,6 +20,7 @@ of the largest number; only then it gets its name. Images are RGB, normalised by
 
 import argparse
 import logging
+import os
 import shutil
 import sys
 import warnings
@@ -65,6 +66,7 @@ def main(arguments: argparse.Namespace) -> None:
         raise UserError(f"{out} exists already; give another --out, or remove it")
     chosen = EncoderChoice.of(arguments)
     source = open_encoder(chosen)
+    print(source.in_words())
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     warnings.simplefilter("ignore", FutureWarning)  # of torch about its own code
     worst = export(source, arguments.format, out, image_size_of(chosen, source))
@@ -78,7 +80,7 @@ def export(source: Pretrained, name: str, out: Path, size: int) -> float:
 
     Raises UserError where it cannot be written, or differs by more than TOLERANCE.
     """
-    temporary = out.with_name(f"partial-{out.name}")
+    temporary = out.with_name(f"partial-{os.getpid()}-{out.name}")
     source.encoder.requires_grad_(False)
     if source.classifier is not None:
         source.classifier.head.requires_grad_(False)

@@ -5,6 +5,7 @@
     python eval/extract.py --ckpt resnet50.pth --image-size 224 holiday/ --out holiday.npy --map   # other weights
 
 An embedding is the mean of the last feature map over the picture: float32, [images, width], 2,048 wide for ResNet-50.
+--layer projector writes the projector's output z instead, and projector.1, projector.2 ... its hidden layers.
 --map writes the maps as well, [images, width, size / 32, size / 32] (size / 8 with the 3x3 stem): not pooled. OUT.npy
 holds the embeddings, and OUT-map.npy the maps; OUT.safetensors holds "embeddings", "feature_maps" and, of shards,
 "labels". OUT.ids.json beside them holds the ids in the order of the rows (WebDataset keys, or the files), labels and
@@ -15,8 +16,10 @@ import argparse
 import json
 import math
 import os
+import re
 import shutil
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
@@ -32,12 +35,23 @@ from simclr_dali.shards.errors import UserError, run_main
 from simclr_dali.shards.sources.source import SPLITS
 
 
+def layer(text: str) -> str:
+    """The type of --layer."""
+    if not re.fullmatch(r"encoder|projector(\.[1-9]\d*)?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not encoder, projector, or projector.1 and so on")
+    return text
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = parser_of("Write features", __doc__)
     parser.add_argument("images", type=Path, nargs="*", metavar="IMAGE", help="pictures, or folders (default: shards)")
     add_encoder_arguments(parser)
     add_data_arguments(parser)
     parser.add_argument("--split", choices=SPLITS, default="val", help="of the shards (default: val)")
+    parser.add_argument(
+        "--layer", type=layer, default="encoder", metavar="LAYER",
+        help="encoder (default); projector: z, not normalised; projector.1 and so on: its hidden layers (runs only)",
+    )  # fmt: skip
     parser.add_argument("--map", action="store_true", help="write the feature maps as well")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="ends with .npy or .safetensors")
     return parser.parse_args()
@@ -50,12 +64,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from simclr_dali.eval.evaluation import cache_of, data_of, image_size_of, open_encoder, origin
-from simclr_dali.model.encoder import Encoder
+from simclr_dali.model.pretrained import Pretrained
 from simclr_dali.model.process import Process, init_distributed, leave, on_rank_0, print_rank_0
+from simclr_dali.model.simclr import build_model, build_projector, part_of_projector, projector_weights
 from simclr_dali.pipeline.features import share
 from simclr_dali.pipeline.graph import LoaderConfig
 from simclr_dali.pipeline.image_files import ImageFiles, central_views_of_files, find_images, refuse_failures
@@ -63,6 +78,7 @@ from simclr_dali.pipeline.loader import central_views
 from simclr_dali.pipeline.remote import open_split
 from simclr_dali.pipeline.subset import keys
 from simclr_dali.shards.durable import refusals_named, write_durably, writing
+from simclr_dali.shards.wording import counted
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -71,10 +87,13 @@ def main(arguments: argparse.Namespace) -> None:
     on_rank_0(process, lambda: files_of(out, arguments.map))
     chosen, data = EncoderChoice.of(arguments), DataChoice.of(arguments)
     source = open_encoder(chosen)
+    print_rank_0(process, source.in_words())
     encoder = source.encoder.place(process.device)
     size = image_size_of(chosen, source)
     config = LoaderConfig(size=size, device=process.device, threads=process.cores)
+    head = head_of(source, arguments.layer, untrained=arguments.untrained).to(process.device)
     about = origin(source, size) | {"untrained": arguments.untrained, "pooled": "mean over the feature map"}
+    about["layer"] = arguments.layer
     files, labels, paths = None, None, []
     if arguments.images:
         paths = find_images(arguments.images)
@@ -101,7 +120,7 @@ def main(arguments: argparse.Namespace) -> None:
             tqdm(total=len(own), desc="features", unit=" images", disable=process.rank > 0 or None) as bar,
         ):
             for images, of in views:
-                made.add(encoder.features(images), encoder, of)
+                made.add(encoder.features(images), lambda maps: head(encoder.pool(maps)), of)
                 bar.update(len(of))
         places = made.gather()
         failures = _all_failures(files, own, process)
@@ -113,7 +132,7 @@ def main(arguments: argparse.Namespace) -> None:
         on_rank_0(process, lambda: made.give_names(labels, about))
     print_rank_0(
         process,
-        f"{len(places):,} embeddings of width {encoder.width}: {out}, ids in {out.with_suffix('.ids.json')}",
+        f"{counted(len(places), 'embedding')} of width {made.width}: {out}, ids in {out.with_suffix('.ids.json')}",
     )
     if failures:
         refuse_failures(failures, paths)
@@ -139,6 +158,27 @@ def files_of(out: Path, maps: bool) -> list[Path]:
     return written
 
 
+def head_of(source: Pretrained, name: str, *, untrained: bool) -> nn.Module:
+    """What follows the pooled features up to the layer that --layer names.
+
+    Raises UserError where the file has no projector, or not so many layers.
+    """
+    _, _, hidden = name.partition(".")
+    if name == "encoder":
+        return nn.Identity()
+    if source.run_state is None:
+        raise UserError(f"{source.path} holds no projector; --layer {name} needs a run of ours")
+    if untrained:
+        projector = build_model(source.architecture, source.run_state["seed"]).projector
+    else:
+        projector = build_projector(source.encoder.width, source.architecture.projector)
+        projector.load_state_dict(projector_weights(source.run_state))
+    try:
+        return part_of_projector(projector, int(hidden) if hidden else None).eval().requires_grad_(False)
+    except ValueError as error:
+        raise UserError(f"--layer is {name}: {error}") from error
+
+
 class Rows:
     """What all ranks make: files of their own beside OUT, whose names hold rank and process, joined by rank 0."""
 
@@ -151,11 +191,16 @@ class Rows:
         }
         self._places: list[int] = []
 
-    def add(self, features: Tensor, encoder: Encoder, places: list[int]) -> None:
-        self._files["embeddings"].add(encoder.pool(features))
+    def add(self, features: Tensor, embed: Callable[[Tensor], Tensor], places: list[int]) -> None:
+        self._files["embeddings"].add(embed(features))
         if "feature_maps" in self._files:
             self._files["feature_maps"].add(features)
         self._places += places
+
+    @property
+    def width(self) -> int:
+        """Of an embedding; known on rank 0 once all are gathered."""
+        return self._files["embeddings"].shape[-1]
 
     def gather(self) -> list[int]:
         """Join the rows of all ranks in rank 0's files; the places of all rows, in order.

@@ -19,6 +19,7 @@ from simclr_dali.eval.arguments import DataChoice, EncoderChoice, add_data_argum
 from simclr_dali.shards.command_line import parser_of, positive_int
 from simclr_dali.shards.errors import UserError, run_main
 from simclr_dali.shards.sources.source import SPLITS
+from simclr_dali.shards.wording import printable
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -65,6 +66,7 @@ def main(arguments: argparse.Namespace) -> None:
     paths = find_images(arguments.images)
     chosen, data = EncoderChoice.of(arguments), DataChoice.of(arguments)
     source = open_encoder(chosen)
+    print(source.in_words())
     split = open_split(data_of(data, source), arguments.split, cache_of(data))
     if arguments.count > len(split.shards):
         raise UserError(f"--count is {arguments.count}, more than the {len(split.shards)} images there are; lower it")
@@ -103,7 +105,10 @@ def grid(
     for line, (query, ids, of_row) in enumerate(zip(queries, found.numpy(), cosines.tolist(), strict=True)):
         reader.expect(np.unique(split.shards.samples["shard"][ids]).tolist(), [])
         pictures = [rgb(data.tobytes()) for data in (_upright(query), *reader.read(ids)[0])]
-        captions = [query.name, *(f"{names[sample]}\n{cosine:.3f}" for sample, cosine in zip(ids, of_row, strict=True))]
+        captions = [
+            printable(query.name),
+            *(f"{names[sample]}\n{cosine:.3f}" for sample, cosine in zip(ids, of_row, strict=True)),
+        ]
         for column, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
             picture.thumbnail((_SIDE - 4, _SIDE - 4))
             x, y = column * _SIDE, line * (_SIDE + _CAPTION)

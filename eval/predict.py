@@ -54,6 +54,8 @@ from simclr_dali.pipeline.image_files import ImageFiles, central_views_of_files,
 def main(arguments: argparse.Namespace) -> None:
     path: Path = arguments.ckpt / "linear.pt" if arguments.ckpt.is_dir() else arguments.ckpt
     classifier = load_classifier(path)
+    label, layout = classifier.architecture.encoder.label(), classifier.about.get("layout", "unknown")
+    print(f"{path}: {label}, layout of {layout}, takes {classifier.encoder.input_range()}", file=sys.stderr)
     paths = find_images(arguments.images)
     files = ImageFiles(paths)
     names = read_names(arguments.names) if arguments.names else {}

@@ -5,6 +5,7 @@ Legend: n = images, c = width of the encoder, h, w = height and width of an imag
 A new kind of encoder is a class of each of the two kinds below, and an entry in model/simclr.py's table.
 """
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,11 +20,12 @@ class Encoder(nn.Module):
     """Images -> pooled features; :attr:`width` and :meth:`features` are each kind's own.
 
     Images are RGB [n, 3, h, w]: uint8 in 0 to 255, or floats already normalised by ImageNet's mean and standard
-    deviation. unit_range: the weights were trained on values in 0 to 1 instead (google-research/simclr), and images
-    are brought to those inside.
+    deviation. The weights may have been trained on other values, to which images are brought inside: unit_range, those
+    in 0 to 1 (google-research/simclr); mean and std, normalised by others, as CIFAR's.
     """
 
     unit_range = False
+    mean, std = MEAN, STD
 
     if TYPE_CHECKING:  # layers are each kind's own
 
@@ -48,11 +50,29 @@ class Encoder(nn.Module):
 
     def conventions(self) -> dict[str, Any]:
         """Settings that the weights do not reveal, such as a padding, in plain values; :meth:`adopt` restores them."""
-        return {"unit_range": self.unit_range}
+        other = {"mean": list(self.mean), "std": list(self.std)} if (self.mean, self.std) != (MEAN, STD) else {}
+        return {"unit_range": self.unit_range, **other}
 
     def adopt(self, conventions: dict[str, Any]) -> None:
-        """Keys as in :meth:`conventions`; others, and those that are missing, stay as they are."""
-        self.unit_range = bool(conventions.get("unit_range", self.unit_range))
+        """Keys as in :meth:`conventions`; others, and those that are missing, stay as they are.
+
+        Raises ValueError, naming the key, for a value that cannot be.
+        """
+        self.unit_range = true_or_false("unit_range", conventions.get("unit_range", self.unit_range))
+        for name in ("mean", "std"):
+            if name in conventions:
+                setattr(self, name, _three_numbers(name, conventions[name]))
+        if self.unit_range and (self.mean, self.std) != (MEAN, STD):
+            raise ValueError("unit_range is true, and a mean and std of other values is given; only one can hold")
+
+    def input_range(self) -> str:
+        """For people: which values the weights take."""
+        if self.unit_range:
+            return "values in 0..1"
+        if (self.mean, self.std) == (MEAN, STD):
+            return "values normalised by ImageNet's mean and std"
+        mean, std = (" ".join(f"{number:g}" for number in numbers) for numbers in (self.mean, self.std))
+        return f"values normalised by mean {mean} and std {std}"
 
     def place(self, device: torch.device) -> "Encoder":
         """Move it to ``device``, in the memory format that convolutions like."""
@@ -60,14 +80,32 @@ class Encoder(nn.Module):
 
     def normalised(self, images: Tensor) -> Tensor:
         """Images as the weights take them."""
-        if images.dtype != torch.uint8 and not self.unit_range:
+        other = (self.mean, self.std) != (MEAN, STD)
+        if images.dtype != torch.uint8 and not self.unit_range and not other:
             return images
-        mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (MEAN, STD))
-        if images.dtype != torch.uint8:
-            found = images * std + mean
-        else:
-            found = images / 255 if self.unit_range else (images / 255 - mean) / std
+        mean, std, own_mean, own_std = (
+            torch.tensor(values, device=images.device).view(3, 1, 1) for values in (MEAN, STD, self.mean, self.std)
+        )
+        found = images / 255 if images.dtype == torch.uint8 else images * std + mean
+        if not self.unit_range:
+            found = (found - own_mean) / own_std
         return found.to(next(self.parameters()).dtype)
+
+
+def true_or_false(name: str, value: Any) -> bool:
+    """``value``, if it is a bool; else raise ValueError."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} is {value!r}; it must be true or false")
+    return value
+
+
+def _three_numbers(name: str, values: Any) -> tuple[float, float, float]:
+    sound = isinstance(values, list | tuple) and len(values) == 3
+    sound = sound and all(isinstance(value, int | float) and math.isfinite(value) for value in values)
+    if not sound or (name == "std" and min(values) <= 0):
+        raise ValueError(f"{name} is {values!r}; it must be three numbers{', above 0' if name == 'std' else ''}")
+    red, green, blue = (float(value) for value in values)
+    return red, green, blue
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ Known layouts, each with the place of its first convolution in a file:
     lightly                backbone.0.weight, backbone.conv1.weight, or with its own ResNet
     solo-learn             state_dict.backbone.conv1.weight or encoder. (beside projector. or classifier.)
     moco, moco-v3          state_dict.module.encoder_q.conv1.weight, .module.base_encoder.conv1.weight
+    sthalles/SimCLR        state_dict.backbone.conv1.weight beside backbone.fc.0 and .fc.2
+    Spijkervet/SimCLR      encoder.conv1.weight beside projector.0 and .2, without BatchNorm
     google, converted      resnet.net.0.0.weight (Separius/SimCLRv2-Pytorch), torchvision's (tonylins/simclr-converter)
 
 The weights are found wherever they lie in the file; nothing else in it matters.
@@ -38,6 +40,8 @@ _FOLLOWERS = {
 }
 # mmpretrain's averages, of backbone and neck together: encoder_k.module.0.conv1 beside backbone.conv1.
 _AVERAGES = ("encoder_k", "momentum_encoder", "target_net", "teacher")
+# Whose transforms end with ToTensor.
+_UNIT_RANGE = ("google", "sthalles/SimCLR", "Spijkervet/SimCLR")
 _LISTED = 8  # keys in a message
 
 
@@ -96,7 +100,7 @@ def find_encoder(
     taken = {old for old, new in renamed.items() if new in weights}
     left_out = tuple(key for key in tensors if key not in taken)
     whose = layout(beginning, left_out)
-    conventions: dict[str, Any] = {"unit_range": whose == "google", "stem_relu": rename is not _LIGHTLY_CHILDREN}
+    conventions: dict[str, Any] = {"unit_range": whose in _UNIT_RANGE, "stem_relu": rename is not _LIGHTLY_CHILDREN}
     if encoder.stem == "3x3":
         conventions["stem_padding"] = _padding(whose, left_out, name) if stem_padding is None else stem_padding
     return ForeignEncoder(Architecture(encoder), weights, whose, beginning, left_out, conventions)
@@ -137,6 +141,11 @@ def _describe(weights: dict[str, Tensor], name: str) -> ResNet:
         )
     selective = any(key.startswith("layer1.0.conv2.mix1.") for key in weights)
     deep = selective and "conv1.6.weight" in weights  # the stem of ResNet-D
+    if not selective and "conv1.0.weight" in weights:
+        raise CheckpointError(
+            f"{name} holds a ResNet with a deep stem (three convolutions instead of one, as of resnet50d and its "
+            f"relatives), which is not known here; give one with the stem of torchvision's"
+        )
     first = weights.get("conv1.6.weight" if deep else "conv1.weight")
     if first is None or first.dim() != 4:
         raise CheckpointError(f"{name} lacks the encoder's first convolution (its keys: {_some(weights)})")
@@ -259,8 +268,15 @@ def _by_neighbours(beginning: str, others: Iterable[str]) -> str:
         return "mmpretrain"
     if "projection_head" in parts:
         return "lightly"
-    if "projector" in parts and beginning.endswith("encoder."):
-        return "simclr-dali"
+    layers = {key.removeprefix(beginning) for key in others}
+    if {"fc.0.weight", "fc.2.weight"} <= layers and beginning.endswith("backbone."):
+        return "sthalles/SimCLR"
+    if beginning.endswith("encoder."):
+        projector = {key for key in others if key.startswith(f"{beginning.removesuffix('encoder.')}projector.")}
+        if any(key.endswith(".running_mean") for key in projector):
+            return "simclr-dali"
+        if {key.rpartition("projector.")[2] for key in projector} >= {"0.weight", "2.weight"}:
+            return "Spijkervet/SimCLR"
     return "torchvision"
 
 

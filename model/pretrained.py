@@ -8,6 +8,7 @@ encoder.features(images)   # the feature map [n, 2048, 7, 7]
 """
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from simclr_dali.model.foreign import find_encoder, require_complete
 from simclr_dali.model.resnet import ResNet
 from simclr_dali.model.simclr import Architecture, build_model
 from simclr_dali.model.untrusted import exported_about, read_tensors
+from simclr_dali.shards.wording import counted
 
 _PREFIX = "encoder."
 OURS = "simclr-dali"  # the layout of what this project writes
@@ -55,18 +57,38 @@ class Pretrained:
     tuned: str | None = None
     """Protocol by which it learned from labels."""
 
+    def in_words(self) -> str:
+        """For people: what was found, and what it is taken for."""
+        other = {key: value for key, value in self.encoder.conventions().items() if key.startswith("stem_")}
+        stem = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in other.items())
+        keys = len(self.left_out)
+        return (
+            f"{self.path}: {self.architecture.encoder.label()}, layout of {self.layout}, takes "
+            f"{self.encoder.input_range()}"
+            + (f"; {stem}; {counted(keys, 'key')} not the encoder's" if self.layout != OURS else "")
+        )
+
 
 def load(
-    path: str | Path, *, prefix: str | None = None, unit_range: bool | None = None, stem_padding: int | None = None
+    path: str | Path,
+    *,
+    prefix: str | None = None,
+    unit_range: bool | None = None,
+    stem_padding: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
 ) -> Encoder:
     """The encoder of a run folder (its newest checkpoint) or of a file, ours or another library's (model.foreign).
 
     In eval mode, on the CPU, in float32. prefix: where a file holds several encoders, the beginning of the keys of
     the one that is meant. unit_range: whether it was trained on RGB values in 0 to 1, not normalised (default: as the
-    layout says). stem_padding: of a 3x3 stem (default: 1, and 2 for solo-learn's). Raises CheckpointError where the
-    file is missing, damaged, or holds no whole encoder.
+    layout says). stem_padding: of a 3x3 stem (default: 1, and 2 for solo-learn's). mean, std: of the RGB values in 0 to
+    1 by which its images were normalised (default: ImageNet's). Raises CheckpointError where the file is missing,
+    damaged, or holds no whole encoder, and for a value that cannot be.
     """
-    return open_pretrained(Path(path), prefix=prefix, unit_range=unit_range, stem_padding=stem_padding).encoder
+    return open_pretrained(
+        Path(path), prefix=prefix, unit_range=unit_range, stem_padding=stem_padding, mean=mean, std=std
+    ).encoder
 
 
 def open_pretrained(
@@ -76,6 +98,8 @@ def open_pretrained(
     prefix: str | None = None,
     unit_range: bool | None = None,
     stem_padding: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
 ) -> Pretrained:
     """What :func:`load` returns, with where it comes from.
 
@@ -94,8 +118,13 @@ def open_pretrained(
     described = opened.architecture.encoder
     if stem_padding is not None and not (isinstance(described, ResNet) and described.stem == "3x3"):
         raise CheckpointError(f"{path} holds {described.label()}; a stem padding is for the 3x3 stem")
-    given = {"unit_range": unit_range, "stem_padding": stem_padding}
-    opened.encoder.adopt({name: value for name, value in given.items() if value is not None})
+    given = {"unit_range": unit_range, "stem_padding": stem_padding, "mean": mean, "std": std}
+    if mean is not None or std is not None:
+        given["unit_range"] = bool(unit_range)  # as the caller says, whatever the layout does
+    try:
+        opened.encoder.adopt({name: value for name, value in given.items() if value is not None})
+    except ValueError as error:
+        raise CheckpointError(f"{path} cannot be used so: {error}") from error
     return opened
 
 
@@ -179,13 +208,13 @@ def _of_export(path: Path, sha256: str, tensors: dict[str, Tensor], about: dict[
         head = tuple(key for key in tensors if key.startswith(HEAD))
         weights = {key: value for key, value in tensors.items() if key not in head}
         weights = require_complete(weights, architecture.encoder, str(path))
+        encoder = architecture.encoder.build()
+        encoder.load_state_dict(weights)
+        encoder.adopt(about.get("conventions", {}))
     except (ValueError, TypeError, AttributeError, OverflowError, RuntimeError) as error:
         raise CheckpointError(
             f"{path} does not hold the encoder that it describes ({error}); export it again"
         ) from error
-    encoder = architecture.encoder.build()
-    encoder.load_state_dict(weights)
-    encoder.adopt(about.get("conventions", {}))
     return Pretrained(
         encoder=encoder.eval(),
         architecture=architecture,

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from simclr_dali.model.encoder import Description, Encoder
+from simclr_dali.model.encoder import Description, Encoder, true_or_false
 from simclr_dali.model.selective_kernels import add_selective_kernels
 from simclr_dali.model.vision import resnet
 
@@ -85,6 +85,7 @@ class ResNet(Description):
             f"the {self.stem} stem": self.stem != "7x7",
             "selective kernels": self.selective_kernels,
             "images in 0..1 instead of normalised ones": conventions["unit_range"],
+            "images normalised by another mean and std": "mean" in conventions,
             "no ReLU in its stem": not conventions["stem_relu"],
             "another padding in its stem": self.stem == "3x3" and conventions["stem_padding"] != 1,
         }
@@ -124,9 +125,12 @@ class ResNetEncoder(Encoder, resnet.ResNet):
 
     def adopt(self, conventions: dict[str, Any]) -> None:
         super().adopt(conventions)
-        self.stem_relu = bool(conventions.get("stem_relu", self.stem_relu))
+        self.stem_relu = true_or_false("stem_relu", conventions.get("stem_relu", self.stem_relu))
         if isinstance(self.conv1, nn.Conv2d) and "stem_padding" in conventions:
-            self.conv1.padding = (conventions["stem_padding"],) * 2
+            padding = conventions["stem_padding"]
+            if type(padding) is not int or not 0 <= padding <= 3:
+                raise ValueError(f"stem_padding is {padding!r}; it must be 0, 1, 2 or 3 pixels")
+            self.conv1.padding = (padding,) * 2
 
 
 def resnet_name(bottleneck: bool, depths: list[int]) -> str | None:

@@ -71,11 +71,31 @@ def build_projector(features: int, widths: tuple[int, ...]) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
+def projector_weights(run_state: dict[str, Any]) -> dict[str, Tensor]:
+    """The projector's part of what a checkpoint of ours holds, by the keys of :func:`build_projector`."""
+    prefix = "projector."
+    return {key.removeprefix(prefix): value for key, value in run_state["model"].items() if key.startswith(prefix)}
+
+
+def part_of_projector(projector: nn.Sequential, layers: int | None) -> nn.Sequential:
+    """The first ``layers`` hidden layers, each with its BatchNorm and ReLU; None: all, up to z.
+
+    Raises ValueError where it has fewer.
+    """
+    if layers is None:
+        return projector
+    hidden = len(projector) // 3
+    if not 1 <= layers <= hidden:
+        raise ValueError(f"the projector has {hidden} hidden layers, so there is no layer {layers}")
+    return nn.Sequential(*list(projector)[: 3 * layers])
+
+
 class SimCLR(nn.Module):
     """Encoder and projector: images [n, 3, h, w] -> embeddings z [n, d], not yet normalised."""
 
     def __init__(self, architecture: Architecture) -> None:
         super().__init__()
+        self.architecture = architecture
         self.encoder: Encoder = architecture.encoder.build()
         self.projector = build_projector(self.encoder.width, architecture.projector)
 

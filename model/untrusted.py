@@ -128,6 +128,14 @@ def _refuse_programs(data: bytes) -> None:
         raise ValueError("it is a tar, as torch wrote before 2017")
 
 
+# The lines that eval/export.py writes into a file's metadata.
+_OF_EXPORTS = frozenset(
+    {"architecture", "conventions", "habits", "image_size", "center_fraction", "checkpoint_sha256", "step", "tuned"}
+    | {"classes"}
+)
+_LARGEST_VIEW = 16_384  # pixels
+
+
 def exported_about(path: Path) -> dict[str, Any]:
     """What eval/export.py wrote beside the weights of a safetensors file; empty for one of another program."""
     with safetensors.safe_open(path, "pt") as file:
@@ -135,24 +143,26 @@ def exported_about(path: Path) -> dict[str, Any]:
     if "checkpoint_sha256" not in metadata:
         return {}
     try:
-        about = migrations.conventions({key: json.loads(value) for key, value in metadata.items()})
+        # Programs that write the file anew may add lines of their own, which need not be JSON.
+        ours = {key: value for key, value in metadata.items() if key in _OF_EXPORTS}
+        about = migrations.conventions({key: json.loads(value) for key, value in ours.items()})
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} has damaged metadata ({error}); export it again") from error
-    conventions = about.get("conventions", {})
-    sound = (
-        isinstance(conventions, dict)
-        and isinstance(about.get("architecture", {}), dict)
-        and _is_count(conventions.get("stem_padding", 1))
-        and all(about.get(key) is None or _is_count(about[key]) for key in ("image_size", "step"))
-        and isinstance(about.get("tuned"), str | None)
-    )
-    if not sound:
-        raise CheckpointError(f"{path} has damaged metadata ({str(about)[:200]}); export it again")
+    sound = {
+        "conventions": isinstance(about.get("conventions", {}), dict),
+        "architecture": isinstance(about.get("architecture", {}), dict),
+        "image_size": _is_count(about.get("image_size"), _LARGEST_VIEW),
+        "step": _is_count(about.get("step"), 2**63),
+        "tuned": isinstance(about.get("tuned"), str | None),
+    }
+    for key, is_sound in sound.items():
+        if not is_sound:
+            raise CheckpointError(f"{path} has damaged metadata: {key} is {str(about[key])[:60]}; export it again")
     return about
 
 
-def _is_count(value: Any) -> bool:
-    return type(value) is int and value >= 0
+def _is_count(value: Any, largest: int) -> bool:
+    return value is None or (type(value) is int and 0 <= value <= largest)
 
 
 def _flat(nested: Any) -> dict[str, Tensor]:

@@ -26,6 +26,14 @@ class Cache:
     folder: Path
     limit: int
 
+    @staticmethod
+    def at(folder: str | Path, gigabytes: float) -> "Cache":
+        """One in ``folder``, which may begin with ``~``; that is an error only where something is to be kept."""
+        path = Path(folder)
+        with suppress(RuntimeError):  # a user without a home folder may work on local data
+            path = path.expanduser()
+        return Cache(path, int(gigabytes * 1e9))
+
     def room_locked(self) -> AbstractContextManager[None]:
         """Hold the lock under which kept shards are counted and added."""
         return locked(self.folder / "room.lock")

@@ -50,6 +50,11 @@ def open_split(data: str | Path, split: str, cache: Cache, patience: Patience | 
     """
     if not is_remote(data):
         return Split.local(data, split)
+    if cache.folder.parts[:1] and cache.folder.parts[0].startswith("~"):
+        raise UserError(
+            f"{cache.folder}, which is to keep remote shards, lies in a home folder that nobody knows; give another "
+            f"with --cache, or simclr.cache"
+        )
     server = RemoteFolder(f"{str(data).rstrip('/')}/{split}", patience)
     manifest = _described(server, MANIFEST)
     # Another manifest means other shards under the same names: it gets a folder of its own.

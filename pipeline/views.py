@@ -133,7 +133,7 @@ def main(given: argparse.Namespace) -> None:
     if not given.data and not given.replay:
         raise UserError("neither SHARDS nor --replay is given; name the shards, or a batch that a run kept")
     data = given.data or read(given.replay).data
-    split = open_split(data, given.split, Cache(Path("~/.cache/simclr-dali").expanduser(), 200 * 10**9))
+    split = open_split(data, given.split, Cache.at("~/.cache/simclr-dali", 200))
     batch = read(given.replay, split.shards) if given.replay else planned(given, split.shards)
     picture, lines = sheet(split, replace(batch, ids=batch.ids[: given.count]))
     save(picture, given.out, "--out")

@@ -23,6 +23,7 @@ import numpy.typing as npt
 from simclr_dali.shards.durable import write_durably
 from simclr_dali.shards.errors import UserError
 from simclr_dali.shards.image import MAX_PIXELS
+from simclr_dali.shards.wording import printable
 
 FORMAT = "simclr-dali shards"
 VERSION = 1
@@ -79,7 +80,7 @@ class ShardSet:
 
     def class_name(self, label: int) -> str:
         """The name of a class, or nothing for -1."""
-        return self.classes[label] if label >= 0 else ""
+        return printable(self.classes[label]) if label >= 0 else ""
 
     def where(self, sample: int) -> str:
         """A name for one sample that a person can look up: tar, offset of its bytes, key."""

@@ -17,3 +17,8 @@ def size_text(size: float) -> str:
         if size >= factor:
             return f"{size / factor:,.3g} {unit}" if size < 1000 * factor else f"{size / factor:,.0f} {unit}"
     return f"{size / 1e3:,.3g} kB"
+
+
+def printable(name: str) -> str:
+    """A file's name for a picture or a terminal; bytes that are no text become escapes."""
+    return name.encode("utf-8", "backslashreplace").decode()

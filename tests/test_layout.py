@@ -16,8 +16,8 @@ ARROWS = {
     "train": {"shards", "pipeline", "model"},
     "eval": {"shards", "pipeline", "model"},
 }
-# Of shards, model takes only what writes files and names mistakes: it knows nothing of packed data.
-MODEL_TAKES = {"simclr_dali.shards.errors", "simclr_dali.shards.durable"}
+# Of shards, model takes only what writes files, names mistakes and reads launchers: it knows nothing of packed data.
+MODEL_TAKES = {f"simclr_dali.shards.{name}" for name in ("errors", "durable", "launch", "wording")}
 RULES = "see 'Changing it' in README.md"
 SOURCES = [path for package in (*ARROWS, "scripts", "tests") for path in sorted((ROOT / package).rglob("*.py"))]
 

@@ -7,7 +7,6 @@ passes over a misspelt top-level key in silence. train/config_file.py reads it f
 import json
 import math
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pydantic
@@ -150,6 +149,9 @@ class Simclr(_Block):
     """Run folder; empty: runs/ and the config's name. --run overrides."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Of initial weights, order and draws."""
+    init_from: str = ""
+    """What the weights begin as: a run, whose projector is taken too where it is as wide, or any file with an encoder
+    that simclr_dali.load reads; empty: random numbers."""
     epochs: Positive = 200
     """Length of the run, in passes over the data."""
     warmup_epochs: float = Field(default=10.0, ge=0)
@@ -333,11 +335,7 @@ class Config(_Block):
         return Architecture(encoder.description().for_image_size(self.simclr.image_size), tuple(encoder.projector))
 
     def shard_cache(self) -> Cache:
-        try:
-            folder = Path(self.simclr.cache).expanduser()
-        except RuntimeError as error:
-            raise UserError(f"simclr.cache is {self.simclr.cache!r}, whose home folder nobody knows") from error
-        return Cache(folder, int(self.simclr.cache_gb * 1e9))
+        return Cache.at(self.simclr.cache, self.simclr.cache_gb)
 
     def local_batch(self, world: int) -> int:
         """Images per step of each of ``world`` processes. Raises UserError where they cannot share the batch."""

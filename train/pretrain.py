@@ -61,6 +61,7 @@ if __name__ == "__main__":
 import torch.distributed as dist
 
 from simclr_dali.model.batchnorm import synchronised
+from simclr_dali.model.checkpoint import has_checkpoints
 from simclr_dali.model.process import Process, leave, on_rank_0, print_rank_0
 from simclr_dali.model.simclr import build_model
 from simclr_dali.pipeline.remote import open_split
@@ -71,6 +72,7 @@ from simclr_dali.shards.wording import counted, of_classes
 from simclr_dali.train.config import FEW_NORMALISED, LR_FORMULAS, Config
 from simclr_dali.train.config_file import load_config
 from simclr_dali.train.engine import build_engine, start
+from simclr_dali.train.initial_weights import take_weights
 from simclr_dali.train.job import Job, build_order
 from simclr_dali.train.knn_monitor import KnnMonitor
 from simclr_dali.train.lock import lock_run
@@ -95,7 +97,10 @@ def main(arguments: argparse.Namespace) -> None:
     config.micro_batch(process.world)  # refuses a number of processes that cannot share the batch
 
     with run_locked(job.run, process):
-        model = synchronised(build_model(config.architecture(), config.simclr.seed), process.device)
+        network = build_model(config.architecture(), config.simclr.seed)
+        if config.simclr.init_from and not has_checkpoints(job.run):
+            print_rank_0(process, on_rank_0(process, lambda: take_weights(network, config.simclr.init_from)))
+        model = synchronised(network, process.device)
         engine, optimizer = build_engine(model, config, process)
         step = resume(job.run, config, shards, process, engine.module, optimizer)
         finished = job.run / "finished.json"

@@ -49,6 +49,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--warm-up", type=positive_int, default=3, help="steps before, a round (default: 3)")
     parser.add_argument("--rounds", type=positive_int, default=3, help="default: 3")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # given by the deepspeed launcher
     return parser.parse_args()
 
 
