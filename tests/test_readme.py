@@ -46,8 +46,12 @@ def reader(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "holiday").mkdir()
     for name in ("bird.jpg", "holiday/1.jpg", "holiday/2.jpg"):
         PIL.Image.effect_noise((90, 70), 80).convert("RGB").save(folder / name)
+    for number, path in enumerate(sorted((pictures / "train").rglob("*.jpg"))):
+        (folder / f"pictures/roll {number % 3}").mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, folder / f"pictures/roll {number % 3}/{number}.jpg")
     config = {**TINY, "simclr": {**TINY["simclr"], "data": str(folder / "data-shards")}}
-    (folder / "ds_lars.json").write_text(json.dumps(config))
+    for name in ("ds_lars.json", "ds_sqrt_b256.json"):
+        (folder / name).write_text(json.dumps(config))
     return folder
 
 
@@ -56,7 +60,8 @@ def adapted(command: str, folder: Path) -> str:
         if mark in command:
             same_option = smaller.split(" ")[0] == mark.split(" ")[0]
             command = command.replace(mark, smaller) if same_option else f"{command} {smaller}"
-    command = command.replace("/data/imagenet", "DATA").replace("DATA", str(folder / "data"))
+    command = command.replace("/data/imagenette", "DATA").replace("/data/imagenet", "DATA")
+    command = command.replace("DATA", str(folder / "data")).replace("~/pictures", str(folder / "pictures"))
     command = re.sub(r"\b(scripts|train|eval)/", rf"{ROOT}/\1/", command)
     return command.replace("deepspeed ", f"deepspeed --quiet --num_gpus 1 --master_port {free_port()} ")
 
