@@ -10,7 +10,12 @@ import numpy as np
 import numpy.typing as npt
 import PIL.Image
 import pytest
+import torch
 
+from simclr_dali.model.encoder import MEAN, STD
+from simclr_dali.pipeline.files import Split
+from simclr_dali.pipeline.graph import LoaderConfig
+from simclr_dali.pipeline.loader import central_views
 from simclr_dali.shards.errors import UserError
 from simclr_dali.shards.image import rgb
 from simclr_dali.shards.manifest import load_split
@@ -128,6 +133,26 @@ def test_plain_pngs_keep_their_bytes(mode: str, tmp_path: Path) -> None:
         out = tmp_path / f"out-{options.reencode}"
         pack(tmp_path / "in", out, options)
         assert all(image[:2] == b"\xff\xd8" for image in stored(out, "train"))
+
+
+def test_views_of_pngs_are_views_of_their_pixels(tmp_path: Path) -> None:
+    """Central views of 32 px are whole pictures: a gray and a color PNG of that size come out as they are."""
+    images = {"gray": picture(32, 32).convert("L"), "color": picture(32, 32)}
+    for name, image in images.items():
+        image.save(put(tmp_path / f"in/train/{name}/0.png"), "PNG")
+    pack(tmp_path / "in", tmp_path / "out")
+    split = Split.local(tmp_path / "out", "train")
+    (found,) = central_views(split, LoaderConfig(32, torch.device("cpu")), batch=2)
+    pixels = as_pixels(found.views)
+    for view, label in zip(pixels, found.labels.tolist(), strict=True):
+        expected = np.asarray(images[split.shards.classes[label]].convert("RGB"))
+        assert np.abs(view - expected).max() <= 1
+
+
+def as_pixels(views: torch.Tensor) -> npt.NDArray[np.float64]:
+    """Normalised views as levels [n, rows, columns, 3] of 0..255."""
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+    return (255 * (views.double() * std + mean)).permute(0, 2, 3, 1).numpy()
 
 
 def test_odd_pngs_become_jpeg(tmp_path: Path) -> None:
