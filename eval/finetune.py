@@ -59,7 +59,7 @@ from simclr_dali.eval.evaluation import Evaluation, open_evaluation
 from simclr_dali.eval.logistic import in_words, reported, score
 from simclr_dali.eval.protocols import FINETUNE
 from simclr_dali.eval.supervised import micro_batch, state_of, train
-from simclr_dali.model.batchnorm import synchronised
+from simclr_dali.model.batchnorm import MIN_BATCHNORM_IMAGES, synchronised
 from simclr_dali.model.encoder import Encoder
 from simclr_dali.model.process import leave, on_rank_0, print_rank_0
 from simclr_dali.pipeline.order import Ids
@@ -95,7 +95,7 @@ def main(arguments: argparse.Namespace) -> None:
     schedule, differs = FINETUNE.changed(arguments.train_batch, arguments.epochs, epochs)
     # Of how many images BatchNorm takes its statistics; the paper's took those of the whole batch.
     together = micro_batch(job.batch, schedule.batch // process.world) * process.world
-    if together < 2:
+    if together < MIN_BATCHNORM_IMAGES:
         raise UserError(
             f"--batch {job.batch} normalises one image with itself, which leaves nothing of a small map; give 2 or more"
         )

@@ -7,6 +7,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+# Images that BatchNorm must see at a time, over all processes: the two views of one alone become opposites. Up to some
+# more its statistics are noise, which a run survives.
+MIN_BATCHNORM_IMAGES, NOISY_BATCHNORM_IMAGES = 2, 16
+
 
 class CPUSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     """BatchNorm whose training statistics cover the batches of all ranks; keys and defaults of nn.BatchNorm.

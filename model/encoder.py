@@ -58,7 +58,7 @@ class Encoder(nn.Module):
 
         Raises ValueError, naming the key, for a value that cannot be.
         """
-        self.unit_range = true_or_false("unit_range", conventions.get("unit_range", self.unit_range))
+        self.unit_range = require_bool("unit_range", conventions.get("unit_range", self.unit_range))
         for name in ("mean", "std"):
             if name in conventions:
                 setattr(self, name, _three_numbers(name, conventions[name]))
@@ -92,7 +92,7 @@ class Encoder(nn.Module):
         return found.to(next(self.parameters()).dtype)
 
 
-def true_or_false(name: str, value: Any) -> bool:
+def require_bool(name: str, value: Any) -> bool:
     """``value``, if it is a bool; else raise ValueError."""
     if not isinstance(value, bool):
         raise ValueError(f"{name} is {value!r}; it must be true or false")

@@ -180,7 +180,10 @@ def _of_file(path: Path, data: bytes, prefix: str | None, stem_padding: int | No
     found = find_encoder(tensors, str(path), prefix, stem_padding)
     encoder = found.architecture.encoder.build()
     encoder.load_state_dict(found.weights)
-    encoder.adopt(found.conventions)
+    try:
+        encoder.adopt(found.conventions)
+    except ValueError as error:
+        raise CheckpointError(f"{path} cannot be used so: {error}") from error
     return Pretrained(encoder.eval(), found.architecture, path, sha256, found.layout, left_out=found.left_out)
 
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from simclr_dali.model.peers import Peers
-from simclr_dali.shards.launch import UNSET, Launch, LaunchError, check_port, read_launch
+from simclr_dali.shards.launch import UNSET_HINT, Launch, LaunchError, check_port, read_launch
 
 T = TypeVar("T")
 _SECONDS_BEFORE_TELLING = 20.0
@@ -82,12 +82,9 @@ def _meet(launch: Launch) -> Any:
     address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     if launch.rank == 0:
         check_port()
-    waiting = threading.Timer(
-        _SECONDS_BEFORE_TELLING,
-        print_now,
-        [f"rank {launch.rank} of {launch.world} waits for the others at {address}; where none were started, {UNSET}"],
-        {"file": sys.stderr},
-    )
+    who = f"rank {launch.rank} of {launch.world}"
+    text = f"{who} waits for the others at {address}; where none were started, {UNSET_HINT}"
+    waiting = threading.Timer(_SECONDS_BEFORE_TELLING, print_now, [text], {"file": sys.stderr})
     waiting.daemon = True
     waiting.start()
     try:
@@ -95,8 +92,8 @@ def _meet(launch: Launch) -> Any:
     except (RuntimeError, ValueError) as error:
         first = str(error).partition("\n")[0]
         raise LaunchError(
-            f"rank {launch.rank} of {launch.world} did not meet the others at {address} ({first}); "
-            f"start all {launch.world}, with an address and port that all can reach, or, {UNSET}"
+            f"{who} did not meet the others at {address} ({first}); "
+            f"start all {launch.world}, with an address and port that all can reach, or, {UNSET_HINT}"
         ) from error
     finally:
         waiting.cancel()

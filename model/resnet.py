@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from simclr_dali.model.encoder import Description, Encoder, true_or_false
+from simclr_dali.model.encoder import Description, Encoder, require_bool
 from simclr_dali.model.selective_kernels import add_selective_kernels
 from simclr_dali.model.vision import resnet
 
@@ -125,7 +125,7 @@ class ResNetEncoder(Encoder, resnet.ResNet):
 
     def adopt(self, conventions: dict[str, Any]) -> None:
         super().adopt(conventions)
-        self.stem_relu = true_or_false("stem_relu", conventions.get("stem_relu", self.stem_relu))
+        self.stem_relu = require_bool("stem_relu", conventions.get("stem_relu", self.stem_relu))
         if isinstance(self.conv1, nn.Conv2d) and "stem_padding" in conventions:
             padding = conventions["stem_padding"]
             if type(padding) is not int or not 0 <= padding <= 3:

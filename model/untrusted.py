@@ -129,10 +129,8 @@ def _refuse_programs(data: bytes) -> None:
 
 
 # The lines that eval/export.py writes into a file's metadata.
-_OF_EXPORTS = frozenset(
-    {"architecture", "conventions", "habits", "image_size", "center_fraction", "checkpoint_sha256", "step", "tuned"}
-    | {"classes"}
-)
+_OF_EXPORTS = ("architecture", "conventions", "image_size", "center_fraction", "checkpoint_sha256", "step", "tuned",
+               "classes", "habits")  # the last is what conventions were called until 0.1  # fmt: skip
 _LARGEST_VIEW = 16_384  # pixels
 
 

@@ -21,8 +21,9 @@ from simclr_dali.pipeline.stream import ViewSource, stream
 from simclr_dali.shards.decode import decoder
 from simclr_dali.shards.errors import UserError
 from simclr_dali.shards.image import UnusableError, convert, prepare
+from simclr_dali.shards.left_out import LeftOut
 from simclr_dali.shards.manifest import SAMPLE
-from simclr_dali.shards.sources.walk import LeftOut, pictures_below
+from simclr_dali.shards.walk import pictures_below
 
 _GRAY = b"P5 1 1 255 \x80"  # a picture of one pixel
 

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,8 @@ def packed_splits(out: Path, made_with: dict[str, dict[str, Any]]) -> set[str]:
             raise UserError(f"{path} is not a manifest of this packer ({error}); choose another target") from error
         if found != made_with.get(split, {**options, "source": found["source"]}):
             different = [name for name in options if name != "source" and found.get(name) != options[name]]
-            why = f"with another --{different[0].replace('_', '-')}" if different else f"from other images of {split}"
+            option = different[0].replace("value_range", "range").replace("_", "-") if different else ""
+            why = f"with another --{option}" if option else f"from other images of {split}"
             raise UserError(f"{out} was packed {why}; choose another target or remove it")
     return manifests.keys() & made_with.keys()
 
@@ -58,7 +59,8 @@ def clear_leftovers(out: Path) -> None:
     """Finish what a kill between the last renames left to do in a complete ``out``."""
     partial = partial_folder(out)
     if (partial / REPORT).is_file() and not any((partial / split).exists() for split in SPLITS):
-        _take_report(partial, out)
+        with suppress(UserError), _lock(partial / "part-1-of-1.lock", out):  # whoever holds it is doing just this
+            _take_report(partial, out)
     _remove_claims(out)
 
 

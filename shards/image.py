@@ -22,6 +22,7 @@ from simclr_dali.shards.png import SIGNATURE, plain_png_size
 MAX_PIXELS = 89_478_485
 FULL_CHROMA_ABOVE = 90  # quality; up to it color is stored at half the resolution (4:2:0)
 REENCODE = ("jpeg",)
+_SAMPLE_FORMAT, _UNSIGNED = 339, 1  # TIFF 6.0, section 19
 _WHOLE_16_BIT = (0.0, 65535.0)
 
 
@@ -76,65 +77,65 @@ def allow_pixels(count: int) -> None:
         PIL.Image.MAX_IMAGE_PIXELS = max(PIL.Image.MAX_IMAGE_PIXELS, count)
 
 
-def prepare(encoded: bytes, how: Storage | None = None) -> Prepared:
-    """Keep an ordinary JPEG or PNG as it is; re-encode everything else, and what ``how.resize`` wants smaller.
+def prepare(encoded: bytes, storage: Storage | None = None) -> Prepared:
+    """Keep an ordinary JPEG or PNG as it is; re-encode everything else, and what ``storage.resize`` wants smaller.
 
-    Raises UnusableError where the picture cannot be decoded, and RangeError where ``how.value_range`` is needed.
+    Raises UnusableError where the picture cannot be decoded, and RangeError where ``storage.value_range`` is needed.
     """
-    how = how or Storage()
+    storage = storage or Storage()
     size = plain_size(encoded)
-    if size is None and how.reencode is None:
+    if size is None and storage.reencode is None:
         size = plain_png_size(encoded)
     if size is None:
-        return convert(encoded, how)
-    if size[0] * size[1] > how.max_pixels:
-        raise _too_large(size, how)
-    if how.resize is not None and min(size) > how.resize:
-        return convert(encoded, how)
+        return convert(encoded, storage)
+    if size[0] * size[1] > storage.max_pixels:
+        raise _too_large(size, storage)
+    if storage.resize is not None and min(size) > storage.resize:
+        return convert(encoded, storage)
     return Prepared(encoded, *size, None)
 
 
-def _too_large(size: tuple[int, int], how: Storage) -> UnusableError:
-    return UnusableError(f"{size[0]} x {size[1]} pixels, more than {how.max_pixels:,}; --max-pixels allows more")
+def _too_large(size: tuple[int, int], storage: Storage) -> UnusableError:
+    return UnusableError(f"{size[0]} x {size[1]} pixels, more than {storage.max_pixels:,}; --max-pixels allows more")
 
 
-def convert(encoded: bytes, how: Storage | None = None, *, reason: str | None = None) -> Prepared:
+def convert(encoded: bytes, storage: Storage | None = None, *, reason: str | None = None) -> Prepared:
     """Decode with Pillow (first frame, EXIF rotation applied) and encode as RGB or gray JPEG; see :func:`prepare`.
 
     reason: why, where the picture itself does not show it.
     """
-    how = how or Storage()
+    storage = storage or Storage()
     try:
         with warnings.catch_warnings():
             # The size is compared below; and Pillow warns of damaged metadata, which is not stored again.
             warnings.filterwarnings("ignore", category=PIL.Image.DecompressionBombWarning)
             warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
             with PIL.Image.open(io.BytesIO(encoded)) as picture:
-                if picture.width * picture.height > how.max_pixels:
-                    raise _too_large(picture.size, how)
+                if picture.width * picture.height > storage.max_pixels:
+                    raise _too_large(picture.size, storage)
                 deep_color = _is_deep_color(picture)  # asked first: what follows may load the picture and forget it
                 reasons = _oddities(picture, deep_color=deep_color)
                 if deep_color:
-                    _check_deep_color(picture, how.value_range)
-                upright = PIL.ImageOps.exif_transpose(_eight_bit(picture, how.value_range))
-                small = _shrink(upright if upright.mode == "L" else upright.convert("RGB"), how.resize)
+                    _check_deep_color(picture, storage.value_range)
+                upright = PIL.ImageOps.exif_transpose(_eight_bit(picture, storage.value_range))
+                small = _shrink(upright if upright.mode == "L" else upright.convert("RGB"), storage.resize)
     except PIL.UnidentifiedImageError as error:
         raise UnusableError("no format of pictures is recognised") from error
     except PIL.Image.DecompressionBombError as error:
-        raise UnusableError(f"more than {how.max_pixels:,} pixels; --max-pixels allows more") from error
+        raise UnusableError(f"more than {storage.max_pixels:,} pixels; --max-pixels allows more") from error
     except UnusableError:
         raise
     except Exception as error:  # Pillow raises a dozen kinds; whichever it is, this is no usable picture
         raise UnusableError(f"{type(error).__name__}: {error}") from error
     buffer = io.BytesIO()
-    small.save(buffer, "JPEG", quality=how.quality, subsampling=0 if how.quality > FULL_CHROMA_ABOVE else 2)
+    small.save(buffer, "JPEG", quality=storage.quality, subsampling=0 if storage.quality > FULL_CHROMA_ABOVE else 2)
     resized = small.size != upright.size
     if reason is None and not reasons and not resized:
         reason = "unusual JPEG coding"
     return Prepared(buffer.getvalue(), *small.size, ", ".join(filter(None, [*reasons, reason])) or None, resized)
 
 
-def is_deep(encoded: bytes) -> bool:
+def is_high_bit_depth(encoded: bytes) -> bool:
     """Whether a picture has more than 8 bits a channel; false for what cannot be opened."""
     try:
         with PIL.Image.open(io.BytesIO(encoded)) as picture:
@@ -147,7 +148,7 @@ def deep_values(encoded: bytes) -> npt.NDArray[Any] | None:
     """The values of a gray picture of more than 8 bits; None for every other, and for what cannot be decoded."""
     try:
         with PIL.Image.open(io.BytesIO(encoded)) as picture:
-            return np.asarray(picture) if picture.mode.startswith(("I", "F")) else None
+            return levels_of(picture) if picture.mode.startswith(("I", "F")) else None
     except Exception:  # packing says what is wrong with it
         return None
 
@@ -180,19 +181,34 @@ def _eight_bit(picture: PIL.Image.Image, value_range: tuple[float, float] | None
     """
     if not picture.mode.startswith(("I", "F")):
         return picture
-    levels = np.asarray(picture)
-    # Pillow reads a PGM of 16 bits as 32 bits, scaled to 65535 by the file's own largest value.
-    is_16_bit = ";16" in picture.mode or picture.format == "PPM"
+    levels = levels_of(picture)
     if value_range is not None:
         low, high = value_range
         scaled = np.clip((np.nan_to_num(levels.astype(np.float64), nan=low) - low) / (high - low), 0, 1)
         return PIL.Image.fromarray(np.round(255 * scaled).astype(np.uint8))
-    if is_16_bit and (levels.max() > _WHOLE_16_BIT[1] // 2 or levels.max() == 0):
+    if _kind(picture) == "16 bits" and (levels.max() > _WHOLE_16_BIT[1] // 2 or levels.max() == 0):
         return PIL.Image.fromarray((levels.astype(np.int64) >> 8).astype(np.uint8))
+    finite = levels[np.isfinite(levels)]
+    if not finite.size:
+        raise UnusableError("none of its values is a number")
     raise RangeError(
-        f"it holds values from {np.nanmin(levels):g} to {np.nanmax(levels):g} in {_kind(picture)}; say which of them "
-        f"are black and white with --range LOW:HIGH, or --range auto"
+        f"it holds values from {finite.min():g} to {finite.max():g} in {_kind(picture)}; say which are black "
+        f"and white with --range LOW:HIGH, or --range auto"
     )
+
+
+def levels_of(picture: PIL.Image.Image) -> npt.NDArray[Any]:
+    """The values of a gray picture of more than 8 bits, as they stand in its file."""
+    if picture.format == "PPM":
+        codec, _, _, arguments = getattr(picture, "tile")[0]  # noqa: B009, of Pillow's ImageFile
+        levels = np.asarray(picture)
+        # Pillow scales a PGM to 65535 by the largest value that its header names.
+        return np.round(levels * (arguments[1] / 65535)).astype(np.int64) if codec == "ppm" else levels
+    levels = np.asarray(picture)
+    tags: Any = getattr(picture, "tag_v2", {})
+    if levels.dtype == np.int32 and tags.get(_SAMPLE_FORMAT, (_UNSIGNED,))[0] == _UNSIGNED:
+        return levels.view(np.uint32)  # Pillow has no mode for it
+    return levels
 
 
 def _kind(picture: PIL.Image.Image) -> str:

@@ -16,7 +16,7 @@ from simclr_dali.shards.errors import UserError
 Environment = MutableMapping[str, str]
 
 _TORCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-UNSET = f"where they are left from an earlier run: unset {' '.join(_TORCH)}"
+UNSET_HINT = f"where they are left from an earlier run: unset {' '.join(_TORCH)}"
 # Rank, size, rank on the machine and size there, as Open MPI, MVAPICH and the Hydra of MPICH and Intel MPI say them.
 _MPI = (
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
@@ -68,9 +68,9 @@ def _by_torch(environment: Environment) -> Launch:
     rank, world = (_number(environment, name) for name in ("RANK", "WORLD_SIZE"))
     if rank is None or world is None:
         given, missing = ("RANK", "WORLD_SIZE") if world is None else ("WORLD_SIZE", "RANK")
-        raise LaunchError(f"{given} is set and {missing} is not; start with deepspeed or torchrun, or, {UNSET}")
+        raise LaunchError(f"{given} is set and {missing} is not; start with deepspeed or torchrun, or, {UNSET_HINT}")
     if not 0 <= rank < world:
-        raise LaunchError(f"RANK is {rank} and WORLD_SIZE is {world}; RANK counts from 0, or, {UNSET}")
+        raise LaunchError(f"RANK is {rank} and WORLD_SIZE is {world}; RANK counts from 0, or, {UNSET_HINT}")
     local_rank = _number(environment, "LOCAL_RANK")
     local_world = _number(environment, "LOCAL_WORLD_SIZE") or _number(environment, "LOCAL_SIZE")
     if local_rank is None and (world == 1 or "KUBERNETES_SERVICE_HOST" in environment):
@@ -79,12 +79,12 @@ def _by_torch(environment: Environment) -> Launch:
     if local_rank is None:
         raise LaunchError(
             f"RANK is {rank} of {world} and LOCAL_RANK is not set; start with deepspeed or torchrun, which set it, or "
-            f"set it to this process's number on its machine, or, {UNSET}"
+            f"set it to this process's number on its machine, or, {UNSET_HINT}"
         )
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if world > 1 and name not in environment:
             raise LaunchError(
-                f"RANK is {rank} of {world} and {name} is not set; start with deepspeed or torchrun, or, {UNSET}"
+                f"RANK is {rank} of {world} and {name} is not set; start with deepspeed or torchrun, or, {UNSET_HINT}"
             )
     launcher = (
         "torchrun" if "TORCHELASTIC_RUN_ID" in environment else "deepspeed" if "CROSS_SIZE" in environment else ""
@@ -133,7 +133,7 @@ def _number(environment: Environment, name: str) -> int | None:
     if not text:
         return None
     if not re.fullmatch(r"-?\d+", text):
-        raise LaunchError(f"{name} is {text!r}, not a number; start with deepspeed or torchrun, or, {UNSET}")
+        raise LaunchError(f"{name} is {text!r}, not a number; start with deepspeed or torchrun, or, {UNSET_HINT}")
     return int(text)
 
 

@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from simclr_dali.shards.durable import write_durably
 from simclr_dali.shards.errors import UserError
-from simclr_dali.shards.image import MAX_PIXELS
+from simclr_dali.shards.image import MAX_PIXELS, allow_pixels
 from simclr_dali.shards.wording import printable
 
 FORMAT = "simclr-dali shards"
@@ -199,6 +199,7 @@ def read_split(folder: Path) -> ShardSet:
             f"{folder / TABLE}: sample {pixels.argmax()} has {pixels.max():,} pixels, more than the {max_pixels:,} "
             f"that were allowed when it was packed; pack the data set again"
         )
+    allow_pixels(max_pixels)  # for who looks at the pictures with Pillow
     lowest, highest = (0, len(classes) - 1) if classes else (-1, -1)
     if samples["label"].min() < lowest or samples["label"].max() > highest:
         raise UserError(f"{folder / TABLE} has labels that name none of its {len(classes)} classes; pack it again")
@@ -211,8 +212,9 @@ def _no_split(folder: Path) -> str:
     missing = f"no packed split {split!r} in {data}"
     if (folder / TABLE).is_file():
         return f"{missing} ({folder / MANIFEST} is missing); copy it back, or pack the data set again"
-    if not data.exists():
-        return f"{missing}, which does not exist; give a folder made by scripts/make_shards.sh"
+    if not data.is_dir():
+        what = "is no folder" if data.exists() else "does not exist"
+        return f"{missing}, which {what}; give a folder made by scripts/make_shards.sh"
     others = sorted(path.parent.name for path in data.glob(f"*/{MANIFEST}"))
     if others:
         return (

@@ -4,10 +4,10 @@
     scripts/make_shards.sh /data/imagenet /fast/imagenet-256 --resize 256 --workers 16
     scripts/make_shards.sh SRC OUT --part 1/4                # on each of four machines, then once with --merge
 
-SRC is an image folder (train/<class>/*, val/<class>/*), a folder with the ILSVRC2012 archives as they are downloaded,
-or one with WebDataset tars. Images are put into one global random order, cut into shards of equal size and written
-with width, height, label and crc32. JPEG bytes stay as they are; what training's decoder would refuse, or read
-otherwise than a person sees it, becomes RGB JPEG; what nobody can decode is left out. OUT/report.json lists both.
+SRC is an image folder (train/<class>/*, val/<class>/*), any tree of pictures without labels, ImageNet as downloaded or
+unpacked, or WebDataset tars. Images are put into one global random order, cut into shards of equal size and written
+with width, height, label and crc32. JPEGs and plain 8-bit PNGs keep their bytes; everything else becomes an RGB or gray
+JPEG. OUT/report.json counts and names what was encoded anew, what was left out, and pictures that are equal.
 Everything is built in OUT.partial and renamed to OUT when complete. The same command goes on where a stopped one was,
 and the result does not depend on --workers or --part.
 """
@@ -35,9 +35,9 @@ from simclr_dali.shards.pack_report import describe, print_summary, write_report
 from simclr_dali.shards.pack_shard import ShardTask, is_done, pack_shard, read_record, record_of
 from simclr_dali.shards.parallel import map_unordered
 from simclr_dali.shards.plan import DECODERS, Options, describe_pack, split_into_shards, tar_bytes
-from simclr_dali.shards.sources.find import find_sources
+from simclr_dali.shards.sources.find import find_sources, limited, refuse_val_without_labels, relabelled
 from simclr_dali.shards.sources.source import DEFAULT_SPLITS, SPLITS, Listing, Source
-from simclr_dali.shards.value_range import check_depth, measure_range, parse_range
+from simclr_dali.shards.value_range import check_bit_depth, measure_range, parse_range
 from simclr_dali.shards.wording import size_text
 
 DEFAULT_MAX_BAD = 0.1  # percent
@@ -69,7 +69,7 @@ def pack(
     _check_arguments(workers, number, parts, max_bad)
     # Absolute, so that targets inside of the source are known for what they are, and "." has a name.
     source, out = (Path(os.path.normpath(path.absolute())) for path in (source, out))
-    listing = _listed(source, out, options, max_bad)
+    listing = _with_classes_of(out, _listed(source, out, options, max_bad))
     if auto_range:
         options = replace(options, value_range=_range_of(listing.sources, out))
     if dry_run:
@@ -81,8 +81,7 @@ def pack(
         clear_leftovers(out)
         print(f"{out} is already packed from these images; nothing to do")
         return
-    _check_classes(out, sources)
-    check_depth(sources, options)
+    check_bit_depth(sources, options)
     if merge:
         parts = machines_of(partial_folder(out))
     to_do = {one.split: made_with[one.split] for one in sources}
@@ -90,7 +89,8 @@ def pack(
         tasks = [_tasks(one, partial / one.split, options) for one in sources]
         if not merge:
             mine = [[task for task in split if task.number % parts == number - 1] for split in tasks]
-            _write(mine, partial, workers, max_bad, share=_share(tasks, mine))
+            lost = sum(sum(one.left_out.lost.values()) for one in sources)
+            _write(mine, partial, workers, max_bad, share=_share(tasks, mine), lost=lost)
             for one in sources:
                 one.check_unchanged()
             if parts > 1:
@@ -113,10 +113,13 @@ def _check_arguments(workers: int, number: int, parts: int, max_bad: float) -> N
 
 def _listed(source: Path, out: Path, options: Options, max_bad: float) -> Listing:
     splits = (options.split,) if options.split else DEFAULT_SPLITS
-    without = frozenset({out, partial_folder(out)})
-    listing = find_sources(source, splits=splits, limit_per_class=options.limit_per_class, without=without)
+    listing = find_sources(source, splits=splits, exclude=frozenset({out, partial_folder(out)}))
+    if listing.note:
+        print(listing.note)
     _check_lost(listing.sources, max_bad)
-    return listing
+    if options.limit_per_class is None:
+        return listing
+    return replace(listing, sources=[limited(one, options.limit_per_class) for one in listing.sources])
 
 
 def _check_lost(sources: list[Source], max_bad: float) -> None:
@@ -126,12 +129,8 @@ def _check_lost(sources: list[Source], max_bad: float) -> None:
     if count <= (count + packed) * max_bad / 100:
         return
     reasons = ", ".join(f"{number:,} {reason}" for reason, number in lost.most_common(6))
-    first = next(
-        source.left_out.names[reason][0]
-        for reason, _ in lost.most_common(1)
-        for source in sources
-        if source.left_out.lost[reason]
-    )
+    commonest = lost.most_common(1)[0][0]
+    first = next(source.left_out.names[commonest][0] for source in sources if source.left_out.lost[commonest])
     raise UserError(
         f"{count:,} of {count + packed:,} pictures would be left out ({reasons}), more than --max-bad {max_bad:g} %; "
         f"the first is {first}; mend or move them, or allow more"
@@ -148,19 +147,20 @@ def _range_of(sources: list[Source], out: Path) -> tuple[float, float]:
     return measure_range(sources)
 
 
-def _check_classes(out: Path, sources: list[Source]) -> None:
-    """Raise UserError where a split that is added names other classes than those that are there."""
-    for split in SPLITS:
-        if not (out / split / MANIFEST).is_file():
-            continue
-        classes = list(read_split(out / split).classes)
-        for source in sources:
-            if classes and source.classes and source.classes != classes:
-                odd = next(iter(set(source.classes) ^ set(classes)), source.classes[0])
-                raise UserError(
-                    f"{out / split} has {len(classes)} classes and {source.split} of {source.root} has "
-                    f"{len(source.classes)}, {odd!r} in only one of them; pack both together into another target"
-                )
+def _with_classes_of(out: Path, listing: Listing) -> Listing:
+    """The listing with the classes that the splits in ``out`` have, where it adds to them.
+
+    Raises UserError where a split that is added has a class that they lack, or no labels where they have some.
+    """
+    there = [split for split in SPLITS if (out / split / MANIFEST).is_file()]
+    names = next((list(read_split(out / split).classes) for split in there if read_split(out / split).classes), [])
+    sources = []
+    for source in listing.sources:
+        if source.split not in there:
+            refuse_val_without_labels(source.root, source, names)
+            source = relabelled(source.root, source, names)
+        sources.append(source)
+    return replace(listing, sources=sources)
 
 
 def _tasks(source: Source, folder: Path, options: Options) -> list[ShardTask]:
@@ -179,8 +179,13 @@ def _share(tasks: list[list[ShardTask]], mine: list[list[ShardTask]]) -> float:
     return own / total
 
 
-def _write(splits: list[list[ShardTask]], partial: Path, workers: int, max_bad: float, share: float) -> None:
-    """Write the shards that are not there yet; raise UserError as soon as too many images had to be left out."""
+def _write(
+    splits: list[list[ShardTask]], partial: Path, workers: int, max_bad: float, *, share: float, lost: int
+) -> None:
+    """Write the shards that are not there yet; raise UserError as soon as too many images had to be left out.
+
+    share: of the whole pack. lost: pictures of the source that never came to be packed.
+    """
     todo, given, bad = [], 0, 0
     for task in (task for tasks in splits for task in tasks):
         given += len(task.items)
@@ -197,11 +202,11 @@ def _write(splits: list[list[ShardTask]], partial: Path, workers: int, max_bad: 
         tqdm(total=given, initial=given - todo_images, desc="pack", unit=" images", disable=None) as bar,
         closing(map_unordered(pack_shard, todo, min(workers, max(1, len(todo))))) as results,
     ):
-        _check_bad(bad, given, max_bad, splits)
+        _check_bad(bad, lost, given, max_bad, splits)
         for images, left_out in results:
             bar.update(images)
             bad += left_out
-            _check_bad(bad, given, max_bad, splits)
+            _check_bad(bad, lost, given, max_bad, splits)
     seconds = time.monotonic() - started
     print(
         f"packed {todo_images:,} images{f' ({share:.0%} of all)' if share < 1 else ''} in {seconds:.1f} s "
@@ -220,14 +225,15 @@ def _check_space(todo: list[ShardTask], partial: Path) -> None:
         )
 
 
-def _check_bad(bad: int, images: int, max_bad: float, splits: list[list[ShardTask]]) -> None:
-    if bad <= images * max_bad / 100:
+def _check_bad(bad: int, lost: int, images: int, max_bad: float, splits: list[list[ShardTask]]) -> None:
+    if not bad or bad + lost <= (images + lost) * max_bad / 100:
         return
     records = (record_of(task.tar) for tasks in splits for task in tasks)
     left_out = (read_record(path).changes.left_out for path in records if path.exists())
     first = next(filter(None, left_out))[0]
     raise UserError(
-        f"{bad} of {images:,} images cannot be decoded, more than --max-bad {max_bad:g} %; one is {first[0]} "
+        f"{bad} of {images:,} images cannot be decoded{f' and {lost} are lost' if lost else ''}, more than --max-bad "
+        f"{max_bad:g} %; one is {first[0]} "
         f"({first[1]}); allow more, or repair them and remove {splits[0][0].tar.parent.parent} before you pack again"
     )
 

@@ -8,11 +8,12 @@ from simclr_dali.shards.claim import REPORT
 from simclr_dali.shards.durable import write_durably
 from simclr_dali.shards.equal import equal_images
 from simclr_dali.shards.errors import UserError
+from simclr_dali.shards.left_out import LeftOut
 from simclr_dali.shards.manifest import MANIFEST, read_split, seal, unseal
 from simclr_dali.shards.pack_shard import PackedShard, ShardTask, read_record, record_of
 from simclr_dali.shards.plan import Options, split_into_shards
+from simclr_dali.shards.sources.find import of_split
 from simclr_dali.shards.sources.source import SPLITS, Listing, Source
-from simclr_dali.shards.sources.walk import LeftOut
 from simclr_dali.shards.wording import counted, of_classes, size_text
 
 
@@ -44,7 +45,8 @@ def write_report(listing: Listing, tasks: list[list[ShardTask]], partial: Path, 
 
     Raises UserError where the report in ``out`` is damaged.
     """
-    report = _earlier(out)
+    # A kill may have left a report in ``partial`` whose splits have moved to ``out`` in part.
+    report = {**_earlier(out), **(unseal((partial / REPORT).read_bytes()) if (partial / REPORT).is_file() else {})}
     for source, split in zip(listing.sources, tasks, strict=True):
         report[source.split] = _reported(source, [read_record(record_of(task.tar)) for task in split])
         if (value_range := split[0].options.value_range) is not None:
@@ -53,7 +55,8 @@ def write_report(listing: Listing, tasks: list[list[ShardTask]], partial: Path, 
                 "white": value_range[1],
                 "from": "the set's 0.1 and 99.9 percentile" if auto_range else "--range",
             }
-    report["beside"] = listing.beside.as_report()
+    packed_before = {of_split(split) for split in SPLITS if split in report}
+    report["beside"] = [one for one in listing.beside.as_report() if one["reason"] not in packed_before]
     originals = {
         source.split: [item.name for task in split for item in task.items]
         for source, split in zip(listing.sources, tasks, strict=True)

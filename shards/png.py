@@ -19,7 +19,7 @@ def plain_png_size(encoded: bytes) -> tuple[int, int] | None:
     """
     if not encoded.startswith(SIGNATURE):
         return None
-    at, size, kind = len(SIGNATURE), None, b""
+    at, size = len(SIGNATURE), None
     while at + 12 <= len(encoded):
         length, kind = _CHUNK.unpack_from(encoded, at)
         end = at + 8 + length

@@ -8,7 +8,7 @@ import tarfile
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
@@ -17,8 +17,9 @@ import numpy.typing as npt
 from simclr_dali.shards.durable import write_durably
 from simclr_dali.shards.errors import UserError
 from simclr_dali.shards.image import ending_of_image
+from simclr_dali.shards.left_out import LeftOut
 from simclr_dali.shards.manifest import BLOCK, SAMPLE, Shard
-from simclr_dali.shards.sources.walk import DEAD_LINK, HIDDEN, NOT_REGULAR, RUBBISH, LeftOut, is_rubbish
+from simclr_dali.shards.walk import NOT_REGULAR, add_dead_link, path_passed_over
 
 KEY_LENGTH = 60  # of the stem: with position, ending and room to spare inside the 100 bytes of a USTAR name
 _NOT_IN_KEYS = re.compile(r"[^A-Za-z0-9_-]")
@@ -136,9 +137,9 @@ def list_members(
 
     inside: offset and length of the inner tar. Links are given as the files they lead to; archives that were joined
     with ``cat`` are read one behind the other. left_out: takes rubbish, hidden members and what is no file. Raises
-    UserError where it is no tar, is cut, or holds something else behind its end.
+    UserError where it cannot be read, is no tar, is cut, or holds something else behind its end.
     """
-    with path.open("rb") as file:
+    with _readable(path) as file:
         begin, length = inside or (0, os.fstat(file.fileno()).st_size)
         end = begin + length
         at: int | None = begin
@@ -152,23 +153,31 @@ def list_members(
             raise UserError(f"{path} is no tar, or cut ({error}); fetch it again (and unpack a .gz first)") from error
 
 
+def _readable(path: Path) -> BinaryIO:
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror}); repair or remove it") from error
+
+
 def _files_of_archive(tar: tarfile.TarFile, end: int, left_out: LeftOut) -> Iterator[tuple[str, int, int]]:
     files: dict[str, tuple[int, int]] = {}
     links: list[tuple[str, str]] = []
+    folders: set[str] = set()
     while member := tar.next():
-        if member.offset_data + (member.size if member.isreg() else 0) > end:
+        if member.isreg() and not member.issparse() and member.offset_data + member.size > end:
             raise tarfile.ReadError(f"member {member.name!r} ends behind the archive")
-        words = [word for word in member.name.split("/") if word not in (".", "..")]
+        name = posixpath.normpath(member.name)
+        folders.update(str(folder) for folder in PurePosixPath(name).parents)
         if member.isdir():
+            folders.add(name)
             continue
-        if any(is_rubbish(word) for word in words):
-            left_out.add(RUBBISH, member.name)
-        elif any(word.startswith(".") for word in words):
-            left_out.add(HIDDEN, member.name)
+        if reason := path_passed_over(member.name):
+            left_out.add(reason, member.name)
         elif member.issparse():
             left_out.add("sparse member", member.name, lost=True)
         elif member.isreg():
-            files[posixpath.normpath(member.name)] = member.offset_data, member.size
+            files[name] = member.offset_data, member.size
             yield member.name, member.offset_data, member.size
         elif member.islnk() or member.issym():
             folder = posixpath.dirname(member.name) if member.issym() else ""
@@ -183,8 +192,10 @@ def _files_of_archive(tar: tarfile.TarFile, end: int, left_out: LeftOut) -> Iter
             target = target_of[target]
         if target in files:
             yield name, *files[target]
+        elif target in folders:
+            left_out.add("link to a folder inside of a tar", name)
         else:
-            left_out.add(DEAD_LINK, name, lost=True)
+            add_dead_link(name, left_out)
 
 
 def _next_archive(file: BinaryIO, at: int, end: int) -> int | None:

@@ -25,6 +25,7 @@ from simclr_dali.shards.manifest import BLOCK, Shard, ShardSet, member_name, rea
 from simclr_dali.shards.parallel import map_unordered
 from simclr_dali.shards.sources.source import SPLITS
 from simclr_dali.shards.tar import END_OF_ARCHIVE, around_image
+from simclr_dali.shards.wording import counted
 
 _ENDINGS = ("jpg", "png")  # of stored images
 
@@ -199,7 +200,9 @@ def verify(data: Path, *, full: bool, workers: int = 1, decoder: str = "cpu") ->
     """
     found = [split for split in SPLITS if (data / split).exists()]
     if not found:
-        raise UserError(f"{data} holds no packed split (train or val); give the folder made by scripts/make_shards.sh")
+        raise UserError(
+            f"{data} holds no packed split (train, val or test); give the folder made by scripts/make_shards.sh"
+        )
     damages: list[str] = []
     for split in found:
         try:
@@ -224,8 +227,7 @@ def main() -> None:
     damages = verify(given.data, full=given.full, workers=given.workers if given.full else 1, decoder=given.decoder)
     for damage in damages:
         print(damage)
-    count = f"{len(damages)} damage{'' if len(damages) == 1 else 's'} found"
-    print(f"{given.data}: {count}" if damages else f"{given.data} is sound")
+    print(f"{given.data}: {counted(len(damages), 'damage')} found" if damages else f"{given.data} is sound")
     sys.exit(1 if damages else 0)
 
 

@@ -51,7 +51,7 @@ POD = {"RANK": "3", "WORLD_SIZE": "4", "MASTER_ADDR": "a", "MASTER_PORT": "1", "
     [
         ({}, Launch("")),
         (TORCHRUN, Launch("torchrun", 3, 4, 1, 2)),
-        (POD, Launch("RANK and WORLD_SIZE", 3, 4, 0, 1)),
+        (POD, Launch("a launcher", 3, 4, 0, 1)),
         (SLURM, Launch("srun", 3, 5, 1, 2)),
         ({**SLURM, "SLURM_STEP_NUM_TASKS": "1"}, Launch("")),
         ({"SLURM_JOB_ID": "77", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"}, Launch("")),  # the batch script itself

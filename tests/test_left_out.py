@@ -9,8 +9,9 @@ import pytest
 
 from simclr_dali.pipeline.image_files import find_images
 from simclr_dali.shards.errors import UserError
+from simclr_dali.shards.left_out import LeftOut
 from simclr_dali.shards.pack import pack
-from simclr_dali.shards.sources.walk import LeftOut, walk
+from simclr_dali.shards.walk import walk
 from tests.conftest import run_command
 from tests.drawn import class_folders, encoded, labels, left_out, link, put, put_tar, report, samples, stored
 
@@ -187,7 +188,7 @@ def test_a_dead_link_is_a_lost_sample_only_if_it_is_called_like_one(tmp_path: Pa
     (tmp_path / "in/train/ant/readme").symlink_to("nowhere")
     (tmp_path / "in/train/ant/itself").symlink_to("itself")
     pack(tmp_path / "in", tmp_path / "out")
-    assert left_out(tmp_path / "out") == {"link to nothing": 2}
+    assert left_out(tmp_path / "out") == {"link to nothing, no picture": 2}
     (tmp_path / "in/train/bee/9.jpg").symlink_to("nowhere.jpg")
     with pytest.raises(UserError, match="1 of 5 pictures would be left out"):
         pack(tmp_path / "in", tmp_path / "out2")

@@ -45,7 +45,7 @@ def broken_sources(folder: Path) -> dict[str, tuple[Path, str]]:
         "nothing": (folder / "nothing", "no pictures to pack"),
         "no train": (make("flat", "val/a/1.jpg"), "no folder 'train'"),
         "no classes": (no_classes, "holds no pictures"),
-        "empty class": (empty_class, "b is empty"),
+        "empty class": (empty_class, "b holds no picture"),
         "dead link": (hollow, "1 of 2 pictures would be left out (1 link to nothing)"),
         "unknown class": (make("unknown", "train/a/1.jpg", "val/b/1.jpg"), "'b'"),
     }

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic import Field
 
+from simclr_dali.model.batchnorm import MIN_BATCHNORM_IMAGES, NOISY_BATCHNORM_IMAGES
 from simclr_dali.model.encoder import Description
 from simclr_dali.model.ntxent import SMALLEST_TEMPERATURE
 from simclr_dali.model.simclr import ENCODERS, Architecture, describe
@@ -28,9 +29,6 @@ LR_RULES = {
 LR_FORMULAS = {"linear": "0.3 B/256", "sqrt": "0.075 sqrt(B)"}
 # Cosines are divided by it: at 10 the best and the worst embeddings differ by 0.2 in the exponent.
 LARGEST_TEMPERATURE = 10.0
-# Images that BatchNorm must see at a time, over all processes: the two views of one alone become opposites. From a few
-# on its statistics are noise, which a run survives.
-FEWEST_NORMALISED, FEW_NORMALISED = 2, 16
 _LR_TOLERANCE = 1e-3  # relative; a rate written with three digits still fits its rule
 
 Positive = Annotated[int, Field(ge=1, lt=2**31)]
@@ -54,12 +52,11 @@ class Encoder(_Block):
     projector: list[Positive] = Field(default=[2048, 128], min_length=1)
     """Widths of the projector's layers, two in the paper and three in SimCLRv2; the last is that of the embeddings."""
 
-    @pydantic.field_validator("projector")
-    @classmethod
-    def _refuse_one_number(cls, widths: list[int]) -> list[int]:
-        if min(widths) < 2:
-            raise ValueError(f"projector is {widths}; a layer of one number leaves only its sign to learn: use 2")
-        return widths
+    @pydantic.model_validator(mode="after")
+    def _refuse_one_number(self) -> "Encoder":
+        if min(self.projector) < 2:
+            raise ValueError(f"projector is {self.projector}; a layer of one number leaves only its sign to learn")
+        return self
 
     @pydantic.model_validator(mode="before")
     @classmethod
@@ -365,9 +362,9 @@ class Config(_Block):
                 f"train_micro_batch_size_per_gpu {most} (the largest is {size}); change train_batch_size, the number "
                 "of processes, or the micro-batch"
             )
-        if size * world < FEWEST_NORMALISED:
+        if size * world < MIN_BATCHNORM_IMAGES:
             raise UserError(
                 f"{size} image on {world} process is what BatchNorm would see at a time: it makes opposites of the two "
-                f"views of one image; set train_micro_batch_size_per_gpu to {FEW_NORMALISED} or more"
+                f"views of one image; set train_micro_batch_size_per_gpu to {NOISY_BATCHNORM_IMAGES} or more"
             )
         return size

@@ -60,7 +60,7 @@ if __name__ == "__main__":
 
 import torch.distributed as dist
 
-from simclr_dali.model.batchnorm import synchronised
+from simclr_dali.model.batchnorm import NOISY_BATCHNORM_IMAGES, synchronised
 from simclr_dali.model.checkpoint import has_checkpoints
 from simclr_dali.model.process import Process, leave, on_rank_0, print_rank_0
 from simclr_dali.model.simclr import build_model
@@ -69,7 +69,7 @@ from simclr_dali.shards.durable import write_durably
 from simclr_dali.shards.manifest import ShardSet
 from simclr_dali.shards.verify import verify_split
 from simclr_dali.shards.wording import counted, of_classes
-from simclr_dali.train.config import FEW_NORMALISED, LR_FORMULAS, Config
+from simclr_dali.train.config import LR_FORMULAS, Config
 from simclr_dali.train.config_file import load_config
 from simclr_dali.train.engine import build_engine, start
 from simclr_dali.train.initial_weights import take_weights
@@ -195,11 +195,11 @@ def announce(job: Job, step: int) -> None:
         print_rank_0(
             process, f"{passes} passes of {micro_batch} images: the loss sees the whole batch, BatchNorm only a pass"
         )
-    if micro_batch * process.world < FEW_NORMALISED:
+    if micro_batch * process.world < NOISY_BATCHNORM_IMAGES:
         print_rank_0(
             process,
             f"warning: BatchNorm sees {micro_batch * process.world} images at a time, whose statistics are noise; "
-            f"set train_micro_batch_size_per_gpu to {FEW_NORMALISED} or more where memory allows",
+            f"set train_micro_batch_size_per_gpu to {NOISY_BATCHNORM_IMAGES} or more where memory allows",
         )
     if step:
         print_rank_0(process, f"going on from step {step}")

@@ -26,7 +26,9 @@ def read_classes(path: Path) -> list[str]:
         text = raw.decode("utf-16" if raw.startswith(_UTF16) else "utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is no UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from error
-    names = [line.strip() for line in re.split("\r\n|\n|\r", text)]
+    if "\0" in text:
+        raise UserError(f"{path} holds NUL characters, as UTF-16 without its mark does; save it as UTF-8")
+    names = [line.strip() for line in re.split("\r\n|\n|\r", text.rstrip("\x1a"))]  # DOS ended texts with Ctrl-Z
     while names and not names[-1]:
         names.pop()
     if not names:
@@ -43,19 +45,24 @@ def read_classes(path: Path) -> list[str]:
 def labels_of_texts(texts: Sequence[str], names: list[str] | None, where: str) -> tuple[list[int], list[str]]:
     """Labels and names of classes from what the ``.cls`` members of a split hold.
 
-    Numbers are places in ``names`` (or, without names, in a list of numbers); other texts must be names themselves. -1
-    everywhere means no labels. where: the split, for messages. Raises UserError where neither fits all.
+    Numbers are places in ``names`` (or, without names, in a list of numbers). Other texts must be names themselves, and
+    so must numbers where names are numbers, such as ids: they would mean something else as places. -1 everywhere means
+    no labels. where: the split, for messages. Raises UserError where neither fits all.
     """
     different = set(texts)
     if different == {str(UNLABELLED)}:
         return [UNLABELLED] * len(texts), []
     numbers = {text: int(text) for text in different if re.fullmatch(r"\d{1,18}", text)}
     if names is not None:
-        if len(numbers) == len(different) and max(numbers.values()) < len(names):
+        names_are_ids = any(name.isdecimal() for name in names) and names != [str(i) for i in range(len(names))]
+        if not names_are_ids and len(numbers) == len(different) and max(numbers.values()) < len(names):
             return [numbers[text] for text in texts], names
         if different <= set(names):
             place = {name: number for number, name in enumerate(names)}
             return [place[text] for text in texts], names
+        if names_are_ids:
+            odd = min(different - set(names))
+            raise UserError(f"{where}: a label is {odd[:40]!r}, which is no line of {CLASSES}; complete it")
         if len(numbers) == len(different):
             raise UserError(
                 f"{where} names {counted(len(names), 'class', 'classes')}, but a picture has label "

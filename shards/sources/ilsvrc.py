@@ -18,36 +18,36 @@ from pathlib import Path
 from tqdm import tqdm
 
 from simclr_dali.shards.errors import UserError
+from simclr_dali.shards.left_out import LeftOut
 from simclr_dali.shards.sources.source import Item, Source, time_of
-from simclr_dali.shards.sources.walk import LeftOut, is_picture, needs_start, start_of
 from simclr_dali.shards.tar import list_members
+from simclr_dali.shards.walk import is_picture
 
 TRAIN = "ILSVRC2012_img_train.tar"
 VAL = "ILSVRC2012_img_val.tar"
 DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
 SOLUTION = "LOC_val_solution.csv"
 CLASS_TAR = re.compile(r"n\d{8}\.tar")
-VAL_PICTURE = re.compile(r"ILSVRC2012_val_(\d{8})\.\w+")
 _VAL_NAME = re.compile(r"ILSVRC2012_val_(\d{8})")
 _WORDNET_ID = re.compile(r"n\d{8}")
 _META = "ILSVRC2012_devkit_t12/data/meta.mat"
 _TRUTH = "ILSVRC2012_devkit_t12/data/ILSVRC2012_validation_ground_truth.txt"
 
 
-def scan_train(root: Path) -> Source:
-    """List the train archive. Raises UserError where it is cut or is not what its name says."""
-    path = root / TRAIN
+def scan_train(root: Path, archive: str = TRAIN) -> Source:
+    """List the train archive, ``root/archive``. Raises UserError where it is cut or is not what its name says."""
+    path = root / archive
     modified = time_of(path)
     left_out = LeftOut()
     inner = _class_archives(path, left_out)
     classes = [name.removesuffix(".tar") for name, _, _ in inner]
     items = [
-        Item(TRAIN, f"{classes[label]}/{picture}", at, size, label, modified)
+        Item(archive, f"{classes[label]}/{picture}", at, size, label, modified)
         for label, (_, offset, length) in enumerate(tqdm(inner, "scan train", disable=None, leave=False))
         for picture, at, size in sorted(list_members(path, left_out, (offset, length)))
-        if is_picture(picture, start_of(path, at, size) if needs_start(picture) else None, left_out)
+        if is_picture(path, picture, left_out, at, size)
     ]
-    return Source(root, "train", classes, items, {TRAIN: modified}, left_out)
+    return Source(root, "train", classes, items, {archive: modified}, left_out)
 
 
 def classes_of_archive(root: Path) -> list[str]:
@@ -65,27 +65,37 @@ def _class_archives(path: Path, left_out: LeftOut) -> list[tuple[str, int, int]]
     return inner
 
 
-def scan_val(root: Path) -> Source:
-    """List the val archive. Raises UserError where it is cut, or the devkit is missing or does not fit it."""
-    path = root / VAL
+def scan_val(root: Path, truth_folders: list[Path], archive: str = VAL) -> Source:
+    """List the val archive, ``root/archive``, with the labels that lie in one of ``truth_folders``.
+
+    Raises UserError where it is cut, or its labels are missing or do not fit it.
+    """
+    path = root / archive
     modified = time_of(path)
-    if not (root / DEVKIT).is_file():
+    found = find_truth(truth_folders)
+    if found is None:
         raise UserError(
-            f"{root / DEVKIT} is missing; it holds the labels of {VAL}: fetch it, or pack with --split train"
+            f"{root / DEVKIT} is missing, and Kaggle's {SOLUTION} too; one of them holds the labels of {VAL}: fetch "
+            f"it, or pack with --split train"
         )
-    wordnet_ids, truth = _read_devkit(root / DEVKIT)
-    classes = sorted(wordnet_ids.values())
-    label_of = {number: classes.index(wordnet_id) for number, wordnet_id in wordnet_ids.items()}
+    labels_in, truth = found
+    label_of = {name: label for label, name in enumerate(sorted(set(truth.values())))}
     items = []
     left_out = LeftOut()
     for name, offset, length in sorted(list_members(path, left_out)):
-        match = VAL_PICTURE.fullmatch(name.rpartition("/")[2])
-        if not match or not 1 <= int(match[1]) <= len(truth):
-            raise UserError(f"{path} holds {name!r}, for which {root / DEVKIT} has no label; fetch both again")
-        items.append(Item(VAL, name, offset, length, label_of[truth[int(match[1]) - 1]], modified))
+        number = number_of(name)
+        if number not in truth:
+            raise UserError(f"{path} holds {name!r}, for which {labels_in} has no label; fetch both again")
+        items.append(Item(archive, name, offset, length, label_of[truth[number]], modified))
     if len(items) != len(truth):
-        raise UserError(f"{path} holds {len(items)} pictures, {root / DEVKIT} labels {len(truth)}; fetch both again")
-    return Source(root, "val", classes, items, {VAL: modified, DEVKIT: time_of(root / DEVKIT)}, left_out)
+        raise UserError(f"{path} holds {len(items)} pictures, {labels_in} labels {len(truth)}; fetch both again")
+    return Source(root, "val", list(label_of), items, {archive: modified}, left_out)
+
+
+def number_of(name: str) -> int | None:
+    """The number in the name of a validation picture, with or without folders and ending; None for other names."""
+    match = _VAL_NAME.fullmatch(name.rpartition("/")[2].partition(".")[0])
+    return int(match[1]) if match else None
 
 
 def find_truth(folders: list[Path]) -> tuple[Path, dict[int, str]] | None:
@@ -106,18 +116,22 @@ def find_truth(folders: list[Path]) -> tuple[Path, dict[int, str]] | None:
 
 def _read_solution(path: Path) -> dict[int, str]:
     found: dict[int, str] = {}
-    with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
-        for number, row in enumerate(csv.reader(file), 1):
+    try:
+        rows = list(csv.reader(path.read_text("utf-8-sig", "replace").splitlines()))
+    except (OSError, csv.Error) as error:
+        raise UserError(f"{path} cannot be read ({error}); fetch it again") from error
+    else:
+        for number, row in enumerate(rows, 1):
             if not row or (number == 1 and row[0] == "ImageId"):
                 continue
-            match = _VAL_NAME.fullmatch(row[0].strip())
+            number_of_picture = number_of(row[0].strip())
             wordnet_id = row[1].split(" ")[0] if len(row) > 1 else ""
-            if not match or not _WORDNET_ID.fullmatch(wordnet_id):
+            if number_of_picture is None or not _WORDNET_ID.fullmatch(wordnet_id):
                 raise UserError(
                     f"{path}: line {number} is {','.join(row)[:60]!r}, not a picture and its WordNet id as in "
                     f"ILSVRC2012_val_00000001,n01751748 111 108 230 366; fetch it again"
                 )
-            found[int(match[1])] = wordnet_id
+            found[number_of_picture] = wordnet_id
     return found
 
 
@@ -139,7 +153,7 @@ def _read_devkit(path: Path) -> tuple[dict[int, str], list[int]]:
         labels = [int(line) for line in truth.split()]
         if not set(labels) <= set(wordnet_ids):
             raise ValueError("its ground truth names classes that its meta.mat does not")
-    except (tarfile.TarError, OSError, EOFError, KeyError, ValueError, TypeError) as error:
+    except Exception as error:  # SciPy has an error of its own for each way in which a file may be damaged
         raise UserError(f"{path} is not the devkit of ILSVRC 2012, or damaged ({error}); fetch it again") from error
     return wordnet_ids, labels
 

@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 from simclr_dali.shards.errors import UserError
 from simclr_dali.shards.image import UnusableError
-from simclr_dali.shards.sources.walk import LeftOut
+from simclr_dali.shards.left_out import LeftOut
+from simclr_dali.shards.walk import passed_over
 
 SPLITS = ("train", "val", "test")
 DEFAULT_SPLITS = ("train", "val")  # "test" has to be asked for
@@ -74,6 +75,8 @@ class Listing:
 
     sources: list[Source]
     beside: LeftOut
+    note: str = ""
+    """What to tell about how the folder was understood."""
 
 
 def read_item(root: Path, item: Item) -> bytes:
@@ -98,6 +101,26 @@ def read_item(root: Path, item: Item) -> bytes:
     if modified != item.modified or len(data) != item.length:
         raise UserError(_changed(path))
     return data
+
+
+def folders_in(folder: Path) -> list[Path]:
+    """The folders in one, sorted, without those that are passed over; raises UserError where it cannot be read."""
+    try:
+        return sorted(path for path in folder.iterdir() if path.is_dir() and not passed_over(path.name))
+    except OSError as error:
+        raise UserError(f"cannot read {folder} ({error.strerror}); repair or remove it") from error
+
+
+def tars_in(folder: Path) -> list[Path]:
+    """The tars that lie directly in a folder, sorted, without those that are passed over, such as ``._0.tar``."""
+    try:
+        return sorted(
+            path
+            for path in folder.iterdir()
+            if path.suffix.lower() == ".tar" and path.is_file() and not passed_over(path.name)
+        )
+    except OSError as error:
+        raise UserError(f"cannot read {folder} ({error.strerror}); repair or remove it") from error
 
 
 def time_of(path: Path) -> int:

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from simclr_dali.shards.errors import UserError
-from simclr_dali.shards.sources.source import SPLITS
+from simclr_dali.shards.sources.source import SPLITS, folders_in, tars_in
 
 # What people call the splits; VOC's "trainval" is both.
 WORDS = {
@@ -18,8 +18,13 @@ _KAGGLE = ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC", "CLS-LOC")
 
 
 def split_folder(root: Path, split: str) -> Path | None:
-    """The folder of ``split`` in ``root``, by any usual name in any case. Raises UserError where there are two."""
-    found = [path for path in sorted(root.iterdir()) if path.name.lower() in WORDS[split] and path.is_dir()]
+    """The folder of ``split`` in ``root``, by any usual name in any case. Raises UserError where there are two.
+
+    One that leads to nothing is an error too: it is a disk that is not mounted."""
+    for path in root.iterdir():
+        if path.name.lower() in WORDS[split] and path.is_symlink() and not path.exists():
+            raise UserError(f"{path} is a link to nothing; mend or remove it")
+    found = [path for path in folders_in(root) if path.name.lower() in WORDS[split]]
     if len(found) > 1:
         raise UserError(f"{root} has the folders {found[0].name!r} and {found[1].name!r} for {split}; keep one of them")
     return found[0] if found else None
@@ -27,7 +32,7 @@ def split_folder(root: Path, split: str) -> Path | None:
 
 def split_tars(root: Path, split: str) -> list[Path]:
     """The tars in ``root`` that are named after ``split``. Raises UserError where a name holds two splits."""
-    return [path for path in sorted(root.glob("*.tar")) if split_of_name(path) == split]
+    return [path for path in tars_in(root) if split_of_name(path) == split]
 
 
 def split_of_name(path: Path) -> str | None:

@@ -11,11 +11,12 @@ from pathlib import Path
 from tqdm import tqdm
 
 from simclr_dali.shards.errors import UserError
-from simclr_dali.shards.manifest import load_split
+from simclr_dali.shards.left_out import LeftOut
+from simclr_dali.shards.manifest import MANIFEST, load_split
 from simclr_dali.shards.sources.class_list import CLASSES, labels_of_texts, read_classes
 from simclr_dali.shards.sources.source import UNLABELLED, Item, Source, read_item, time_of
-from simclr_dali.shards.sources.walk import LeftOut, ending_of, is_picture, needs_start, start_of
 from simclr_dali.shards.tar import list_members
+from simclr_dali.shards.walk import UNREADABLE_ENDINGS, ending_of, is_picture
 
 _LABEL = "cls"
 
@@ -67,12 +68,19 @@ def scan(root: Path, split: str, tars: list[Path], left_out: LeftOut | None = No
 def _list_tar(root: Path, path: str, modified: int, samples: _Samples, left_out: LeftOut) -> None:
     pictures: dict[str, Item] = {}
     labels: dict[str, Item] = {}
+    lost: set[str] = set()  # samples that were counted with their picture
     for member, offset, length in list_members(root / path, left_out):
         found = Item(path, member, offset, length, UNLABELLED, modified)
-        stem = member.rpartition(".")[0] or member
+        folder, slash, base = member.rpartition("/")
+        stem = folder + slash + (base.rpartition(".")[0] or base)
         if ending_of(member) == _LABEL:
+            if stem in labels and _text(root, labels[stem]) != _text(root, found):
+                raise UserError(f"{root / path}: sample {stem!r} has two labels; pack it anew with one each")
             labels[stem] = found
-        elif is_picture(member, start_of(root / path, offset, length) if needs_start(member) else None, left_out):
+        elif not is_picture(root / path, member, left_out, offset, length):
+            if ending_of(member) in UNREADABLE_ENDINGS:
+                lost.add(stem)
+        else:
             if stem in pictures:
                 raise UserError(f"{root / path}: sample {stem!r} has two pictures; pack it anew with one each")
             pictures[stem] = found
@@ -84,7 +92,7 @@ def _list_tar(root: Path, path: str, modified: int, samples: _Samples, left_out:
             continue
         samples.pictures.append(item)
         samples.texts.append(_text(root, labels.pop(key)) if key in labels else None)
-    samples.orphans += [item.name for item in labels.values()]
+    samples.orphans += [item.name for stem, item in labels.items() if stem not in lost]
 
 
 def _keys(path: Path, pictures: dict[str, Item], labels: dict[str, Item]) -> dict[str, str | None]:
@@ -111,12 +119,13 @@ def _keys(path: Path, pictures: dict[str, Item], labels: dict[str, Item]) -> dic
     return keys
 
 
-def _text(root: Path, found: Item) -> str:
-    return read_item(root, found)[:1000].decode("utf-8", "replace").strip("\ufeff\0 \t\r\n")
+def _text(root: Path, found: Item) -> str | None:
+    """What a label says; None where it is empty."""
+    return read_item(root, found)[:1000].decode("utf-8", "replace").strip("\ufeff\0 \t\r\n") or None
 
 
 def _class_names(root: Path, split: str, tars: list[Path]) -> list[str] | None:
-    if (root / split / "manifest.json").is_file():
+    if (root / split / MANIFEST).is_file():
         return list(load_split(root, split).classes) or None
     for folder in (tars[0].parent, root):
         if (folder / CLASSES).is_file():

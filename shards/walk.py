@@ -1,22 +1,21 @@
 """One rule for every command that is given a folder: what is a picture, what is passed over, which links are followed.
 
 Links to folders are followed, but not into a folder that is being walked already. Files that systems and file managers
-leave everywhere are rubbish. Nothing is passed over without being counted (:class:`LeftOut`).
+leave everywhere are rubbish. Nothing is passed over without being counted (left_out.LeftOut).
 """
 
 import io
 import os
 import re
 import stat
-from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import PIL.Image
 
 from simclr_dali.shards.errors import UserError
+from simclr_dali.shards.left_out import LeftOut
 
 
 def endings(text: str) -> frozenset[str]:
@@ -26,18 +25,18 @@ def endings(text: str) -> frozenset[str]:
 
 # A file with one of these endings is a picture. Files with endings of none of these lists are looked into.
 PICTURE_ENDINGS = endings(
-    "jpg jpeg jpe jfif jif png webp bmp dib ppm pgm pbm pnm gif tif tiff jp2 j2k jpf jpx avif avifs"
+    "jpg jpeg jpe jfif jif png webp bmp dib ppm pgm pbm pnm gif tif tiff jp2 j2k jpf jpx avif avifs tga qoi psd pcx sgi"
 )
 # Of pictures that no decoder here reads: a file with one of them is a picture that is lost, not a stray file.
 UNREADABLE_ENDINGS = endings(
-    "heic heif hif dng cr2 cr3 crw nef nrw arw orf rw2 raf pef srw raw svg exr hdr dcm nii npy jxl jxr psb"
+    "heic heif hif dng cr2 cr3 crw nef nrw arw orf rw2 raf pef srw raw svg exr hdr dcm nii jxl jxr psb"
 )
 ARCHIVE_ENDINGS = endings("tar tgz tbz2 txz zip gz bz2 xz zst 7z rar")
 # Certainly no pictures, so that millions of captions need not be opened to find that out.
 _OTHER_ENDINGS = endings("txt json jsonl xml csv tsv md html yaml yml idx parquet cls mat py log mp4 mov")
 # Formats that Pillow recognises by their first bytes; some others it takes nearly any file for.
 _SNIFFED_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF", "PSD", "ICO")
-_SNIFFED_BYTES = 65536
+_LARGEST_UNNAMED = 1 << 28  # bytes
 
 _RUBBISH = re.compile(
     r"\._.*|\.ds_store|\.localized|\.apdisk|icon\r|thumbs\.db|ehthumbs(_vista)?\.db|desktop\.ini|\.?picasa\.ini"
@@ -50,40 +49,6 @@ HIDDEN = "hidden"
 NOT_REGULAR = "no regular file"
 DEAD_LINK = "link to nothing"
 CIRCLE = "link to a folder that it lies in"
-_NAMES = 20  # of what is left out and no picture, kept of each reason
-
-
-@dataclass
-class LeftOut:
-    """What lies in a source and is not packed: how many by reason, and names.
-
-    Of pictures that are lost every name is kept; of the rest the first twenty of each reason.
-    """
-
-    counts: Counter[str] = field(default_factory=Counter)
-    names: dict[str, list[str]] = field(default_factory=dict)
-    lost: Counter[str] = field(default_factory=Counter)
-
-    def add(self, reason: str, name: str, *, lost: bool = False) -> None:
-        """Count one; lost: it was meant to be a sample."""
-        self.counts[reason] += 1
-        self.lost[reason] += lost
-        names = self.names.setdefault(reason, [])
-        if lost or len(names) < _NAMES:
-            names.append(name)
-
-    def as_report(self) -> list[dict[str, Any]]:
-        """For report.json: per reason the count, how many of them are lost samples, and names."""
-        return [
-            {"reason": reason, "count": count, "lost": self.lost[reason], "names": self.names[reason]}
-            for reason, count in sorted(self.counts.items())
-        ]
-
-    def __str__(self) -> str:
-        """``3 no label, 2 rubbish of file managers``; the commonest reasons first."""
-        most = self.counts.most_common(6)
-        rest = sum(self.counts.values()) - sum(count for _, count in most)
-        return ", ".join([f"{count:,} {reason}" for reason, count in most] + ([f"{rest:,} others"] if rest else []))
 
 
 class File(NamedTuple):
@@ -99,9 +64,24 @@ def ending_of(name: str) -> str:
     return name.rpartition("/")[2].rpartition(".")[2].lower() if "." in name.rpartition("/")[2] else ""
 
 
-def is_rubbish(name: str) -> bool:
-    """Whether a file or folder of this name, without its path, is what systems and file managers leave behind."""
-    return _RUBBISH.fullmatch(name) is not None
+def passed_over(name: str) -> str | None:
+    """Why a file or folder of this name, without its path, is passed over; None where it is not."""
+    if _RUBBISH.fullmatch(name):
+        return RUBBISH
+    return HIDDEN if name.startswith(".") and name not in (".", "..") else None
+
+
+def path_passed_over(path: str) -> str | None:
+    """:func:`passed_over` of a path with slashes, by the first of its parts that is."""
+    return next((reason for part in path.split("/") if (reason := passed_over(part))), None)
+
+
+def add_dead_link(name: str, left_out: LeftOut) -> None:
+    """Count a link to nothing; it is a lost sample where it is called like a picture."""
+    if is_called_like_a_picture(name):
+        left_out.add(DEAD_LINK, name, lost=True)
+    else:
+        left_out.add(f"{DEAD_LINK}, no picture", name)
 
 
 def walk(
@@ -110,15 +90,15 @@ def walk(
     *,
     below: str = "",
     watched: dict[str, int] | None = None,
-    without: frozenset[Path] = frozenset(),
+    exclude: frozenset[Path] = frozenset(),
 ) -> Iterator[File]:
     """Every file in and under ``root/below``, sorted by name in each folder; what is no file goes into ``left_out``.
 
     watched: takes the time of each folder, in ns, read before the folder is listed, so that what is added meanwhile
-    makes it newer. without: folders that are not entered; the folders that hold them are not watched, since they may
+    makes it newer. exclude: folders that are not entered; the folders that hold them are not watched, since they may
     be written. Raises UserError where a folder cannot be read.
     """
-    yield from _walk(root, left_out, below, watched, without, ())
+    yield from _walk(root, left_out, below, watched, exclude, ())
 
 
 def _walk(
@@ -126,7 +106,7 @@ def _walk(
     left_out: LeftOut,
     below: str,
     watched: dict[str, int] | None,
-    without: frozenset[Path],
+    exclude: frozenset[Path],
     above: tuple[tuple[int, int], ...],
 ) -> Iterator[File]:
     folder = root / below
@@ -135,32 +115,32 @@ def _walk(
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     except OSError as error:
         raise UserError(f"cannot read {folder} ({error.strerror}); repair or remove it") from error
-    if watched is not None and not any(path.parent == folder for path in without):
+    if watched is not None and not any(folder in path.parents for path in exclude):
         watched[below or "."] = status.st_mtime_ns
     here = (status.st_dev, status.st_ino)
     for entry in entries:
         path = f"{below}/{entry.name}" if below else entry.name
-        passed_over = RUBBISH if is_rubbish(entry.name) else HIDDEN if entry.name.startswith(".") else None
+        reason = passed_over(entry.name)
         try:
             if entry.is_dir():
                 inode = entry.stat()
-                if passed_over:
-                    count_files(root / path, passed_over, path, left_out)
+                if reason:
+                    _count_files(root / path, reason, path, left_out)
                 elif (inode.st_dev, inode.st_ino) in (*above, here):
                     left_out.add(CIRCLE, path)
-                elif root / path not in without:
-                    yield from _walk(root, left_out, path, watched, without, (*above, here))
+                elif root / path not in exclude:
+                    yield from _walk(root, left_out, path, watched, exclude, (*above, here))
                 continue
-            if passed_over:
-                left_out.add(passed_over, path)
+            if reason:
+                left_out.add(reason, path)
                 continue
             file = entry.stat()
         except (FileNotFoundError, NotADirectoryError):
-            left_out.add(DEAD_LINK, path, lost=ending_of(path) in PICTURE_ENDINGS | UNREADABLE_ENDINGS)
+            add_dead_link(path, left_out)
             continue
         except OSError as error:
             if entry.is_symlink():  # one that leads to itself
-                left_out.add(DEAD_LINK, path, lost=ending_of(path) in PICTURE_ENDINGS | UNREADABLE_ENDINGS)
+                add_dead_link(path, left_out)
                 continue
             raise UserError(f"cannot read {root / path} ({error.strerror}); repair or remove it") from error
         if stat.S_ISREG(file.st_mode):
@@ -169,49 +149,48 @@ def _walk(
             left_out.add(NOT_REGULAR, path)
 
 
-def count_files(folder: Path, reason: str, name: str, left_out: LeftOut) -> None:
+def _count_files(folder: Path, reason: str, name: str, left_out: LeftOut) -> None:
     """Count the files in and under a folder that is passed over, without following links."""
     for inside, _, files in os.walk(folder):
         for file in files:
             left_out.add(reason, os.path.normpath(f"{name}/{os.path.relpath(inside, folder)}/{file}"))
 
 
-def is_picture(name: str, start: bytes | None, left_out: LeftOut) -> bool:
-    """Whether a file is a picture, by its ending or else by its first bytes; where it is not, it is counted.
+def is_picture(path: Path, name: str, left_out: LeftOut, offset: int = 0, length: int | None = None) -> bool:
+    """Whether a file, or a member of an archive, is a picture, by its ending or else by its first bytes.
 
-    start: the first bytes, or None where they are not at hand and :func:`needs_start` did not ask for them.
+    What is none is counted. path: of the file on disk, of which a member takes ``length`` bytes from ``offset`` on.
     """
     ending = ending_of(name)
-    if ending in PICTURE_ENDINGS or (start is not None and _is_recognised(start)):
+    if ending in PICTURE_ENDINGS:
         return True
     if ending in UNREADABLE_ENDINGS:
         left_out.add(f"no decoder for .{ending}", name, lost=True)
     elif ending in ARCHIVE_ENDINGS:
         left_out.add(f"archive .{ending} beside pictures", name, lost=True)
+    elif ending not in _OTHER_ENDINGS and _is_recognised(path, offset, length):
+        return True
     else:
         left_out.add(f"no picture (.{ending})" if ending else "no picture", name)
     return False
 
 
-def needs_start(name: str) -> bool:
-    """Whether the ending leaves open if a file is a picture."""
-    return ending_of(name) not in PICTURE_ENDINGS | UNREADABLE_ENDINGS | ARCHIVE_ENDINGS | _OTHER_ENDINGS
+def is_called_like_a_picture(name: str) -> bool:
+    """Whether the ending says so, for what cannot be looked into."""
+    return ending_of(name) in PICTURE_ENDINGS | UNREADABLE_ENDINGS
 
 
-def start_of(path: Path, offset: int = 0, length: int = _SNIFFED_BYTES) -> bytes:
-    """The first bytes of what lies in ``path`` at ``offset``; nothing where they cannot be read."""
+def _is_recognised(path: Path, offset: int, length: int | None) -> bool:
     try:
         with path.open("rb") as file:
-            file.seek(offset)
-            return file.read(min(length, _SNIFFED_BYTES))
-    except OSError:
-        return b""
-
-
-def _is_recognised(start: bytes) -> bool:
-    try:
-        with PIL.Image.open(io.BytesIO(start), formats=_SNIFFED_FORMATS):
-            return True
+            start: Any = file
+            if length is not None:  # a member of an archive; few have no ending, so they are read whole
+                file.seek(offset)
+                start = io.BytesIO(file.read(min(length, _LARGEST_UNNAMED)))
+            with PIL.Image.open(start, formats=_SNIFFED_FORMATS):
+                return True
+    except PIL.Image.DecompressionBombError:
+        return True  # the packer compares its size with --max-pixels
     except Exception:  # Pillow raises a dozen kinds for what is no picture
         return False
 
@@ -222,10 +201,9 @@ def pictures_below(
     *,
     below: str = "",
     watched: dict[str, int] | None = None,
-    without: frozenset[Path] = frozenset(),
+    exclude: frozenset[Path] = frozenset(),
 ) -> Iterator[File]:
     """The pictures in and under ``root/below``; everything else goes into ``left_out``. See :func:`walk`."""
-    for file in walk(root, left_out, below=below, watched=watched, without=without):
-        start = start_of(root / file.path) if needs_start(file.path) else None
-        if is_picture(file.path, start, left_out):
+    for file in walk(root, left_out, below=below, watched=watched, exclude=exclude):
+        if is_picture(root / file.path, file.path, left_out):
             yield file
