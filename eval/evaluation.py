@@ -23,7 +23,7 @@ from simclr_dali.pipeline.features import Features, extract, share
 from simclr_dali.pipeline.files import Split
 from simclr_dali.pipeline.graph import LoaderConfig
 from simclr_dali.pipeline.remote import is_remote, open_split
-from simclr_dali.shards.durable import refusals_named, write_durably
+from simclr_dali.shards.durable import refusals_named, refuse_read_only, write_durably
 from simclr_dali.shards.errors import UserError
 
 _PATIENCE = timedelta(hours=2)  # ranks wait for the one with the slowest disk
@@ -149,27 +149,20 @@ class Evaluation:
         """
         folder = self.given_out or result_folder(self.source.path)
 
-        def refuse_read_only() -> None:
-            probe = folder / f".{name}.{os.getpid()}.tmp"
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                probe.touch()
-                probe.unlink()
-            except OSError as error:
-                raise UserError(
-                    f"results cannot be written to {folder} ({error.strerror}); give another folder with --out"
-                ) from error
-
-        on_rank_0(self.process, refuse_read_only)
+        on_rank_0(self.process, lambda: refuse_read_only(folder / f"{name}.json"))
+        if self.features is not None:
+            refuse_read_only(self.features / "features")
         return folder / (f"{name}-untrained" if self.untrained else name)
 
     def write(self, out: Path, result: dict[str, Any], model: Classifier | None = None) -> None:
         """Write ``out``.json, and before it the model to ``out``.pt, on rank 0.
 
-        Results of the same name that are of another encoder, other data or other settings get a number and stay.
+        Results of the same name that are of another encoder, other data or other settings get a number and stay. All
+        ranks call it, and all raise UserError where rank 0 cannot write.
         """
-        if self.process.rank:
-            return
+        on_rank_0(self.process, lambda: self._write(out, result, model))
+
+    def _write(self, out: Path, result: dict[str, Any], model: Classifier | None) -> None:
         described, weights = out.with_name(f"{out.name}.json"), out.with_name(f"{out.name}.pt")
         text = json.dumps(result, indent=2) + "\n"
         try:
@@ -234,13 +227,7 @@ def open_evaluation(
     source = open_encoder(chosen)
     print_rank_0(process, source.in_words())
     address = data_of(data, source)
-    train, val = (open_split(address, split, cache_of(data)) for split in ("train", "val"))
-    for split in (train, val):
-        if not split.shards.classes:
-            raise UserError(
-                f"{split.shards.split} of {address} has no labels, which this evaluation needs; give a set that has "
-                f"them with --data"
-            )
+    train, val = (_with_labels(address, split, data) for split in ("train", "val"))
     if train.shards.classes != val.shards.classes:
         raise UserError(f"train and val of {address} name different classes; pack them together")
     encoder = source.encoder.requires_grad_(False).place(process.device)
@@ -264,6 +251,15 @@ def open_evaluation(
         features=features,
         given_out=out,
     )
+
+
+def _with_labels(address: str, split: str, data: DataChoice) -> Split:
+    found = open_split(address, split, cache_of(data))
+    if not found.shards.classes:
+        raise UserError(
+            f"{split} of {address} has no labels, which this evaluation needs; give a set that has them with --data"
+        )
+    return found
 
 
 def open_encoder(chosen: EncoderChoice) -> Pretrained:

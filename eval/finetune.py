@@ -59,7 +59,7 @@ from simclr_dali.eval.evaluation import Evaluation, open_evaluation
 from simclr_dali.eval.logistic import in_words, reported, score
 from simclr_dali.eval.protocols import FINETUNE
 from simclr_dali.eval.supervised import micro_batch, state_of, train
-from simclr_dali.model.batchnorm import MIN_BATCHNORM_IMAGES, synchronised
+from simclr_dali.model.batchnorm import MIN_BATCHNORM_IMAGES, NOISY_BATCHNORM_IMAGES, synchronised
 from simclr_dali.model.encoder import Encoder
 from simclr_dali.model.process import leave, on_rank_0, print_rank_0
 from simclr_dali.pipeline.order import Ids
@@ -97,8 +97,11 @@ def main(arguments: argparse.Namespace) -> None:
     together = micro_batch(job.batch, schedule.batch // process.world) * process.world
     if together < MIN_BATCHNORM_IMAGES:
         raise UserError(
-            f"--batch {job.batch} normalises one image with itself, which leaves nothing of a small map; give 2 or more"
+            f"--batch {job.batch} and a training batch of {schedule.batch} let BatchNorm see one image at a time, "
+            f"which leaves nothing of a small map; give 2 or more for both --batch and --train-batch"
         )
+    if together < NOISY_BATCHNORM_IMAGES:
+        print_rank_0(process, f"warning: BatchNorm sees {together} images at a time, whose statistics are noise")
     out = job.out(f"finetune-{name}")
     print_rank_0(process, f"{len(ids):,} of {len(job.train.shards):,} images of train, {schedule.epochs} epochs")
     model = Tuned(job.encoder.requires_grad_(True), len(job.classes))
@@ -152,7 +155,7 @@ def chosen_images(arguments: argparse.Namespace, job: Evaluation) -> tuple[str, 
 
     def read() -> Ids:
         try:
-            names = arguments.list.read_text().splitlines()
+            names = arguments.list.read_text("utf-8", "surrogateescape").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--list {arguments.list} cannot be read ({error}); give a text file of names") from error
         return ids_of_names(names, job.train, str(arguments.list))

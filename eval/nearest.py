@@ -50,7 +50,7 @@ from simclr_dali.pipeline.image_files import ImageFiles, central_views_of_files,
 from simclr_dali.pipeline.reader import Encoded, SampleReader
 from simclr_dali.pipeline.remote import open_split
 from simclr_dali.pipeline.subset import keys
-from simclr_dali.shards.durable import refusals_named
+from simclr_dali.shards.durable import refuse_read_only
 from simclr_dali.shards.image import rgb
 from simclr_dali.shards.show import save
 
@@ -61,8 +61,7 @@ _LINES = 64  # on the grid
 def main(arguments: argparse.Namespace) -> None:
     if arguments.out.suffix.lower() not in (".png", ".jpg"):
         raise UserError(f"--out is {arguments.out}; its ending must be .png or .jpg")
-    with refusals_named(arguments.out):
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    refuse_read_only(arguments.out)
     paths = find_images(arguments.images)
     chosen, data = EncoderChoice.of(arguments), DataChoice.of(arguments)
     source = open_encoder(chosen)

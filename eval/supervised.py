@@ -1,6 +1,7 @@
 """Training on labels, step by step, on any number of ranks: of a classifier alone, or of the whole network."""
 
 import io
+import os
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -227,4 +228,4 @@ def save(path: Path, identity: dict[str, Any], step: int, model: nn.Module, opti
     torch.save(
         {"identity": identity, "step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict()}, buffer
     )
-    write_durably(path, buffer.getbuffer())
+    write_durably(path, buffer.getbuffer(), tag=f".{os.getpid()}")

@@ -102,8 +102,9 @@ def require_bool(name: str, value: Any) -> bool:
 def _three_numbers(name: str, values: Any) -> tuple[float, float, float]:
     sound = isinstance(values, list | tuple) and len(values) == 3
     sound = sound and all(isinstance(value, int | float) and math.isfinite(value) for value in values)
-    if not sound or (name == "std" and min(values) <= 0):
-        raise ValueError(f"{name} is {values!r}; it must be three numbers{', above 0' if name == 'std' else ''}")
+    if not sound or max(values) > 1 or min(values) < 0 or (name == "std" and min(values) == 0):
+        most = "above 0 and up to 1" if name == "std" else "in 0..1"
+        raise ValueError(f"{name} is {values!r}; it must be three numbers {most}, of RGB values in 0..1")
     red, green, blue = (float(value) for value in values)
     return red, green, blue
 

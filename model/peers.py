@@ -1,16 +1,16 @@
 """Notices that another rank of this machine was killed from outside, and says so: its launcher does not."""
 
 import os
-import socket
 import sys
 import threading
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
-from simclr_dali.shards.errors import before_leaving
+from simclr_dali.shards import errors
 
 EXIT_CODE = 1
 _PERIOD = 0.4  # seconds; DeepSpeed's launcher ends the other ranks about a second after one is gone
@@ -20,16 +20,18 @@ _LEFT = "a rank has left with a word"
 class Peers:
     """The processes of the other ranks on this machine, watched by a thread until this one leaves."""
 
-    def __init__(self, rank: int, world: int) -> None:
-        """All ranks call it together, once they have joined."""
-        everywhere: list[tuple[str, int]] = [("", 0)] * world
-        here = socket.gethostname()
-        dist.all_gather_object(everywhere, (here, os.getpid()))
-        self._pids = {other: pid for other, (host, pid) in enumerate(everywhere) if host == here and other != rank}
-        self._rank = rank
-        self._store = dist.distributed_c10d._get_default_store()
+    def __init__(self, store: Any, rank: int, world: int) -> None:
+        """All ranks call it together, once they have joined. store: the one at which they met."""
+        everywhere: list[tuple[str, str]] = [("", "")] * world
+        here, own = _machine(), str(os.getpid())
+        dist.all_gather_object(everywhere, (here, own))
+        pids = {other: int(pid) for other, (machine, pid) in enumerate(everywhere) if machine == here}
+        self._pids = {other: pid for other, pid in pids.items() if other != rank and is_alive(pid)}
+        self._store = store
         self._leaving = threading.Event()
-        before_leaving.append(self._say_goodbye)
+        self._told = False
+        errors.before_leaving.append(self._say_goodbye)
+        errors.told_by_another.append(self._is_told)
         if self._pids:
             threading.Thread(target=self._watch, name="peers", daemon=True).start()
 
@@ -37,7 +39,8 @@ class Peers:
         """Leave the group with all the others; whose process ends from now on has done its work."""
         self._leaving.set()
         dist.barrier()
-        before_leaving.remove(self._say_goodbye)
+        errors.before_leaving.remove(self._say_goodbye)
+        errors.told_by_another.remove(self._is_told)
         dist.destroy_process_group()
 
     def _say_goodbye(self) -> None:
@@ -45,12 +48,22 @@ class Peers:
         self._store.set(_LEFT, "1")
         time.sleep(2 * _PERIOD)  # rank 0 holds the store: the others must have looked before it ends
 
+    def _is_told(self) -> bool:
+        """Whether another rank has left with an error that it told."""
+        return self._told or self._has_goodbye()
+
+    def _has_goodbye(self) -> bool:
+        if 0 in self._pids and not is_alive(self._pids[0]):
+            return False  # it took the store along, and asking a store that is gone prints pages
+        with suppress(RuntimeError):
+            self._told = self._told or bool(self._store.check([_LEFT]))
+        return self._told
+
     def _watch(self) -> None:
         while not self._leaving.wait(_PERIOD):
-            with suppress(RuntimeError):  # the store is gone with rank 0
-                if self._store.check([_LEFT]):
-                    return
             gone = next((rank for rank, pid in self._pids.items() if not is_alive(pid)), None)
+            if self._has_goodbye() or self._told:
+                return
             if gone is not None and not self._leaving.is_set():
                 _tell(
                     f"error: rank {gone} (process {self._pids[gone]}) is gone without a word: killed from outside, or "
@@ -67,6 +80,15 @@ def is_alive(pid: int) -> bool:
     except (OSError, IndexError):
         return False
     return state not in (b"Z", b"X")
+
+
+def _machine() -> str:
+    """Equal where two processes see each other's numbers: one boot of one machine, and one namespace of processes."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
+    except OSError:
+        return f"unknown to others {os.getpid()} {time.time_ns()}"
 
 
 def _tell(text: str) -> None:

@@ -55,7 +55,7 @@ class Pretrained:
     left_out: tuple[str, ...] = ()
     """Keys of the file that are not the encoder's."""
     tuned: str | None = None
-    """Protocol by which it learned from labels."""
+    """Protocol by which it, or what its run began with, learned from labels."""
 
     def in_words(self) -> str:
         """For people: what was found, and what it is taken for."""
@@ -119,6 +119,8 @@ def open_pretrained(
     if stem_padding is not None and not (isinstance(described, ResNet) and described.stem == "3x3"):
         raise CheckpointError(f"{path} holds {described.label()}; a stem padding is for the 3x3 stem")
     given = {"unit_range": unit_range, "stem_padding": stem_padding, "mean": mean, "std": std}
+    if (mean is None) != (std is None):
+        raise CheckpointError(f"{path}: a {'std' if mean is None else 'mean'} is given alone; give --mean and --std")
     if mean is not None or std is not None:
         given["unit_range"] = bool(unit_range)  # as the caller says, whatever the layout does
     try:
@@ -139,6 +141,12 @@ def fingerprint(module: nn.Module) -> str:
 
 def _of_run(found: Checkpoint, untrained: bool) -> Pretrained:
     architecture, state = found.architecture(), found.state
+    begun_with = state.get("begun_with") or {}
+    if untrained and begun_with:
+        raise CheckpointError(
+            f"{found.path} began with the weights of {begun_with['path']}, not with random ones; evaluate those "
+            f"instead of --untrained"
+        )
     if untrained:
         encoder = build_model(architecture, state["seed"]).encoder
     else:
@@ -161,6 +169,7 @@ def _of_run(found: Checkpoint, untrained: bool) -> Pretrained:
         image_size=state["image_size"],
         data=state.get("data"),
         run_state=state,
+        tuned=begun_with.get("tuned"),
     )
 
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from simclr_dali.model.peers import Peers
-from simclr_dali.shards.launch import UNSET_HINT, Launch, LaunchError, check_port, read_launch
+from simclr_dali.shards.launch import NOBODY_HINT, Launch, LaunchError, check_port, read_launch
 
 T = TypeVar("T")
 _SECONDS_BEFORE_TELLING = 20.0
@@ -73,7 +73,7 @@ def init_distributed(patience: timedelta) -> Process:
         # A store inside the process needs no port, which another job on the machine might hold.
         store = dist.HashStore()  # type: ignore[attr-defined]
     dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.world, timeout=patience)
-    peers = Peers(launch.rank, launch.world) if launch.world > 1 else None
+    peers = Peers(store, launch.rank, launch.world) if launch.world > 1 else None
     return Process(launch.rank, launch.world, local_world, device, cores, patience, peers)
 
 
@@ -83,7 +83,7 @@ def _meet(launch: Launch) -> Any:
     if launch.rank == 0:
         check_port()
     who = f"rank {launch.rank} of {launch.world}"
-    text = f"{who} waits for the others at {address}; where none were started, {UNSET_HINT}"
+    text = f"{who} waits for the others at {address}; {NOBODY_HINT}"
     waiting = threading.Timer(_SECONDS_BEFORE_TELLING, print_now, [text], {"file": sys.stderr})
     waiting.daemon = True
     waiting.start()
@@ -93,7 +93,7 @@ def _meet(launch: Launch) -> Any:
         first = str(error).partition("\n")[0]
         raise LaunchError(
             f"{who} did not meet the others at {address} ({first}); "
-            f"start all {launch.world}, with an address and port that all can reach, or, {UNSET_HINT}"
+            f"start all {launch.world}, with an address and port that all can reach; {NOBODY_HINT}"
         ) from error
     finally:
         waiting.cancel()

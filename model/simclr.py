@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from simclr_dali.model.encoder import Description, Encoder
 from simclr_dali.model.resnet import RESNETS, ResNet
+from simclr_dali.shards.wording import counted
 
 # Name -> the class of its description. Whoever adds an encoder adds a line.
 ENCODERS: dict[str, type[Description]] = dict.fromkeys(RESNETS, ResNet)
@@ -86,7 +87,7 @@ def part_of_projector(projector: nn.Sequential, layers: int | None) -> nn.Sequen
         return projector
     hidden = len(projector) // 3
     if not 1 <= layers <= hidden:
-        raise ValueError(f"the projector has {hidden} hidden layers, so there is no layer {layers}")
+        raise ValueError(f"the projector has {counted(hidden, 'hidden layer')}, and none is number {layers}")
     return nn.Sequential(*list(projector)[: 3 * layers])
 
 

@@ -53,3 +53,14 @@ def refusals_named(path: Path) -> Iterator[None]:
             f"cannot write {path} ({error.strerror}); make room or choose another target; what is finished is kept, "
             f"and the same command goes on from there"
         ) from error
+
+
+def refuse_read_only(path: Path) -> None:
+    """Raise UserError where no file can be made beside ``path``: asked before hours are spent on what goes into it."""
+    probe = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error.strerror}); choose another place for it") from error

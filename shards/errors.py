@@ -16,6 +16,8 @@ SECONDS_FOR_THE_LAUNCHER = 8.0
 
 # Called before a process leaves with an error that it tells, so that the others need not look for the cause.
 before_leaving: list[Callable[[], None]] = []
+# Whether another process of the group has left with an error that it told.
+told_by_another: list[Callable[[], bool]] = []
 
 
 class UserError(ValueError):
@@ -42,7 +44,7 @@ def run_main(main: Callable[[], None], *, shares_work: bool = False) -> None:
         if launch.world > 1 and not shares_work:
             raise UserError(
                 f"{launch.world} processes were started by {launch.launcher}, and this command is one process's; start "
-                f"it without a launcher"
+                f"it without a launcher (with srun, as srun -n 1)"
             )
         main()
     except Exception as error:
@@ -53,6 +55,10 @@ def run_main(main: Callable[[], None], *, shares_work: bool = False) -> None:
             if world > 1 and isinstance(error, RuntimeError):
                 # Most likely what torch says of a rank that has left: the launcher then ends this one too.
                 time.sleep(SECONDS_FOR_THE_LAUNCHER)
+                if any(told() for told in told_by_another):
+                    with suppress(OSError):
+                        print(f"rank {rank} ends, as another rank has ended with an error", file=sys.stderr, flush=True)
+                    os._exit(1)
             say_goodbye()
             raise
         if rank:
@@ -65,6 +71,10 @@ def run_main(main: Callable[[], None], *, shares_work: bool = False) -> None:
         say_goodbye()
         # Not sys.exit: a process group or a reader thread that is still up must not hold the exit back.
         os._exit(EXIT_CODE)
+    except BaseException:  # Ctrl-C, or an exit code of its own
+        if launch.world > 1:
+            say_goodbye()
+        raise
 
 
 def say_goodbye() -> None:

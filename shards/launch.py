@@ -4,6 +4,7 @@ The one place that reads what launchers say. What another launcher than torch's 
 as torch's launcher would say it, where DeepSpeed and torch read it. Every mistake is found before torch is imported.
 """
 
+import errno
 import os
 import re
 import socket
@@ -17,12 +18,17 @@ Environment = MutableMapping[str, str]
 
 _TORCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 UNSET_HINT = f"where they are left from an earlier run: unset {' '.join(_TORCH)}"
+NOBODY_HINT = (
+    f"where no others were started, leave the launcher out (with srun: -n 1), or unset {' '.join(_TORCH)}, which may "
+    f"be left from an earlier run"
+)
 # Rank, size, rank on the machine and size there, as Open MPI, MVAPICH and the Hydra of MPICH and Intel MPI say them.
 _MPI = (
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
     ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_SIZE"),
-    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
 )
+_HYDRA = (("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),)  # srun may say the first two as well
+_MARKS = {"TORCHELASTIC_RUN_ID": "torchrun", "CROSS_SIZE": "deepspeed"}
 _MPI_JOBS = ("PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "PMI_JOBID")
 _PORTS = range(20_000, 32_000)  # below those that systems give to whoever connects
 
@@ -48,9 +54,19 @@ def read_launch(environment: Environment = os.environ) -> Launch:
 
     Raises LaunchError where that contradicts itself or something is missing.
     """
+    _refuse_unknown_size(environment)
+    outer, address = (
+        _by_mpi(environment, _MPI) or _by_slurm(environment) or _by_mpi(environment, _HYDRA) or (Launch(""), "")
+    )
     if "RANK" in environment or "WORLD_SIZE" in environment:
-        return _by_torch(environment)
-    launch, address = _by_slurm(environment) or _by_mpi(environment) or (Launch(""), "")
+        launch = _by_torch(environment)
+        if launch.world == 1 and outer.world > 1 and not _MARKS.keys() & environment.keys():
+            raise LaunchError(
+                f"RANK is 0 of 1, but {outer.launcher} started {outer.world} processes; RANK and WORLD_SIZE are left "
+                f"from an earlier run: unset {' '.join(_TORCH)}"
+            )
+        return _checked(launch)
+    launch = _checked(outer)
     if launch.world > 1:
         environment.update(
             RANK=str(launch.rank),
@@ -63,14 +79,38 @@ def read_launch(environment: Environment = os.environ) -> Launch:
     return launch
 
 
+def _checked(launch: Launch) -> Launch:
+    if not 0 <= launch.rank < launch.world or not 0 <= launch.local_rank < launch.local_world:
+        raise LaunchError(
+            f"{launch.launcher} says rank {launch.rank} of {launch.world}, and {launch.local_rank} of "
+            f"{launch.local_world} on this machine; ranks count from 0: start all processes anew, or, {UNSET_HINT}"
+        )
+    return launch
+
+
+def _refuse_unknown_size(environment: Environment) -> None:
+    """Raise LaunchError for a task of which nobody says how many there are."""
+    sizes = {names[1] for names in (*_MPI, *_HYDRA)} | {"SLURM_STEP_NUM_TASKS", "WORLD_SIZE"}
+    if sizes & environment.keys():
+        return
+    if (number := _number(environment, "PMIX_RANK")) is not None and "SLURM_PROCID" not in environment:
+        said = f"PMIX_RANK is {number}"
+    elif number := _number(environment, "SLURM_PROCID"):  # 0 is a batch script as well
+        said = f"SLURM_PROCID is {number}"
+    else:
+        return
+    raise LaunchError(
+        f"{said}, and how many processes there are is not said; set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and "
+        f"MASTER_PORT, or start with deepspeed or torchrun"
+    )
+
+
 def _by_torch(environment: Environment) -> Launch:
     """As deepspeed, torchrun and PyTorchJobs say it."""
     rank, world = (_number(environment, name) for name in ("RANK", "WORLD_SIZE"))
     if rank is None or world is None:
         given, missing = ("RANK", "WORLD_SIZE") if world is None else ("WORLD_SIZE", "RANK")
         raise LaunchError(f"{given} is set and {missing} is not; start with deepspeed or torchrun, or, {UNSET_HINT}")
-    if not 0 <= rank < world:
-        raise LaunchError(f"RANK is {rank} and WORLD_SIZE is {world}; RANK counts from 0, or, {UNSET_HINT}")
     local_rank = _number(environment, "LOCAL_RANK")
     local_world = _number(environment, "LOCAL_WORLD_SIZE") or _number(environment, "LOCAL_SIZE")
     if local_rank is None and (world == 1 or "KUBERNETES_SERVICE_HOST" in environment):
@@ -86,10 +126,11 @@ def _by_torch(environment: Environment) -> Launch:
             raise LaunchError(
                 f"RANK is {rank} of {world} and {name} is not set; start with deepspeed or torchrun, or, {UNSET_HINT}"
             )
-    launcher = (
-        "torchrun" if "TORCHELASTIC_RUN_ID" in environment else "deepspeed" if "CROSS_SIZE" in environment else ""
-    )
-    return Launch(launcher or "RANK and WORLD_SIZE", rank, world, local_rank, local_world or 1)
+    port = _number(environment, "MASTER_PORT")
+    if world > 1 and not 0 < (port or 0) < 2**16:
+        raise LaunchError(f"MASTER_PORT is {environment['MASTER_PORT']!r}, not 1 to 65535; give a free port")
+    launcher = next((name for mark, name in _MARKS.items() if mark in environment), "a launcher")
+    return Launch(launcher, rank, world, local_rank, local_world or local_rank + 1)
 
 
 def _by_slurm(environment: Environment) -> tuple[Launch, str] | None:
@@ -108,8 +149,9 @@ def _by_slurm(environment: Environment) -> tuple[Launch, str] | None:
     return Launch("srun", rank, world, local_rank, per_node[node]), address
 
 
-def _by_mpi(environment: Environment) -> tuple[Launch, str] | None:
-    for names in _MPI:
+def _by_mpi(environment: Environment, kinds: tuple[tuple[str, ...], ...]) -> tuple[Launch, str] | None:
+    """The processes that an mpirun started; asked before Slurm, whose step mpirun may have made for itself."""
+    for names in kinds:
         world = _number(environment, names[1])
         if world is None or world == 1:
             continue
@@ -120,11 +162,6 @@ def _by_mpi(environment: Environment) -> tuple[Launch, str] | None:
                 "0 is; give all of them its address and a free port: mpirun -x MASTER_ADDR=... -x MASTER_PORT=..."
             )
         return Launch("mpirun", rank, world, local_rank, local_world), "127.0.0.1"
-    if (rank_alone := _number(environment, "PMIX_RANK")) and "SLURM_PROCID" not in environment:
-        raise LaunchError(
-            f"PMIX_RANK is {rank_alone}, and how many processes there are is not said; set RANK, WORLD_SIZE, "
-            "LOCAL_RANK, MASTER_ADDR and MASTER_PORT, or start with deepspeed or torchrun"
-        )
     return None
 
 
@@ -178,7 +215,8 @@ def check_port(environment: Environment = os.environ) -> None:
         try:
             probe.bind(("", port))
         except OSError as error:
+            why = "is taken, by another run perhaps" if error.errno == errno.EADDRINUSE else "cannot be used"
             raise LaunchError(
-                f"port {port}, at which the processes are to meet, is taken ({error.strerror}); another run holds it: "
-                f"give a free one with --master_port before the script's name, or MASTER_PORT"
+                f"port {port}, at which the processes are to meet, {why} ({error.strerror}); give a free one with "
+                f"--master_port before the script's name, or MASTER_PORT"
             ) from error

@@ -11,6 +11,7 @@ A packed data set is a folder with one folder per split::
 import hashlib
 import io
 import json
+import shlex
 import tarfile
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -209,22 +210,25 @@ def read_split(folder: Path) -> ShardSet:
 def _no_split(folder: Path) -> str:
     """What to do where ``folder`` is no packed split."""
     data, split = folder.parent, folder.name
-    missing = f"no packed split {split!r} in {data}"
+    missing, place = f"no packed split {split!r} in {data}", shlex.quote(str(data))
     if (folder / TABLE).is_file():
         return f"{missing} ({folder / MANIFEST} is missing); copy it back, or pack the data set again"
     if not data.is_dir():
         what = "is no folder" if data.exists() else "does not exist"
         return f"{missing}, which {what}; give a folder made by scripts/make_shards.sh"
+    if (data / MANIFEST).is_file():
+        return f"{missing}, which is one split itself; give the folder above it, {data.parent}"
     others = sorted(path.parent.name for path in data.glob(f"*/{MANIFEST}"))
     if others:
         return (
-            f"{missing}, only {' and '.join(others)}; add it with: scripts/make_shards.sh IMAGES {data} --split "
+            f"{missing}, only {' and '.join(others)}; add it with: scripts/make_shards.sh IMAGES {place} --split "
             f"{split}, or choose another with --split where the command has it"
         )
     if next(data.iterdir(), None) is None:
-        return f"{missing}, which is empty; pack pictures into it: scripts/make_shards.sh IMAGES {data}"
+        return f"{missing}, which is empty; pack pictures into it: scripts/make_shards.sh IMAGES {place}"
     packed = data.absolute().with_name(f"{data.absolute().name}-shards")
-    return f"{missing}; where these are your pictures, pack them with: scripts/make_shards.sh {data}, and give {packed}"
+    command = f"scripts/make_shards.sh {place}"
+    return f"{missing}; where these are your pictures, pack them with: {command}, and give {packed}"
 
 
 def _load_table(path: Path, sha256: str) -> npt.NDArray[Any]:

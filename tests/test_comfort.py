@@ -34,22 +34,35 @@ def test_a_run_begins_with_the_weights_of_another(trained: Path, packed: Path, t
     assert again.returncode == 0 and "begins with" not in again.stdout and "going on from step 2" in again.stdout
     state = open_pretrained(tmp_path / "run").run_state
     assert state is not None and state["config"]["simclr"]["init_from"] == str(trained)
+    assert state["begun_with"]["sha256"] == open_pretrained(trained).sha256
+    assert_sentence(run_command("knn", "--ckpt", tmp_path / "run", "--untrained"), "began with the weights of")
+
+
+def test_a_run_that_begins_with_tuned_weights_is_not_called_pretrained(run: Path, packed: Path, tmp_path: Path) -> None:
+    words = ["--fraction", 1, "--train-batch", 16, "--epochs", 1, "--out", tmp_path]
+    assert run_command("finetune", "--ckpt", run, *words).returncode == 0
+    tuned = tmp_path / "finetune-1.pt"
+    begin = ["--set", f"simclr.init_from={tuned}", "--stop-after-steps", 1]
+    done = pretrain(tiny_config(tmp_path), packed, tmp_path / "run", *begin)
+    assert done.returncode == 0 and "learned from labels (finetune-1)" in done.stdout, done.stderr
+    again = pretrain(tiny_config(tmp_path), packed, tmp_path / "run", *begin)
+    assert again.returncode == 0 and open_pretrained(tmp_path / "run").tuned == "finetune-1"
 
 
 def test_weights_of_a_run_are_taken_whole_and_others_as_far_as_they_go(trained: Path, tmp_path: Path) -> None:
     source = open_pretrained(trained)
     same = build_model(source.architecture, seed=5)
-    assert "encoder and projector" in take_weights(same, str(trained))
+    assert "encoder and projector" in take_weights(same, str(trained))[0]
     assert source.run_state is not None
     for key, value in same.state_dict().items():
         assert torch.equal(value, source.run_state["model"][key])
     wider = build_model(Architecture(source.architecture.encoder, (64, 16)), seed=5)
     before = {key: value.clone() for key, value in wider.projector.state_dict().items()}
-    assert "with the encoder of" in take_weights(wider, str(trained))
+    assert "with the encoder of" in take_weights(wider, str(trained))[0]
     assert all(torch.equal(value, before[key]) for key, value in wider.projector.state_dict().items())
     torch.save(ResNet("resnet18", 1.0, "7x7").build().state_dict(), tmp_path / "a.pth")
     plain = build_model(Architecture(ResNet("resnet18", 1.0, "7x7"), (8, 4)), seed=5)
-    assert "(torchvision)" in take_weights(plain, str(tmp_path / "a.pth"))
+    assert "(torchvision)" in take_weights(plain, str(tmp_path / "a.pth"))[0]
     with pytest.raises(UserError, match=r"which holds resnet18.* change one of them"):
         take_weights(same, str(tmp_path / "a.pth"))
     with pytest.raises(UserError, match="does not exist"):
@@ -73,7 +86,7 @@ def test_layers_of_the_projector_are_written(trained: Path, tmp_path: Path) -> N
         np.testing.assert_allclose(found["projector.1"], projector[:3](pooled).numpy(), rtol=1e-4, atol=1e-5)
     assert found["projector"].shape[1] == 16 and found["projector.1"].shape[1] == 32
     done = run_command("extract", "--ckpt", trained, "--layer", "projector.2", "--out", tmp_path / "x.npy")
-    assert_sentence(done, "has 1 hidden layers")
+    assert_sentence(done, "has 1 hidden layer,")
     torch.save(ResNet("resnet18", 1.0, "7x7").build().state_dict(), tmp_path / "a.pth")
     done = run_command("extract", "--ckpt", tmp_path / "a.pth", "--layer", "projector", "--out", tmp_path / "x.npy")
     assert_sentence(done, "holds no projector")

@@ -8,6 +8,7 @@ import pytest
 
 from simclr_dali.model.resnet import ResNet
 from simclr_dali.pipeline.draws import Recipe
+from simclr_dali.pipeline.remote import open_split
 from simclr_dali.shards.errors import UserError
 from simclr_dali.train.config import Config, LARSParams
 from simclr_dali.train.config_file import PRESETS, load_config
@@ -187,8 +188,9 @@ def test_what_no_optimizer_or_encoder_can_do_is_refused(tmp_path: Path) -> None:
     thin = ["simclr.encoder.selective_kernels=true", "simclr.encoder.width=0.015625"]
     with pytest.raises(UserError, match="1/32"):
         load_config(written(tmp_path, MINIMAL), thin)
+    cache = load_config(written(tmp_path, MINIMAL), ["simclr.cache=~nosuchuser/x"]).shard_cache()
     with pytest.raises(UserError, match="nosuchuser"):
-        load_config(written(tmp_path, MINIMAL), ["simclr.cache=~nosuchuser/x"]).shard_cache()
+        open_split("http://127.0.0.1:9/x", "train", cache)
 
 
 def test_selective_kernels_need_bottlenecks(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -58,6 +59,9 @@ POD = {"RANK": "3", "WORLD_SIZE": "4", "MASTER_ADDR": "a", "MASTER_PORT": "1", "
         ({**SLURM, **TORCHRUN}, Launch("torchrun", 3, 4, 1, 2)),  # torchrun as the task of each node
         (OPEN_MPI, Launch("mpirun", 1, 2, 1, 2)),
         (HYDRA, Launch("mpirun", 0, 4, 0, 4)),
+        ({**SLURM, **OPEN_MPI}, Launch("mpirun", 1, 2, 1, 2)),  # mpirun's own step of Slurm starts its daemons
+        ({**SLURM, "PMI_RANK": "3", "PMI_SIZE": "5", "PMIX_RANK": "3"}, Launch("srun", 3, 5, 1, 2)),  # srun --mpi
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, Launch("")),
         ({**HYDRA, "PMI_SIZE": "1"}, Launch("")),
     ],
 )
@@ -91,7 +95,7 @@ def test_tasks_of_a_step_agree_on_where_to_meet() -> None:
     [
         ({"RANK": "0"}, "RANK is set and WORLD_SIZE is not.*unset RANK"),
         ({"WORLD_SIZE": "2"}, "WORLD_SIZE is set and RANK is not"),
-        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK is 2 and WORLD_SIZE is 2"),
+        ({**TORCHRUN, "RANK": "4"}, "torchrun says rank 4 of 4"),
         ({"RANK": "one", "WORLD_SIZE": "2"}, "RANK is 'one', not a number"),
         ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "LOCAL_RANK is not set"),
         ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "MASTER_ADDR is not set"),
@@ -101,7 +105,15 @@ def test_tasks_of_a_step_agree_on_where_to_meet() -> None:
         ({**SLURM, "SLURM_STEP_NODELIST": ""}, "set MASTER_ADDR"),
         ({**OPEN_MPI, "OMPI_COMM_WORLD_SIZE": "4"}, "does not say where rank 0 is; give all of them"),
         ({**HYDRA, "MPI_LOCALRANKID": ""}, "MPI_LOCALRANKID is not set"),
-        ({"PMIX_RANK": "1"}, "how many processes there are is not said"),
+        ({"PMIX_RANK": "0"}, "PMIX_RANK is 0, and how many processes there are is not said"),
+        ({"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "3"}, "SLURM_PROCID is 3, and how many"),
+        ({**SLURM, "RANK": "0", "WORLD_SIZE": "1"}, "RANK is 0 of 1, but srun started 5 processes.*unset RANK"),
+        ({**OPEN_MPI, "RANK": "0", "WORLD_SIZE": "1"}, "RANK is 0 of 1, but mpirun started 2 processes"),
+        ({**TORCHRUN, "MASTER_PORT": "abc"}, "MASTER_PORT is 'abc', not a number"),
+        ({**TORCHRUN, "MASTER_PORT": "70000"}, "MASTER_PORT is '70000', not 1 to 65535"),
+        ({**TORCHRUN, "LOCAL_RANK": "5"}, "5 of 2 on this machine"),
+        ({**SLURM, "SLURM_PROCID": "7"}, "srun says rank 7 of 5"),
+        ({**OPEN_MPI, "OMPI_COMM_WORLD_RANK": "3"}, "mpirun says rank 3 of 2"),
     ],
 )
 def test_what_cannot_be_is_one_sentence(said: dict[str, str], sentence: str) -> None:
@@ -145,17 +157,20 @@ def test_commands_of_one_process_refuse_more(words: list[str]) -> None:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_takes_the_launchers_local_rank(name: str) -> None:
-    done = run_command(name, "--local_rank=0", "--help")
-    assert done.returncode == 0, done.stderr
+    done = run_command(name, "--local_rank=0", "--no-such-option")
+    assert done.returncode == 2 and "local_rank" not in done.stderr.rpartition("error:")[2], done.stderr
 
 
 def test_options_go_through_torchrun() -> None:
     """torchrun takes every option before and behind the script that begins as one of its own."""
     parser = get_args_parser()
-    ours = "out config data set stop-after-steps hang-timeout ckpt split map k batch features seed epochs fraction"
-    for option in ours.split():
-        words = [f"--{option}", "1"]
-        assert parser.parse_args(["script.py", *words]).training_script_args == words
+    options: set[str] = set()
+    for name in ("pretrain", "linear", "knn", "finetune", "extract"):
+        options |= set(re.findall(r"--[a-z][a-z-]+", run_command(name, "--help").stdout.partition("options:")[2]))
+    options = {option for option in options if option not in ("--help", "--run", "--num")}
+    assert {"--out", "--set", "--layer", "--mean", "--cache-gb"} <= options
+    for option in options:
+        assert parser.parse_args(["script.py", option, "1"]).training_script_args == [option, "1"]
 
 
 def start_all(tasks: list[dict[str, str]], *words: Any) -> list[subprocess.CompletedProcess[str]]:
@@ -207,6 +222,36 @@ def test_features_written_by_two_processes_are_those_of_one(trained: Path, pictu
         assert described[0] == described[1]
     assert np.load(tmp_path / "together0-map.npy").shape == np.load(tmp_path / "alone0-map.npy").shape
     assert "5.jpg" in both[0].stderr and not list(tmp_path.glob(".*tmp"))
+
+
+def test_processes_that_do_not_see_each_other_are_not_watched(packed: Path, trained: Path, tmp_path: Path) -> None:
+    """Containers on one machine may have one name, and numbers of processes that mean nothing to each other."""
+    alone = ["unshare", "-rpf", "--mount-proc"]
+    if subprocess.run([*alone, "true"], check=False, capture_output=True).returncode:
+        pytest.skip("no permission for a namespace of processes")
+    tasks = [{**OPEN_MPI, "OMPI_COMM_WORLD_RANK": rank, "OMPI_COMM_WORLD_LOCAL_RANK": rank} for rank in "01"]
+    script = [ROOT / "eval/knn.py", "--ckpt", trained, "--data", packed, "--k", 5, "--out", tmp_path]
+    started = []
+    for rank, task in enumerate(tasks):
+        before = "for i in 1 2 3; do /bin/true; done; " if rank else ""
+        words = " ".join(map(str, [sys.executable, *script]))
+        started.append(subprocess.Popen(
+            [*alone, "sh", "-c", f"{before}{words}; exit $?"], text=True, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, env={**environment(), **task, "PMIX_NAMESPACE": str(tmp_path)},
+        ))  # fmt: skip
+    ends = [process.communicate(timeout=TIMEOUT) for process in started]
+    assert [process.returncode for process in started] == [0, 0], ends
+
+
+def test_an_error_that_one_rank_tells_is_no_traceback_of_others(trained: Path, packed: Path, tmp_path: Path) -> None:
+    (tmp_path / "out/knn.json").mkdir(parents=True)
+    tasks = [{**OPEN_MPI, "OMPI_COMM_WORLD_RANK": rank, "OMPI_COMM_WORLD_LOCAL_RANK": rank} for rank in "01"]
+    tasks = [{**task, "PMIX_NAMESPACE": str(tmp_path)} for task in tasks]
+    script = ROOT / "eval/knn.py"
+    done = start_all(tasks, script, "--ckpt", trained, "--data", packed, "--k", 5, "--out", tmp_path / "out")
+    assert [one.returncode for one in done] == [2, 2] and "knn.json" in done[0].stderr
+    assert all("Traceback" not in one.stderr for one in done), done
+    assert '"top1"' in done[0].stdout  # what could not be written is printed
 
 
 def test_a_rank_that_is_killed_is_named_by_the_others(packed: Path, tmp_path: Path) -> None:

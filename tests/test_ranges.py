@@ -83,10 +83,12 @@ def test_other_statistics_on_request(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "sentence"),
     [
-        ({"mean": [0.5, 0.5]}, "mean is .* three numbers"),
-        ({"std": [0.5, 0.0, 0.5]}, "std is .* above 0"),
-        ({"mean": [0.5, 0.5, float("nan")]}, "mean is .* three numbers"),
-        ({"mean": CIFAR[0], "unit_range": True}, "only one can hold"),
+        ({"mean": [0.5, 0.5], "std": CIFAR[1]}, "mean is .* three numbers"),
+        ({"mean": CIFAR[0], "std": [0.5, 0.0, 0.5]}, "std is .* above 0"),
+        ({"mean": [0.5, 0.5, float("nan")], "std": CIFAR[1]}, "mean is .* three numbers"),
+        ({"mean": [123.7, 116.3, 103.5], "std": [58.4, 57.1, 57.4]}, r"mean is .* in 0\.\.1"),
+        ({"mean": CIFAR[0]}, "given alone"),
+        ({"mean": CIFAR[0], "std": CIFAR[1], "unit_range": True}, "only one can hold"),
     ],
 )
 def test_statistics_that_cannot_be_are_refused(given: dict[str, Any], sentence: str, tmp_path: Path) -> None:
@@ -150,4 +152,4 @@ def test_metadata_that_cannot_be_is_named(key: str, value: str, tmp_path: Path) 
 def test_a_wrong_range_is_one_sentence(tmp_path: Path) -> None:
     torch.save(torchvision_resnet().state_dict(), tmp_path / "a.pth")
     words = ["extract", "--ckpt", tmp_path / "a.pth", "x.jpg", "--out", tmp_path / "a.npy", "--std", 0, 1, 1]
-    assert_sentence(run_command(*words), "std is", "above 0")
+    assert_sentence(run_command(*words, "--mean", 0, 0, 0), "std is", "above 0")

@@ -126,5 +126,5 @@ def test_the_quickstarts_help_installs_nothing(tmp_path: Path) -> None:
 def test_results_that_cannot_be_written_are_told_before_anything_is_computed(trained: Path, tmp_path: Path) -> None:
     put(tmp_path / "file", b"in the way")
     done = run_command("linear", "--ckpt", trained, "--out", tmp_path / "file" / "out")
-    assert_sentence(done, "results cannot be written to", "--out")
+    assert_sentence(done, "cannot write", "out/linear.json")
     assert "features" not in done.stderr

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -31,6 +32,8 @@ class Job:
     order: Order
     process: Process
     run: Path
+    begun_with: dict[str, Any] | None = None
+    """Whose weights it began with (train.initial_weights); None: random ones."""
 
     @property
     def total_steps(self) -> int:
@@ -91,6 +94,8 @@ class Job:
 
 def build_order(config: Config, shards: ShardSet) -> Order:
     """The order of a run. Raises UserError where the global batch does not fit the data, and says what would."""
+    if len(shards) < 2:
+        raise UserError(f"{shards.folder} holds 1 image, and the method compares images with each other; pack more")
     if config.train_batch_size > len(shards):
         batch = max(2, 2 ** (max(1, len(shards) // 4).bit_length() - 1))
         words = [f"train_batch_size={batch}", f"simclr.lanes={math.gcd(config.simclr.lanes, batch)}"]

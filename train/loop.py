@@ -74,8 +74,6 @@ def train(
                 reporter.paused()
         vote.finish()
         watchdog.at(f"the end after step {done}, writing the last checkpoint")
-    if sys.stdout.isatty():
-        print_rank_0(process, "")
     if damaged := batches.damaged():
         print_now(f"rank {process.rank} replaced {len(damaged)} damaged samples, named above", file=sys.stderr)
     batches.close()
@@ -129,6 +127,7 @@ def begin_checkpoint(
     refuse_drift(model, job.process, done)
     if job.process.rank == 0:
         state = state_of(model, optimizer, job.config, job.split.shards, done)
+        state["begun_with"] = job.begun_with
         saver.save(state, keep_forever=keep_forever)
 
 

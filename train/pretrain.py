@@ -18,6 +18,7 @@ import math
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -99,10 +100,13 @@ def main(arguments: argparse.Namespace) -> None:
     with run_locked(job.run, process):
         network = build_model(config.architecture(), config.simclr.seed)
         if config.simclr.init_from and not has_checkpoints(job.run):
-            print_rank_0(process, on_rank_0(process, lambda: take_weights(network, config.simclr.init_from)))
+            told, begun_with = on_rank_0(process, lambda: take_weights(network, config.simclr.init_from))
+            print_rank_0(process, told)
+            job = replace(job, begun_with=begun_with)
         model = synchronised(network, process.device)
         engine, optimizer = build_engine(model, config, process)
-        step = resume(job.run, config, shards, process, engine.module, optimizer)
+        step, kept = resume(job.run, config, shards, process, engine.module, optimizer)
+        job = replace(job, begun_with=kept or job.begun_with)
         finished = job.run / "finished.json"
         if step < job.total_steps:
             if process.rank == 0:
@@ -195,11 +199,13 @@ def announce(job: Job, step: int) -> None:
         print_rank_0(
             process, f"{passes} passes of {micro_batch} images: the loss sees the whole batch, BatchNorm only a pass"
         )
-    if micro_batch * process.world < NOISY_BATCHNORM_IMAGES:
+    together = micro_batch * process.world
+    if together < NOISY_BATCHNORM_IMAGES:
+        larger = "train_batch_size" if together == batch else "train_micro_batch_size_per_gpu"
         print_rank_0(
             process,
-            f"warning: BatchNorm sees {micro_batch * process.world} images at a time, whose statistics are noise; "
-            f"set train_micro_batch_size_per_gpu to {NOISY_BATCHNORM_IMAGES} or more where memory allows",
+            f"warning: BatchNorm sees {together} images at a time, whose statistics are noise; set {larger} to "
+            f"{NOISY_BATCHNORM_IMAGES} or more where memory and data allow",
         )
     if step:
         print_rank_0(process, f"going on from step {step}")

@@ -46,8 +46,8 @@ def resume(
     process: Process,
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
-) -> int:
-    """Load the newest sound checkpoint of ``run``, if there is one; return the step to go on with.
+) -> tuple[int, dict[str, Any] | None]:
+    """Load the newest sound checkpoint of ``run``, if there is one; return its step, and whose weights it began with.
 
     Rank 0 reads it and gives it to the others. Damaged ones that are newer are named and set aside.
     Raises UserError where the run was made with another data set or other settings, CheckpointError where all are
@@ -55,11 +55,10 @@ def resume(
     """
     state = on_rank_0(process, lambda: _state_to_go_on_with(run, config, shards))
     if state is None:
-        return 0
+        return 0, None
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
-    step: int = state["step"]
-    return step
+    return state["step"], state.get("begun_with")
 
 
 def _state_to_go_on_with(run: Path, config: Config, shards: ShardSet) -> dict[str, Any] | None:
