@@ -6,9 +6,12 @@ import pytest
 import torch
 
 from simclr_dali.model.ntxent import nt_xent
+from simclr_dali.model.process import Process
 from simclr_dali.shards.errors import UserError
 from simclr_dali.train.collapse import STEPS, CollapseWatch
 from simclr_dali.train.config_file import load_config
+from simclr_dali.train.metrics import Reporter
+from simclr_dali.train.step import StepResult
 from tests.conftest import assert_sentence, run_command
 from tests.runs import pretrain, tiny_config
 
@@ -22,7 +25,7 @@ FINE, SAME, OPPOSITE = ({"positive": 0.9, "hardest_negative": 0.8}, {"positive":
         ("simclr.temperature=0.001", "simclr.temperature is 0.001"),
         ("simclr.temperature=50", "simclr.temperature is 50"),
         ("simclr.temperature=Infinity", "simclr.temperature is inf"),
-        ("simclr.encoder.projector=[32,1]", "leaves only its sign to learn"),
+        ("simclr.encoder.projector=[32,1]", r"json: simclr\.encoder\.projector is \[32, 1\]; a layer of one number"),
         ("simclr.encoder.width=0", "width"),
         ("simclr.encoder.width=1000", "width"),
         ("simclr.image_size=15", "simclr.image_size is 15"),
@@ -62,6 +65,24 @@ def test_a_collapse_is_told_once_and_loudly(row: dict[str, float], word: str) ->
     told = watch.warning([row])
     assert told and told.startswith("WARNING") and word in told
     assert watch.warning([row] * 3 * STEPS) is None
+
+
+def test_a_collapsed_run_is_told_while_it_trains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = torch.distributed.HashStore()  # type: ignore[attr-defined]
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        reporter = Reporter(
+            tmp_path, Process(0, 1, 1, torch.device("cpu"), 1), batch=4, steps_per_epoch=10, total_steps=300,
+            first_step=0, keep_batch=lambda *_: [],
+        )  # fmt: skip
+        for step in range(3 * STEPS):
+            numbers = {name: torch.tensor(value) for name, value in SAME.items()}
+            reporter.add(step, 0.1, StepResult(torch.tensor(5.0), numbers, torch.tensor(1.0)))
+            if step % 10 == 9:
+                reporter.drain(lambda: "none yet")
+    finally:
+        torch.distributed.destroy_process_group()
+    assert capsys.readouterr().err.count("WARNING: for 100 steps all images have had the same embedding") == 1
 
 
 def test_other_losses_and_sound_runs_are_left_alone() -> None:

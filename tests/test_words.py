@@ -1,13 +1,13 @@
 """What is said where something is missing or misspelt: the next command is to work."""
 
 import re
+import shutil
 import subprocess
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from simclr_dali.model import process as process_module
+from simclr_dali.model.process import print_now
 from simclr_dali.shards.errors import UserError
 from simclr_dali.shards.manifest import load_split
 from simclr_dali.shards.pack import pack
@@ -98,13 +98,14 @@ def test_a_small_set_is_described_in_units_that_say_something(tmp_path: Path) ->
     assert "1 image of 1 class" in done.stdout and "0.000 GB" not in done.stdout and "in 1 shard of" in done.stdout
 
 
-def test_a_line_does_not_stick_to_the_progress(capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
-    monkeypatch.setattr(process_module, "_line_is_open", False)
-    process_module.print_now("\r\033[Kepoch 1", end="")
-    process_module.print_now("\r\033[Kepoch 2", end="")
-    process_module.print_now("kNN 50 %")
-    process_module.print_now("\r\033[Kepoch 3", end="")
-    process_module.print_now("done")
+def test_a_line_does_not_stick_to_the_progress(capsys: pytest.CaptureFixture[str]) -> None:
+    print_now("first")
+    capsys.readouterr()
+    print_now("\r\033[Kepoch 1", end="")
+    print_now("\r\033[Kepoch 2", end="")
+    print_now("kNN 50 %")
+    print_now("\r\033[Kepoch 3", end="")
+    print_now("done")
     assert capsys.readouterr().out == "\r\033[Kepoch 1\r\033[Kepoch 2\nkNN 50 %\n\r\033[Kepoch 3\ndone\n"
 
 
@@ -123,8 +124,17 @@ def test_the_quickstarts_help_installs_nothing(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == [".package", "scripts"]
 
 
-def test_results_that_cannot_be_written_are_told_before_anything_is_computed(trained: Path, tmp_path: Path) -> None:
+def test_results_that_cannot_be_written_are_told_before_anything_is_computed(
+    trained: Path, packed: Path, tmp_path: Path
+) -> None:
+    """The pictures of val are damaged, so whoever computes first meets that first."""
+    damaged = shutil.copytree(packed, tmp_path / "damaged")
+    tar = next((damaged / "val").glob("*.tar"))
+    tar.write_bytes(bytes(byte ^ 255 for byte in tar.read_bytes()))
     put(tmp_path / "file", b"in the way")
-    done = run_command("linear", "--ckpt", trained, "--out", tmp_path / "file" / "out")
+    words = ["--ckpt", trained, "--data", damaged, "--out", tmp_path / "file" / "out"]
+    done = run_command("linear", *words)
     assert_sentence(done, "cannot write", "out/linear.json")
-    assert "features" not in done.stderr
+    picture = next((packed / "train").iterdir())
+    done = run_command("nearest", picture, *words[:4], "--out", tmp_path / "file/a.png")
+    assert_sentence(done, "cannot write", "a.png")
