@@ -102,7 +102,8 @@ def _report_lines(data: Path) -> list[str]:
         report = unseal(path.read_bytes())
         return [
             f"{split}: {len(notes['converted']):,} images encoded anew, {notes['resized']:,} made smaller, "
-            f"{len(notes['left_out']):,} left out while packing (see {path})"
+            f"{len(notes['left_out']) + sum(one['count'] for one in notes.get('not_packed', ())):,} left out while "
+            f"packing (see {path})"
             for split, notes in report.items()
             if split in SPLITS
         ]

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from simclr_dali.model.process import Process
+from simclr_dali.shards.launch import read_launch
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -32,7 +33,7 @@ class StopRequest:
         for number in _SIGNALS:
             signal.signal(number, self._on_signal)
         launchers = _launchers()
-        if not launchers and "CROSS_SIZE" in os.environ:  # which DeepSpeed's launcher sets
+        if not launchers and read_launch().launcher == "deepspeed":
             self.reason = "the end of its launcher"
         if launchers:
             threading.Thread(target=self._watch, args=(launchers,), name="launcher watch", daemon=True).start()
