@@ -10,7 +10,7 @@ from simclr_dali.shards.manifest import MANIFEST, TABLE
 from simclr_dali.shards.sources import folder, ilsvrc, webtars
 from simclr_dali.shards.sources.class_list import CLASSES
 from simclr_dali.shards.sources.source import DEFAULT_SPLITS, SPLITS, Listing, Source, folders_in, tars_in
-from simclr_dali.shards.sources.splits import data_folder, split_folder, split_of_name, split_tars
+from simclr_dali.shards.sources.splits import data_folder, split_folder, split_tars, splits_in_name
 from simclr_dali.shards.walk import PICTURE_ENDINGS, ending_of, is_picture, path_passed_over, walk
 from simclr_dali.shards.wording import counted, of_classes
 
@@ -68,7 +68,7 @@ def _scan(data: Path, root: Path, split: str, exclude: frozenset[Path]) -> Sourc
     if tars := split_tars(data, split):
         return webtars.scan(data, split, tars)
     for path in sorted(data.iterdir()):
-        if _is_compressed(path) and path.name != ilsvrc.DEVKIT and split_of_name(path) == split:
+        if _is_compressed(path) and path.name != ilsvrc.DEVKIT and split in splits_in_name(path):
             raise UserError(f"{path} is compressed, and pictures are read in place; unpack it first")
     return None
 
@@ -235,13 +235,15 @@ def _beside(root: Path, data: Path, found: list[Source], exclude: frozenset[Path
 def _split_of_tar(path: Path) -> str | None:
     if path.suffix != ".tar":
         return None
-    return {ilsvrc.TRAIN: "train", ilsvrc.VAL: "val"}.get(path.name) or split_of_name(path)
+    named = splits_in_name(path)
+    return named[0] if len(named) == 1 else None  # one of two splits is unpacked beside it, or it would not come here
 
 
 def limited(source: Source, limit_per_class: int) -> Source:
     """The first pictures of each class, in the order of their names; those without labels count as one class.
 
-    The others are counted as left out."""
+    The others are counted as left out.
+    """
     taken: dict[int, int] = {}
     items = []
     for item in sorted(source.items, key=lambda item: item.name):

@@ -12,7 +12,7 @@ WORDS = {
     "val": ("val", "valid", "validation", "validate"),
     "test": ("test", "testing"),
 }
-_BOTH = ("trainval", "traintest", "valtest", "testval")
+_BOTH = {"trainval": ("train", "val"), "traintest": ("train", "test"), "valtest": ("val", "test")}
 # Kaggle's archive of ILSVRC 2012, from wherever somebody points into it.
 _KAGGLE = ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC", "CLS-LOC")
 
@@ -32,16 +32,22 @@ def split_folder(root: Path, split: str) -> Path | None:
 
 def split_tars(root: Path, split: str) -> list[Path]:
     """The tars in ``root`` that are named after ``split``. Raises UserError where a name holds two splits."""
-    return [path for path in tars_in(root) if split_of_name(path) == split]
+    found = []
+    for path in tars_in(root):
+        named = splits_in_name(path)
+        if len(named) > 1:
+            raise UserError(
+                f"{path} names two splits; rename it, so that its name holds only one of {', '.join(SPLITS)}"
+            )
+        if named == [split]:
+            found.append(path)
+    return found
 
 
-def split_of_name(path: Path) -> str | None:
-    """The split that the name of a tar holds as a word, or None. Raises UserError where it holds two."""
+def splits_in_name(path: Path) -> list[str]:
+    """The splits that the name of an archive holds as words."""
     words = re.findall("[a-z]+", path.stem.lower())
-    found = [split for split in SPLITS if any(word in WORDS[split] for word in words)]
-    if len(found) > 1 or any(word in _BOTH for word in words):
-        raise UserError(f"{path} names two splits; rename it, so that its name holds only one of {', '.join(SPLITS)}")
-    return found[0] if found else None
+    return [split for split in SPLITS if any(word in WORDS[split] or split in _BOTH.get(word, ()) for word in words)]
 
 
 def data_folder(root: Path) -> Path:
