@@ -10,7 +10,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from simclr_dali.shards import errors
+from simclr_dali.shards.errors import before_leaving, told_by_another, when_others_fail
 
 EXIT_CODE = 1
 _PERIOD = 0.4  # seconds; DeepSpeed's launcher ends the other ranks about a second after one is gone
@@ -30,8 +30,9 @@ class Peers:
         self._store = store
         self._leaving = threading.Event()
         self._told = False
-        errors.before_leaving.append(self._say_goodbye)
-        errors.told_by_another.append(self._is_told)
+        before_leaving.append(self._say_goodbye)
+        told_by_another.append(self._is_told)
+        when_others_fail.append(self._look)
         if self._pids:
             threading.Thread(target=self._watch, name="peers", daemon=True).start()
 
@@ -39,8 +40,9 @@ class Peers:
         """Leave the group with all the others; whose process ends from now on has done its work."""
         self._leaving.set()
         dist.barrier()
-        errors.before_leaving.remove(self._say_goodbye)
-        errors.told_by_another.remove(self._is_told)
+        before_leaving.remove(self._say_goodbye)
+        told_by_another.remove(self._is_told)
+        when_others_fail.remove(self._look)
         dist.destroy_process_group()
 
     def _say_goodbye(self) -> None:
@@ -53,24 +55,28 @@ class Peers:
         return self._told or self._has_goodbye()
 
     def _has_goodbye(self) -> bool:
-        if 0 in self._pids and not is_alive(self._pids[0]):
-            return False  # it took the store along, and asking a store that is gone prints pages
+        if self._told or (0 in self._pids and not is_alive(self._pids[0])):
+            return self._told  # rank 0 took the store along, and asking a store that is gone prints pages
         with suppress(RuntimeError):
             self._told = self._told or bool(self._store.check([_LEFT]))
         return self._told
 
     def _watch(self) -> None:
         while not self._leaving.wait(_PERIOD):
-            gone = next((rank for rank, pid in self._pids.items() if not is_alive(pid)), None)
-            if self._has_goodbye() or self._told:
+            self._look()
+            if self._told:
                 return
-            if gone is not None and not self._leaving.is_set():
-                _tell(
-                    f"error: rank {gone} (process {self._pids[gone]}) is gone without a word: killed from outside, or "
-                    f"crashed. Look for 'Out of memory' in dmesg, and for the memory limit of the job or container; "
-                    f"the same command goes on from the last checkpoint"
-                )
-                os._exit(EXIT_CODE)
+
+    def _look(self) -> None:
+        """End this process, saying why, where another one is gone without a word."""
+        gone = next((rank for rank, pid in self._pids.items() if not is_alive(pid)), None)
+        if not self._has_goodbye() and gone is not None and not self._leaving.is_set():
+            _tell(
+                f"error: rank {gone} (process {self._pids[gone]}) is gone without a word: killed from outside, or "
+                f"crashed. Look for 'Out of memory' in dmesg, and for the memory limit of the job or container; "
+                f"the same command goes on from the last checkpoint"
+            )
+            os._exit(EXIT_CODE)
 
 
 def is_alive(pid: int) -> bool:
@@ -88,7 +94,7 @@ def _machine() -> str:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
     except OSError:
-        return f"unknown to others {os.getpid()} {time.time_ns()}"
+        return f"unknown to others {os.urandom(8).hex()}"
 
 
 def _tell(text: str) -> None:

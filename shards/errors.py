@@ -12,12 +12,15 @@ from contextlib import suppress
 EXIT_CODE = 2
 SECONDS_FOR_RANK_0_TO_SPEAK = 4.0
 SECONDS_FOR_THE_LAUNCHER = 8.0
+_SECONDS_TO_LOOK = 1.5
 
 
 # Called before a process leaves with an error that it tells, so that the others need not look for the cause.
 before_leaving: list[Callable[[], None]] = []
 # Whether another process of the group has left with an error that it told.
 told_by_another: list[Callable[[], bool]] = []
+# Called at once where a process fails that is one of several: it may be for another one that was killed.
+when_others_fail: list[Callable[[], None]] = []
 
 
 class UserError(ValueError):
@@ -49,6 +52,8 @@ def run_main(main: Callable[[], None], *, shares_work: bool = False) -> None:
         main()
     except Exception as error:
         rank, world = launch.rank, launch.world
+        if when_others_fail and not isinstance(error, UserError):
+            _look_for_the_cause()
         if world > 1:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher's, once another rank has left
         if not isinstance(error, UserError):
@@ -75,6 +80,20 @@ def run_main(main: Callable[[], None], *, shares_work: bool = False) -> None:
         if launch.world > 1:
             say_goodbye()
         raise
+
+
+def _look_for_the_cause() -> None:
+    """Give another rank, which may just be dying, a moment to be found dead.
+
+    The launcher's SIGTERM, which comes as soon as it notices, must not end this process before it has told.
+    """
+    with suppress(ValueError):  # only the main thread may
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    until = time.monotonic() + _SECONDS_TO_LOOK
+    while time.monotonic() < until:
+        for look in when_others_fail:
+            look()
+        time.sleep(0.1)
 
 
 def say_goodbye() -> None:

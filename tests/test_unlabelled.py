@@ -40,7 +40,7 @@ def test_it_trains_and_only_what_needs_labels_is_refused(unlabelled: Path, packe
         "nearest", query, "--ckpt", run, "--split", "train", "--count", 2, "--out", tmp_path / "nearest.png"
     )
     assert done.returncode == 0 and f"_{query.stem} 1.000" in done.stdout, done.stdout + done.stderr
-    assert_sentence(run_command("linear", "--ckpt", run), "no packed split 'val'", "--split val")
+    assert_sentence(run_command("linear", "--ckpt", run), "train of", "has no labels", "--data")
     pack(unlabelled.parent / "in", tmp_path / "both")
     shutil.copytree(tmp_path / "both/train", tmp_path / "both/val")
     assert_sentence(run_command("knn", "--ckpt", run, "--data", tmp_path / "both"), "has no labels", "--data")
