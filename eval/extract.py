@@ -84,7 +84,7 @@ from simclr_dali.shards.wording import counted
 def main(arguments: argparse.Namespace) -> None:
     out: Path = arguments.out
     process = init_distributed(timedelta(hours=2))
-    on_rank_0(process, lambda: files_of(out, arguments.map))
+    on_rank_0(process, lambda: refuse_existing(out, arguments.map))
     chosen, data = EncoderChoice.of(arguments), DataChoice.of(arguments)
     source = open_encoder(chosen)
     print_rank_0(process, source.in_words())
@@ -147,15 +147,14 @@ def _all_failures(files: ImageFiles | None, own: npt.NDArray[np.int64], process:
     return {place: reason for found in everywhere for place, reason in found.items()}
 
 
-def files_of(out: Path, maps: bool) -> list[Path]:
-    """What is written for ``out``. Raises UserError where its ending is not known, or any of it is there already."""
+def refuse_existing(out: Path, maps: bool) -> None:
+    """Raise UserError where the ending of ``out`` is not known, or any of what is written for it is there already."""
     if out.suffix not in (".npy", ".safetensors"):
         raise UserError(f"--out is {out}; its ending must be .npy or .safetensors")
     written = [out, out.with_suffix(".ids.json"), *([_map_of(out)] if maps and out.suffix == ".npy" else [])]
     for path in written:
         if path.exists():
             raise UserError(f"{path} exists already; give another --out, or remove it")
-    return written
 
 
 def head_of(source: Pretrained, name: str, *, untrained: bool) -> nn.Module:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from simclr_dali.shards.errors import before_leaving, told_by_another, when_others_fail
+from simclr_dali.shards.errors import groups
 
 EXIT_CODE = 1
 _PERIOD = 0.4  # seconds; DeepSpeed's launcher ends the other ranks about a second after one is gone
@@ -30,9 +30,7 @@ class Peers:
         self._store = store
         self._leaving = threading.Event()
         self._told = False
-        before_leaving.append(self._say_goodbye)
-        told_by_another.append(self._is_told)
-        when_others_fail.append(self._look)
+        groups.append(self)
         if self._pids:
             threading.Thread(target=self._watch, name="peers", daemon=True).start()
 
@@ -40,17 +38,15 @@ class Peers:
         """Leave the group with all the others; whose process ends from now on has done its work."""
         self._leaving.set()
         dist.barrier()
-        before_leaving.remove(self._say_goodbye)
-        told_by_another.remove(self._is_told)
-        when_others_fail.remove(self._look)
+        groups.remove(self)
         dist.destroy_process_group()
 
-    def _say_goodbye(self) -> None:
+    def say_goodbye(self) -> None:
         self._leaving.set()
         self._store.set(_LEFT, "1")
         time.sleep(2 * _PERIOD)  # rank 0 holds the store: the others must have looked before it ends
 
-    def _is_told(self) -> bool:
+    def is_told(self) -> bool:
         """Whether another rank has left with an error that it told."""
         return self._told or self._has_goodbye()
 
@@ -63,11 +59,11 @@ class Peers:
 
     def _watch(self) -> None:
         while not self._leaving.wait(_PERIOD):
-            self._look()
+            self.look()
             if self._told:
                 return
 
-    def _look(self) -> None:
+    def look(self) -> None:
         """End this process, saying why, where another one is gone without a word."""
         gone = next((rank for rank, pid in self._pids.items() if not is_alive(pid)), None)
         if not self._has_goodbye() and gone is not None and not self._leaving.is_set():

@@ -55,6 +55,15 @@ def refusals_named(path: Path) -> Iterator[None]:
         ) from error
 
 
+@contextmanager
+def unreadable_named(path: Path) -> Iterator[None]:
+    """Turn the refusal of a read into a UserError that names ``path``."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror}); repair or remove it") from error
+
+
 def refuse_read_only(path: Path) -> None:
     """Raise UserError where no file can be made beside ``path``: asked before hours are spent on what goes into it."""
     probe = path.with_name(f".{path.name}.{os.getpid()}.tmp")

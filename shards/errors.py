@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from typing import Protocol
 
 EXIT_CODE = 2
 SECONDS_FOR_RANK_0_TO_SPEAK = 4.0
@@ -15,12 +16,20 @@ SECONDS_FOR_THE_LAUNCHER = 8.0
 _SECONDS_TO_LOOK = 1.5
 
 
-# Called before a process leaves with an error that it tells, so that the others need not look for the cause.
-before_leaving: list[Callable[[], None]] = []
-# Whether another process of the group has left with an error that it told.
-told_by_another: list[Callable[[], bool]] = []
-# Called at once where a process fails that is one of several: it may be for another one that was killed.
-when_others_fail: list[Callable[[], None]] = []
+class Group(Protocol):
+    """What a process of several knows of the others; model.peers is one."""
+
+    def say_goodbye(self) -> None:
+        """Let the others know that this one leaves with an error that it has told."""
+
+    def is_told(self) -> bool:
+        """Whether another one has left with an error that it told."""
+
+    def look(self) -> None:
+        """End this process, saying why, where another one was killed."""
+
+
+groups: list[Group] = []  # that this process is in: none, or one
 
 
 class UserError(ValueError):
@@ -52,7 +61,7 @@ def run_main(main: Callable[[], None], *, shares_work: bool = False) -> None:
         main()
     except Exception as error:
         rank, world = launch.rank, launch.world
-        if when_others_fail and not isinstance(error, UserError):
+        if groups and not isinstance(error, UserError):
             _look_for_the_cause()
         if world > 1:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher's, once another rank has left
@@ -60,7 +69,7 @@ def run_main(main: Callable[[], None], *, shares_work: bool = False) -> None:
             if world > 1 and isinstance(error, RuntimeError):
                 # Most likely what torch says of a rank that has left: the launcher then ends this one too.
                 time.sleep(SECONDS_FOR_THE_LAUNCHER)
-                if any(told() for told in told_by_another):
+                if any(group.is_told() for group in groups):
                     with suppress(OSError):
                         print(f"rank {rank} ends, as another rank has ended with an error", file=sys.stderr, flush=True)
                     os._exit(1)
@@ -91,8 +100,8 @@ def _look_for_the_cause() -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     until = time.monotonic() + _SECONDS_TO_LOOK
     while time.monotonic() < until:
-        for look in when_others_fail:
-            look()
+        for group in groups:
+            group.look()
         time.sleep(0.1)
 
 
@@ -100,9 +109,9 @@ def say_goodbye() -> None:
     """Let the other ranks know that this one leaves with an error that it has told; takes three seconds at most."""
 
     def call() -> None:
-        for goodbye in before_leaving:
+        for group in groups:
             with suppress(Exception):  # whatever it is, the error that was told counts
-                goodbye()
+                group.say_goodbye()
 
     calling = threading.Thread(target=call, daemon=True)
     calling.start()

@@ -32,7 +32,7 @@ from simclr_dali.shards.errors import UserError, run_main
 from simclr_dali.shards.image import MAX_PIXELS, REENCODE
 from simclr_dali.shards.manifest import MANIFEST, read_split, unseal, write_split
 from simclr_dali.shards.pack_report import describe, print_summary, write_report
-from simclr_dali.shards.pack_shard import ShardTask, is_done, pack_shard, read_record, record_of
+from simclr_dali.shards.pack_shard import PackedShard, ShardTask, is_done, pack_shard, read_record, record_of
 from simclr_dali.shards.parallel import map_unordered
 from simclr_dali.shards.plan import DECODERS, Options, describe_pack, split_into_shards, tar_bytes
 from simclr_dali.shards.sources.find import find_sources, limited, refuse_val_without_labels, relabelled
@@ -96,8 +96,9 @@ def pack(
             if parts > 1:
                 print(f"part {number} of {parts} is packed; when all are, the same command with --merge instead")
                 return
-        _write_manifests(sources, tasks, partial, to_do)
-        write_report(replace(listing, sources=sources), tasks, partial, out, auto_range=auto_range)
+        packed = _packed(tasks, partial)
+        _write_manifests(sources, packed, partial, to_do)
+        write_report(replace(listing, sources=sources), tasks, packed, partial, out, auto_range=auto_range)
         finish(partial, out)
     print_summary(out, [one.split for one in sources])
 
@@ -153,7 +154,7 @@ def _with_classes_of(out: Path, listing: Listing) -> Listing:
     Raises UserError where a split that is added has a class that they lack, or no labels where they have some.
     """
     there = [split for split in SPLITS if (out / split / MANIFEST).is_file()]
-    names = next((list(read_split(out / split).classes) for split in there if read_split(out / split).classes), [])
+    names = next((list(found) for split in there if (found := read_split(out / split).classes)), [])
     sources = []
     for source in listing.sources:
         if source.split not in there:
@@ -238,20 +239,23 @@ def _check_bad(bad: int, lost: int, images: int, max_bad: float, splits: list[li
     )
 
 
-def _write_manifests(
-    sources: list[Source], tasks: list[list[ShardTask]], partial: Path, made_with: dict[str, dict[str, Any]]
-) -> None:
-    """Write manifests and tables from the records of the finished shards."""
+def _packed(tasks: list[list[ShardTask]], partial: Path) -> list[list[PackedShard]]:
+    """The records of all shards, by split; raises UserError where some are missing."""
     missing = [task.tar.name for split in tasks for task in split if not is_done(task)]
     if missing:
         raise UserError(
             f"{len(missing)} shards are missing or cut in {partial}, the first is {missing[0]}; pack all parts, and "
             f"copy what other machines packed into it"
         )
-    for source, split in zip(sources, tasks, strict=True):
-        packed = [read_record(record_of(task.tar)) for task in split]
-        rows = np.concatenate([one.rows for one in packed])
-        shards = [one.shard for one in packed]
+    return [[read_record(record_of(task.tar)) for task in split] for split in tasks]
+
+
+def _write_manifests(
+    sources: list[Source], packed: list[list[PackedShard]], partial: Path, made_with: dict[str, dict[str, Any]]
+) -> None:
+    for source, split in zip(sources, packed, strict=True):
+        rows = np.concatenate([one.rows for one in split])
+        shards = [one.shard for one in split]
         write_split(partial / source.split, source.split, source.classes, shards, rows, made_with[source.split])
 
 

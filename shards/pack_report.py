@@ -10,7 +10,7 @@ from simclr_dali.shards.equal import equal_images
 from simclr_dali.shards.errors import UserError
 from simclr_dali.shards.left_out import LeftOut
 from simclr_dali.shards.manifest import MANIFEST, read_split, seal, unseal
-from simclr_dali.shards.pack_shard import PackedShard, ShardTask, read_record, record_of
+from simclr_dali.shards.pack_shard import PackedShard, ShardTask
 from simclr_dali.shards.plan import Options, split_into_shards
 from simclr_dali.shards.sources.find import of_split
 from simclr_dali.shards.sources.source import SPLITS, Listing, Source
@@ -40,15 +40,23 @@ def _existing(path: Path) -> Path:
     return next(folder for folder in (path, *path.absolute().parents) if folder.exists())
 
 
-def write_report(listing: Listing, tasks: list[list[ShardTask]], partial: Path, out: Path, *, auto_range: bool) -> None:
+def write_report(
+    listing: Listing,
+    tasks: list[list[ShardTask]],
+    packed: list[list[PackedShard]],
+    partial: Path,
+    out: Path,
+    *,
+    auto_range: bool,
+) -> None:
     """Write the report of the splits in ``partial``, and of those that lie in ``out`` already.
 
     Raises UserError where the report in ``out`` is damaged.
     """
     # A kill may have left a report in ``partial`` whose splits have moved to ``out`` in part.
     report = {**_earlier(out), **(unseal((partial / REPORT).read_bytes()) if (partial / REPORT).is_file() else {})}
-    for source, split in zip(listing.sources, tasks, strict=True):
-        report[source.split] = _reported(source, [read_record(record_of(task.tar)) for task in split])
+    for source, split, done in zip(listing.sources, tasks, packed, strict=True):
+        report[source.split] = _reported(source, done)
         if (value_range := split[0].options.value_range) is not None:
             report[source.split]["range"] = {
                 "black": value_range[0],

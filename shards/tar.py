@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from simclr_dali.shards.durable import write_durably
+from simclr_dali.shards.durable import unreadable_named, write_durably
 from simclr_dali.shards.errors import UserError
 from simclr_dali.shards.image import ending_of_image
 from simclr_dali.shards.left_out import LeftOut
@@ -139,7 +139,9 @@ def list_members(
     with ``cat`` are read one behind the other. left_out: takes rubbish, hidden members and what is no file. Raises
     UserError where it cannot be read, is no tar, is cut, or holds something else behind its end.
     """
-    with _readable(path) as file:
+    with unreadable_named(path):
+        opened = path.open("rb")
+    with opened as file:
         begin, length = inside or (0, os.fstat(file.fileno()).st_size)
         end = begin + length
         at: int | None = begin
@@ -151,13 +153,6 @@ def list_members(
                     at = _next_archive(file, tar.offset, end)
         except (tarfile.TarError, EOFError) as error:
             raise UserError(f"{path} is no tar, or cut ({error}); fetch it again (and unpack a .gz first)") from error
-
-
-def _readable(path: Path) -> BinaryIO:
-    try:
-        return path.open("rb")
-    except OSError as error:
-        raise UserError(f"cannot read {path} ({error.strerror}); repair or remove it") from error
 
 
 def _files_of_archive(tar: tarfile.TarFile, end: int, left_out: LeftOut) -> Iterator[tuple[str, int, int]]:

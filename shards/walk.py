@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import PIL.Image
 
+from simclr_dali.shards.durable import unreadable_named
 from simclr_dali.shards.errors import UserError
 from simclr_dali.shards.left_out import LeftOut
 
@@ -91,30 +92,19 @@ def walk(
     below: str = "",
     watched: dict[str, int] | None = None,
     exclude: frozenset[Path] = frozenset(),
+    above: tuple[tuple[int, int], ...] = (),
 ) -> Iterator[File]:
     """Every file in and under ``root/below``, sorted by name in each folder; what is no file goes into ``left_out``.
 
     watched: takes the time of each folder, in ns, read before the folder is listed, so that what is added meanwhile
     makes it newer. exclude: folders that are not entered; the folders that hold them are not watched, since they may
-    be written. Raises UserError where a folder cannot be read.
+    be written. above: device and inode of the folders that are being walked, for the walk's own use. Raises UserError
+    where a folder cannot be read.
     """
-    yield from _walk(root, left_out, below, watched, exclude, ())
-
-
-def _walk(
-    root: Path,
-    left_out: LeftOut,
-    below: str,
-    watched: dict[str, int] | None,
-    exclude: frozenset[Path],
-    above: tuple[tuple[int, int], ...],
-) -> Iterator[File]:
     folder = root / below
-    try:
+    with unreadable_named(folder):
         status = folder.stat()
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-    except OSError as error:
-        raise UserError(f"cannot read {folder} ({error.strerror}); repair or remove it") from error
     if watched is not None and not any(folder in path.parents for path in exclude):
         watched[below or "."] = status.st_mtime_ns
     here = (status.st_dev, status.st_ino)
@@ -129,7 +119,8 @@ def _walk(
                 elif (inode.st_dev, inode.st_ino) in (*above, here):
                     left_out.add(CIRCLE, path)
                 elif root / path not in exclude:
-                    yield from _walk(root, left_out, path, watched, exclude, (*above, here))
+                    inside = (*above, here)
+                    yield from walk(root, left_out, below=path, watched=watched, exclude=exclude, above=inside)
                 continue
             if reason:
                 left_out.add(reason, path)
@@ -196,14 +187,9 @@ def _is_recognised(path: Path, offset: int, length: int | None) -> bool:
 
 
 def pictures_below(
-    root: Path,
-    left_out: LeftOut,
-    *,
-    below: str = "",
-    watched: dict[str, int] | None = None,
-    exclude: frozenset[Path] = frozenset(),
+    root: Path, left_out: LeftOut, watched: dict[str, int] | None = None, exclude: frozenset[Path] = frozenset()
 ) -> Iterator[File]:
-    """The pictures in and under ``root/below``; everything else goes into ``left_out``. See :func:`walk`."""
-    for file in walk(root, left_out, below=below, watched=watched, exclude=exclude):
+    """The pictures in and under ``root``; everything else goes into ``left_out``. See :func:`walk`."""
+    for file in walk(root, left_out, watched=watched, exclude=exclude):
         if is_picture(root / file.path, file.path, left_out):
             yield file

@@ -14,6 +14,7 @@ from simclr_dali.shards.sources.splits import data_folder, split_folder, split_t
 from simclr_dali.shards.walk import PICTURE_ENDINGS, ending_of, is_picture, path_passed_over, walk
 from simclr_dali.shards.wording import counted, of_classes
 
+_ARCHIVES = {"train": ilsvrc.TRAIN, "val": ilsvrc.VAL}
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip", ".rar", ".7z")
 # Beside the archives and tars that were listed, what says something of them.
 _USED = frozenset({CLASSES, MANIFEST, TABLE, ilsvrc.DEVKIT, ilsvrc.SOLUTION})
@@ -49,22 +50,22 @@ def find_sources(
 
 
 def _is_here(data: Path, split: str) -> bool:
-    archive = {"train": ilsvrc.TRAIN, "val": ilsvrc.VAL}.get(split, "")
-    has_archive = bool(archive) and (data / archive).is_file()
-    return split_folder(data, split) is not None or has_archive or bool(split_tars(data, split))
+    return split_folder(data, split) is not None or _has_archive(data, split) or bool(split_tars(data, split))
+
+
+def _has_archive(place: Path, split: str) -> bool:
+    return split in _ARCHIVES and (place / _ARCHIVES[split]).is_file()
 
 
 def _scan(data: Path, root: Path, split: str, exclude: frozenset[Path]) -> Source | None:
     """One split, or None where it is not there."""
-    archive = {"train": ilsvrc.TRAIN, "val": ilsvrc.VAL}.get(split, "")
-    has_archive = bool(archive) and (data / archive).is_file()
     here = split_folder(data, split)
-    if here is not None and not (has_archive and _is_empty(here)):
-        if archive and (here / archive).is_file() and not _has_pictures(here):
-            return _scan_archive(data, root, split, f"{here.name}/{archive}")
+    if here is not None and not (_has_archive(data, split) and _is_empty(here)):
+        if _has_archive(here, split) and not _has_pictures(here):
+            return _scan_archive(data, root, split, f"{here.name}/{_ARCHIVES[split]}")
         return _scan_folder(data, root, split, here, exclude)
-    if has_archive:
-        return _scan_archive(data, root, split, archive)
+    if _has_archive(data, split):
+        return _scan_archive(data, root, split, _ARCHIVES[split])
     if tars := split_tars(data, split):
         return webtars.scan(data, split, tars)
     for path in sorted(data.iterdir()):

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from simclr_dali.shards.durable import unreadable_named
 from simclr_dali.shards.errors import UserError
 from simclr_dali.shards.image import UnusableError
 from simclr_dali.shards.left_out import LeftOut
@@ -105,30 +106,21 @@ def read_item(root: Path, item: Item) -> bytes:
 
 def folders_in(folder: Path) -> list[Path]:
     """The folders in one, sorted, without those that are passed over; raises UserError where it cannot be read."""
-    try:
+    with unreadable_named(folder):
         return sorted(path for path in folder.iterdir() if path.is_dir() and not passed_over(path.name))
-    except OSError as error:
-        raise UserError(f"cannot read {folder} ({error.strerror}); repair or remove it") from error
 
 
 def tars_in(folder: Path) -> list[Path]:
     """The tars that lie directly in a folder, sorted, without those that are passed over, such as ``._0.tar``."""
-    try:
-        return sorted(
-            path
-            for path in folder.iterdir()
-            if path.suffix.lower() == ".tar" and path.is_file() and not passed_over(path.name)
-        )
-    except OSError as error:
-        raise UserError(f"cannot read {folder} ({error.strerror}); repair or remove it") from error
+    with unreadable_named(folder):
+        named = [path for path in folder.iterdir() if path.suffix.lower() == ".tar" and not passed_over(path.name)]
+        return sorted(path for path in named if path.is_file())
 
 
 def time_of(path: Path) -> int:
     """Modification time in ns; raises UserError where there is none."""
-    try:
+    with unreadable_named(path):
         return path.stat().st_mtime_ns
-    except OSError as error:
-        raise UserError(f"cannot read {path} ({error.strerror}); repair or remove it") from error
 
 
 def _changed(path: str) -> str:
