@@ -1,38 +1,55 @@
-"""Batch normalisation over all ranks on the CPU, which torch.nn.SyncBatchNorm refuses."""
+"""Batch normalisation over all ranks, the same on GPU and CPU, that a compiler traces.
+
+torch.nn.SyncBatchNorm refuses the CPU, and breaks the graph of torch.compile at every layer (pytorch#161302).
+"""
 
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives as collectives
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+# torch 2.13 gave the function its first name and warns of the second.
+_gather = getattr(collectives, "all_gather_single", None) or collectives.all_gather_tensor
 
 # Images that BatchNorm must see at a time, over all processes: the two views of one alone become opposites. Up to some
 # more its statistics are noise, which a run survives.
 MIN_BATCHNORM_IMAGES, NOISY_BATCHNORM_IMAGES = 2, 16
 
 
-class CPUSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
+class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     """BatchNorm whose training statistics cover the batches of all ranks; keys and defaults of nn.BatchNorm.
 
-    Ranks may hold batches of different size. In eval mode, and without a process group, it is nn.BatchNorm.
+    Ranks may hold batches of different size. In eval mode it is nn.BatchNorm. Statistics, their gradients and the
+    running ones are in float32 at least, whatever the input is in; the output has the input's dtype.
+    Layers of a process group communicate in the order in which they run, once forward and once backward each.
     """
+
+    def __init__(self, norm: nn.modules.batchnorm._BatchNorm, group: str) -> None:
+        """Takes over the parameters and buffers of ``norm``; ``group`` is the name of a process group."""
+        super().__init__(norm.num_features, norm.eps, norm.momentum)
+        self.weight, self.bias = norm.weight, norm.bias
+        self.running_mean, self.running_var = norm.running_mean, norm.running_var
+        self.num_batches_tracked = norm.num_batches_tracked
+        self.group = group
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() < 2:
             raise ValueError(f"expected an input of at least 2 dimensions, got {input.dim()}")
 
     def forward(self, input: Tensor) -> Tensor:
-        if not self.training or not dist.is_initialized() or dist.get_world_size() == 1:
-            return super().forward(input)
         self._check_input_dim(input)
+        if not self.training:
+            return super().forward(input)
         assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
         assert self.momentum is not None
-        output, mean, variance, count = _Normalise.apply(input, self.weight, self.bias, self.eps)
+        output, mean, variance, count = _Normalise.apply(input, self.weight, self.bias, self.eps, self.group)
         with torch.no_grad():
             unbiased = variance * (count / (count - 1).clamp(min=1))
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(unbiased, self.momentum)
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+            self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
             self.num_batches_tracked.add_(1)
         return output
 
@@ -43,56 +60,59 @@ class _Normalise(torch.autograd.Function):
     With xhat the normalised input and n the count per channel over all ranks,
     dx = weight / sqrt(var + eps) * (dy - sum(dy) / n - xhat * sum(dy * xhat) / n), sums over all ranks (Ioffe and
     Szegedy 2015, section 3). The gradients of weight and bias stay local: the engine averages them like all others.
+    The backward pass is written out because a functional all-reduce is differentiated into another one, whose sum
+    over ranks would come on top of the engine's mean.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, group: str
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         axes = [0, *range(2, x.dim())]
-        local_count = x.numel() // x.shape[1]
-        local_variance, local_mean = torch.var_mean(x, axes, correction=0)
+        local_variance, local_mean = torch.var_mean(_at_least_float32(x), axes, correction=0)
         # Moments per rank are merged as Chan et al. (1979) do: sums of squares would cancel in float32.
-        packed = torch.cat([x.new_tensor([local_count]), local_mean, local_variance])
-        gathered = [torch.empty_like(packed) for _ in range(dist.get_world_size())]
-        dist.all_gather(gathered, packed)
-        counts, means, variances = torch.stack(gathered).split([1, len(local_mean), len(local_mean)], dim=1)
+        local_count = local_mean.new_full((1,), x.numel() // x.shape[1])
+        packed = torch.cat([local_count, local_mean, local_variance])
+        gathered = collectives.wait_tensor(_gather(packed, 0, group)).view(-1, len(packed))
+        counts, means, variances = gathered.split([1, len(local_mean), len(local_mean)], dim=1)
         count = counts.sum()
         mean = (counts * means).sum(0) / count
         variance = (counts * (variances + (means - mean).square())).sum(0) / count
         ctx.save_for_backward(x, weight, mean, variance, count)
-        ctx.eps, ctx.axes = eps, axes
+        ctx.eps, ctx.axes, ctx.group = eps, axes, group
         ctx.mark_non_differentiable(mean, variance, count)
         return F.batch_norm(x, mean, variance, weight, bias, False, 0.0, eps), mean, variance, count
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         x, weight, mean, variance, count = ctx.saved_tensors
+        dy, dtype = _at_least_float32(dy), x.dtype
         shape = [1, -1] + [1] * (x.dim() - 2)
         scale = torch.rsqrt(variance + ctx.eps)
-        xhat = (x - mean.view(shape)) * scale.view(shape)
+        xhat = (_at_least_float32(x) - mean.view(shape)) * scale.view(shape)
         dbias, dweight = dy.sum(ctx.axes), (dy * xhat).sum(ctx.axes)
-        sums = torch.stack([dbias, dweight])
-        dist.all_reduce(sums)
+        sums = collectives.wait_tensor(collectives.all_reduce(torch.stack([dbias, dweight]), "sum", ctx.group))
         mean_dy, mean_dy_xhat = (sums / count).unbind(0)
         dx = (weight * scale).view(shape) * (dy - mean_dy.view(shape) - xhat * mean_dy_xhat.view(shape))
-        return dx, dweight, dbias, None
+        return dx.to(dtype), dweight.to(weight.dtype), dbias.to(weight.dtype), None, None
 
 
-def synchronised(module: nn.Module, device: torch.device) -> nn.Module:
-    """``module`` with every BatchNorm replaced by one that sees all ranks: torch's on a GPU, ours on the CPU.
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def synchronised(module: nn.Module) -> nn.Module:
+    """``module`` with every BatchNorm replaced by one that sees all ranks.
 
     Parameters, buffers and keys stay as they are. With one rank nothing is replaced.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return module
-    if device.type == "cuda":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(module)
+    group = dist.group.WORLD
+    assert group is not None
     for name, child in list(module.named_children()):
         if isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d):
-            replacement = CPUSyncBatchNorm(child.num_features, child.eps, child.momentum)
-            replacement.weight, replacement.bias = child.weight, child.bias
-            replacement.running_mean, replacement.running_var = child.running_mean, child.running_var
-            replacement.num_batches_tracked = child.num_batches_tracked
-            setattr(module, name, replacement)
+            setattr(module, name, SyncBatchNorm(child, group.group_name))
         else:
-            synchronised(child, device)
+            synchronised(child)
     return module

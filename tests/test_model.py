@@ -1,18 +1,15 @@
-"""Encoders, projector, BatchNorm over processes."""
+"""Encoders and projector."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from simclr_dali.model.batchnorm import CPUSyncBatchNorm, synchronised
 from simclr_dali.model.resnet import ResNet
 from simclr_dali.model.selective_kernels import SelectiveKernel
 from simclr_dali.model.simclr import Architecture, build_model, build_projector, describe
 from simclr_dali.model.vision import resnet
-from tests.conftest import run_ranks
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"])
@@ -124,57 +121,3 @@ def test_unknown_architectures_are_refused() -> None:
     for name, fields in wrong:
         with pytest.raises(ValueError, match=r"resnet20|5x5|0\.3|resnet34|depth"):
             describe(name, fields)
-
-
-def small_network() -> nn.Sequential:
-    torch.manual_seed(3)
-    network = nn.Sequential(
-        nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 3), nn.BatchNorm2d(4),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5), nn.BatchNorm1d(5),
-    )  # fmt: skip
-    for parameter in network.parameters():  # scales and shifts that matter
-        nn.init.normal_(parameter, 0.5)
-    return network.double()
-
-
-def train_twice(network: nn.Module, images: Tensor, targets: Tensor, count: int) -> list[Tensor]:
-    """Gradients of the loss of these of ``count`` images, and the buffers after two passes."""
-    for _ in range(2):
-        network.zero_grad()
-        (((network(images) - targets) ** 2).sum() / count).backward()
-    gradients = [p.grad for p in network.parameters() if p.grad is not None]
-    return [*gradients, *(buffer.double() for buffer in network.buffers())]
-
-
-def train_rank(rank: int, images: Tensor, targets: Tensor, cut: int) -> dict[str, Any]:
-    network = synchronised(small_network(), torch.device("cpu"))
-    own = slice(0, cut) if rank == 0 else slice(cut, None)
-    values = train_twice(network, images[own], targets[own], len(images))
-    return {"values": values, "types": [type(module).__name__ for module in network.modules()]}
-
-
-@pytest.mark.parametrize("cut", [6, 4])
-def test_cpu_sync_batchnorm_equals_one_process(cut: int, tmp_path: Path) -> None:
-    """Even and uneven parts of a batch: gradients add up to, and buffers are, those of the whole batch."""
-    images, targets = torch.randn(12, 3, 9, 9, dtype=torch.float64) * 3 + 5, torch.randn(12, 5, dtype=torch.float64)
-    network = small_network()
-    expected = train_twice(network, images, targets, len(images))
-    first, second = run_ranks(train_rank, 2, tmp_path, images, targets, cut)
-    assert first["types"].count("CPUSyncBatchNorm") == 3
-    count = len(list(network.parameters()))
-    for number, wanted in enumerate(expected):
-        a, b = first["values"][number], second["values"][number]
-        if number < count:
-            got = a + b
-        else:
-            assert torch.equal(a, b)
-            got = a
-        assert (got - wanted).abs().max() < 1e-12 * (1 + wanted.abs().max())
-
-
-def test_without_a_process_group_it_is_batchnorm() -> None:
-    ours, theirs = CPUSyncBatchNorm(4), nn.BatchNorm2d(4)
-    images = torch.randn(3, 4, 5, 5)
-    assert torch.equal(ours(images), theirs(images))
-    assert ours.state_dict().keys() == theirs.state_dict().keys()
-    assert torch.equal(ours.eval()(images), theirs.eval()(images))

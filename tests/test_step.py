@@ -125,8 +125,6 @@ def test_running_statistics_count_each_micro_batch_once() -> None:
         plain(part)
     for (name, a), b in zip(cached.named_buffers(), plain.buffers(), strict=True):
         assert torch.allclose(a.double(), b.double(), rtol=1e-5, atol=1e-7), name
-    momenta = {m.momentum for m in cached.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
-    assert momenta == {0.1}
 
 
 def test_kept_views_come_from_the_loader_first_and_again_as_often_as_asked_for() -> None:

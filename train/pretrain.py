@@ -103,7 +103,7 @@ def main(arguments: argparse.Namespace) -> None:
             told, begun_with = on_rank_0(process, lambda: take_weights(network, config.simclr.init_from))
             print_rank_0(process, told)
             job = replace(job, begun_with=begun_with)
-        model = synchronised(network, process.device)
+        model = synchronised(network)
         engine, optimizer = build_engine(model, config, process)
         step, kept = resume(job.run, config, shards, process, engine.module, optimizer)
         job = replace(job, begun_with=kept or job.begun_with)

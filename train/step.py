@@ -40,7 +40,7 @@ def train_step(engine: Any, micro_batches: Sequence[Tensor] | MicroBatches, loss
         norm = _gradient_norm(engine.module)
         engine.step()
         return StepResult(value.detach(), metrics, norm)
-    with torch.no_grad(), _statistics_kept(engine.module):
+    with torch.no_grad(), _buffers_kept(engine.module):
         embedded = [_at_least_float32(engine(views)) for views in micro_batches]
     z = _by_view(embedded).requires_grad_()
     value, metrics = loss(z)
@@ -76,17 +76,16 @@ def _by_micro_batch(rows: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
 
 
 @contextlib.contextmanager
-def _statistics_kept(model: nn.Module) -> Iterator[None]:
-    """BatchNorm normalises by the batch but leaves its running statistics: the second pass counts, not this one."""
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    momenta = [norm.momentum for norm in norms]
-    counts = [norm.num_batches_tracked.clone() for norm in norms if norm.num_batches_tracked is not None]
-    for norm in norms:
-        norm.momentum = 0.0
+def _buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Running statistics are put back at the end: the second pass counts, not this one.
+
+    Values only: a compiled graph is guarded by the attributes of its modules, and another momentum would be another
+    graph.
+    """
+    buffers = list(model.buffers())
+    kept = [buffer.clone() for buffer in buffers]
     try:
         yield
     finally:
-        for norm, momentum, count in zip(norms, momenta, counts, strict=True):
-            norm.momentum = momentum
-            assert norm.num_batches_tracked is not None
-            norm.num_batches_tracked.copy_(count)
+        if buffers:
+            torch._foreach_copy_(buffers, kept)

@@ -153,7 +153,7 @@ def main(given: argparse.Namespace) -> None:
     config = load_config(given.config, given.set, data, "unused")
     process = start(timedelta(minutes=30))
     config.micro_batch(process.world)  # refuses a number of processes that cannot share the batch
-    model = synchronised(build_model(config.architecture(), config.simclr.seed), process.device)
+    model = synchronised(build_model(config.architecture(), config.simclr.seed))
     engine, optimizer = build_engine(model, config, process)
     for group in optimizer.param_groups:
         group["lr"] = 0.0  # the same work, and the loss stays what it is however long this runs
