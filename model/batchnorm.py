@@ -3,13 +3,15 @@
 torch.nn.SyncBatchNorm refuses the CPU, and breaks the graph of torch.compile at every layer (pytorch#161302).
 """
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as collectives
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+Module = TypeVar("Module", bound=nn.Module)
 
 # torch 2.13 gave the function its first name and warns of the second.
 _gather = getattr(collectives, "all_gather_single", None) or collectives.all_gather_tensor
@@ -27,7 +29,7 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     Layers of a process group communicate in the order in which they run, once forward and once backward each.
     """
 
-    def __init__(self, norm: nn.modules.batchnorm._BatchNorm, group: str) -> None:
+    def __init__(self, norm: nn.modules.batchnorm._BatchNorm, group: Any) -> None:
         """Takes over the parameters and buffers of ``norm``; ``group`` is the name of a process group."""
         super().__init__(norm.num_features, norm.eps, norm.momentum)
         self.weight, self.bias = norm.weight, norm.bias
@@ -66,7 +68,7 @@ class _Normalise(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, group: str
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, group: Any
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         axes = [0, *range(2, x.dim())]
         local_variance, local_mean = torch.var_mean(_at_least_float32(x), axes, correction=0)
@@ -101,7 +103,7 @@ def _at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def synchronised(module: nn.Module) -> nn.Module:
+def synchronised(module: Module) -> Module:
     """``module`` with every BatchNorm replaced by one that sees all ranks.
 
     Parameters, buffers and keys stay as they are. With one rank nothing is replaced.

@@ -40,6 +40,18 @@ class Encoder(nn.Module):
         """The feature map, not pooled: [n, c, rows, columns]."""
         raise NotImplementedError
 
+    def early(self, images: Tensor) -> Tensor:
+        """The first part of :meth:`features`, as a kind may split it; its gradients are there last.
+
+        With several processes the two parts are compiled apart, so that the gradients of the second are averaged while
+        those of the first are computed. By default all is in the second.
+        """
+        return images
+
+    def late(self, x: Tensor) -> Tensor:
+        """The feature map, of what :meth:`early` gave."""
+        return self.features(x)
+
     def pool(self, features: Tensor) -> Tensor:
         """A feature map's mean over the picture: [n, c]."""
         return features.mean((2, 3))

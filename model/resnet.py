@@ -110,9 +110,17 @@ class ResNetEncoder(Encoder, resnet.ResNet):
 
     def features(self, images: Tensor) -> Tensor:
         """[n, c, h / 32, w / 32], with the 3x3 stem [n, c, h / 8, w / 8]."""
+        return self.late(self.early(images))
+
+    def early(self, images: Tensor) -> Tensor:
+        """All but the last stage, which with the projector holds two thirds of a ResNet-50's parameters."""
         x = self.bn1(self.conv1(self.normalised(images)))
         x = self.maxpool(self.relu(x) if self.stem_relu else x)
-        found: Tensor = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        found: Tensor = self.layer3(self.layer2(self.layer1(x)))
+        return found
+
+    def late(self, x: Tensor) -> Tensor:
+        found: Tensor = self.layer4(x)
         return found
 
     def pool(self, features: Tensor) -> Tensor:

@@ -101,7 +101,15 @@ class SimCLR(nn.Module):
         self.projector = build_projector(self.encoder.width, architecture.projector)
 
     def forward(self, images: Tensor) -> Tensor:
-        z: Tensor = self.projector(self.encoder(images))
+        return self.late(self.early(images))
+
+    def early(self, images: Tensor) -> Tensor:
+        """The first part of the encoder (Encoder.early)."""
+        return self.encoder.early(images)
+
+    def late(self, x: Tensor) -> Tensor:
+        """z, of what :meth:`early` gave."""
+        z: Tensor = self.projector(self.encoder.pool(self.encoder.late(x)))
         return z
 
 

@@ -109,7 +109,7 @@ def test_processes_equal_one(cuts: list[int], backend: str | None, tmp_path: Pat
 def half_precision(rank: int, images: Tensor) -> list[Tensor]:
     """Output, gradient and running variance of a layer whose input is in bfloat16."""
     world = dist.get_world_size()
-    layer = synchronised(nn.Sequential(nn.BatchNorm2d(images.shape[1])))[0]  # type: ignore[index]
+    layer: Any = synchronised(nn.Sequential(nn.BatchNorm2d(images.shape[1])))[0]
     x = images.chunk(world)[rank].bfloat16().requires_grad_()
     y = layer(x)
     (y.float() ** 3).sum().backward()
@@ -132,7 +132,7 @@ def test_statistics_of_bfloat16_are_float32(tmp_path: Path) -> None:
     outputs, gradients = (torch.cat([rank[number] for rank in ranks]) for number in range(2))
     assert (outputs - y).abs().max() < 2**-8 * y.abs().max()
     assert (gradients - x.grad).norm() < 0.02 * x.grad.norm()
-    assert torch.allclose(ranks[0][2].double(), layer.running_var, rtol=1e-5)
+    assert layer.running_var is not None and torch.allclose(ranks[0][2].double(), layer.running_var, rtol=1e-5)
 
 
 def alone(rank: int) -> bool:

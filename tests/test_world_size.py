@@ -111,7 +111,7 @@ def test_all_ranks_start_from_the_weights_and_statistics_of_rank_0(tmp_path: Pat
 
 def test_any_split_into_processes_and_micro_batches_gives_the_same_step(tmp_path: Path) -> None:
     splits: list[tuple[int, int, dict[str, Any]]]
-    splits = [(1, 1, {}), (1, 4, {}), (2, 1, {}), (2, 2, {}), (1, 1, {"backend": "aot_eager"})]
+    splits = [(1, 1, {}), (1, 4, {}), (2, 1, {}), (2, 2, {}), (4, 2, {}), (1, 1, {"backend": "aot_eager"})]
     results = []
     for number, (world, passes, settings) in enumerate(splits):
         folder = tmp_path / str(number)

@@ -157,8 +157,12 @@ class Simclr(_Block):
     """What lr must be, or "auto" makes it, for the global batch: 0.3 B/256 or 0.075 sqrt(B); none allows any number."""
     temperature: float = Field(default=0.1, ge=SMALLEST_TEMPERATURE, le=LARGEST_TEMPERATURE)
     """Of NT-Xent."""
-    compile: Literal["no", "inductor"] = "no"
-    """Whether torch.compile compiles encoder and projector, and by which backend."""
+    compile: Literal["auto", "no", "inductor", "coordinate-descent-tuning", "max-autotune-no-cudagraphs"] = "auto"
+    """How torch.compile compiles encoder and projector: auto is inductor on a GPU and no on a CPU; the last two are
+    inductor's searches for faster kernels, which take minutes once."""
+    deterministic: bool = False
+    """Only algorithms whose result is the same to the bit each time (train/determinism.py), which may be slower. On a
+    CPU all are."""
     image_size: Annotated[int, Field(ge=16)] = 224
     """Side of a view, in pixels."""
     lanes: Positive = 64

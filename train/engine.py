@@ -11,7 +11,10 @@ from torch import nn
 
 from simclr_dali.model.lars import LARS, parameter_groups
 from simclr_dali.model.process import Process, init_distributed, on_gpu
+from simclr_dali.model.simclr import SimCLR
+from simclr_dali.train.compilation import compile_network, resolved
 from simclr_dali.train.config import CONSTANTS, AdamWBlock, Config, LARSBlock
+from simclr_dali.train.reduction import GradientReduction
 
 
 def start(patience: timedelta) -> Process:
@@ -72,26 +75,28 @@ def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     return torch.optim.SGD(groups, sgd.lr, sgd.momentum, nesterov=sgd.nesterov)
 
 
-def build_engine(model: nn.Module, config: Config, process: Process) -> tuple[Any, torch.optim.Optimizer]:
+def build_engine(model: SimCLR, config: Config, process: Process) -> tuple[Any, torch.optim.Optimizer]:
     """Wrap ``model`` in a DeepSpeed engine. Parameters and buffers of rank 0 are given to all ranks."""
     model.to(process.device)
     for buffer in model.buffers():  # the engine gives all ranks the parameters of rank 0, but not the buffers
         dist.broadcast(buffer, 0)
     optimizer = build_optimizer(model, config)
-    if config.simclr.compile != "no":
-        # In place, so that keys stay as they are, and inside of the engine, whose hooks are then not traced.
-        model.compile(backend=config.simclr.compile)
+    setting = resolved(config.simclr.compile, process.device)
+    if setting != "no":  # inside of the engine, whose hooks are then not traced
+        compile_network(model, setting, config.shard_cache().folder / "compiled", process)
     engine, wrapped, _, _ = import_deepspeed(process.device).initialize(
         model=model, optimizer=optimizer, config=deepspeed_config(config, process)
     )
-    if process.world == 1:
-        engine.enable_backward_allreduce = False  # it would copy all gradients twice to average one of them
+    # DeepSpeed would average all gradients in one piece after the backward pass.
+    engine.enable_backward_allreduce = False
     # LARS needs the model's own tensors, layer by layer and in float32, and unclipped gradients.
     assert wrapped is optimizer and engine.zero_optimization_stage() == 0 and engine.gradient_clipping() == 0
     assert all(p.dtype == torch.float32 for p in model.parameters())
+    # Only now: DeepSpeed's broadcast of the parameters needs dense strides.
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if process.world > 1:
+        engine.reduction = GradientReduction(model, config.passes(process.world))
     # DeepSpeed makes groups of its own, which have torch's default; they too are to wait as long as the watchdog does.
     for group in list(dist.distributed_c10d._world.pg_map):
         dist.distributed_c10d._set_pg_timeout(process.patience, group)
-    # Only now: DeepSpeed's broadcast of the parameters needs dense strides.
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return engine, optimizer

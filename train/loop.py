@@ -126,7 +126,7 @@ def begin_checkpoint(
         reporter.refuse(done - 1, "weights are not finite", saver.last_kept)
     refuse_drift(model, job.process, done)
     if job.process.rank == 0:
-        state = state_of(model, optimizer, job.config, job.split.shards, done)
+        state = state_of(model, optimizer, job.config, job.split.shards, job.process, done)
         state["begun_with"] = job.begun_with
         saver.save(state, keep_forever=keep_forever)
 

@@ -70,8 +70,10 @@ from simclr_dali.shards.durable import write_durably
 from simclr_dali.shards.manifest import ShardSet
 from simclr_dali.shards.verify import verify_split
 from simclr_dali.shards.wording import counted, of_classes
+from simclr_dali.train.compilation import resolved
 from simclr_dali.train.config import LR_FORMULAS, Config
 from simclr_dali.train.config_file import load_config
+from simclr_dali.train.determinism import compute_deterministically
 from simclr_dali.train.engine import build_engine, start
 from simclr_dali.train.initial_weights import take_weights
 from simclr_dali.train.job import Job, build_order
@@ -89,6 +91,8 @@ def main(arguments: argparse.Namespace) -> None:
     shards = split.shards
     order = build_order(config, shards)
     stop = StopRequest()
+    if config.simclr.deterministic:
+        compute_deterministically()
     # Longer than the watchdog's patience: it names who holds the run up, the end of a collective does not.
     process = start(timedelta(seconds=arguments.hang_timeout) + timedelta(minutes=10))
     watchdog = Watchdog(process, arguments.hang_timeout)
@@ -181,7 +185,8 @@ def announce(job: Job, step: int) -> None:
     print_rank_0(
         process,
         f"{architecture.encoder.label()}, projector {'-'.join(map(str, architecture.projector))}, "
-        f"{config.simclr.image_size} px, {process.world} x {process.device.type}, compiled: {config.simclr.compile}",
+        f"{config.simclr.image_size} px, {process.world} x {process.device.type}, compiled: "
+        f"{resolved(config.simclr.compile, process.device)}{', deterministic' if config.simclr.deterministic else ''}",
     )
     params, rule = config.optimizer.params, config.simclr.lr_rule
     print_rank_0(

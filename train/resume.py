@@ -15,18 +15,22 @@ from simclr_dali.pipeline.remote import is_remote
 from simclr_dali.shards.durable import refusals_named
 from simclr_dali.shards.errors import UserError
 from simclr_dali.shards.manifest import ShardSet
+from simclr_dali.train.compilation import resolved
 from simclr_dali.train.config import Config
 
 # Fields of the config that may differ between the machines of a run.
 PER_MACHINE = {f"simclr.{key}" for key in ("data", "run", "loader_threads", "cache", "cache_gb")}
 # Fields of the config that may differ between the stopped run and the one that goes on. They change no number of it,
-# but for the micro-batch, which BatchNorm sees where there are several: another machine may have less memory.
+# but for the micro-batch, which BatchNorm sees where there are several (another machine may have less memory), and the
+# rounding of how it is computed, of which a line is printed.
 MAY_CHANGE_ON_RESUME = {
     "train_micro_batch_size_per_gpu",
     *PER_MACHINE,
     *(
         f"simclr.{key}"
         for key in (
+            "compile",
+            "deterministic",
             "log_every",
             "checkpoint_every",
             "keep_checkpoints",
@@ -53,7 +57,7 @@ def resume(
     Raises UserError where the run was made with another data set or other settings, CheckpointError where all are
     damaged.
     """
-    state = on_rank_0(process, lambda: _state_to_go_on_with(run, config, shards))
+    state = on_rank_0(process, lambda: _state_to_go_on_with(run, config, shards, computed_by(config, process)))
     if state is None:
         return 0, None
     model.load_state_dict(state["model"])
@@ -61,7 +65,18 @@ def resume(
     return state["step"], state.get("begun_with")
 
 
-def _state_to_go_on_with(run: Path, config: Config, shards: ShardSet) -> dict[str, Any] | None:
+def computed_by(config: Config, process: Process) -> dict[str, str]:
+    """Of what the rounding of a run's numbers depends on, what a config chooses."""
+    return {
+        "device": process.device.type,
+        "simclr.compile": resolved(config.simclr.compile, process.device),
+        "simclr.deterministic": str(config.simclr.deterministic).lower(),
+    }
+
+
+def _state_to_go_on_with(
+    run: Path, config: Config, shards: ShardSet, computed: dict[str, str]
+) -> dict[str, Any] | None:
     found = checkpoint.newest(run)
     if found is None:
         return None
@@ -72,6 +87,12 @@ def _state_to_go_on_with(run: Path, config: Config, shards: ShardSet) -> dict[st
             f"or the same --data"
         )
     refuse_other_settings(run, found, config)
+    for key, before in state.get("computed_by", {}).items():
+        if before != computed.get(key, before):
+            print_now(
+                f"warning: {key} was {before} until step {state['step']} and is {computed[key]} now; what follows is "
+                "the same up to rounding, not to the bit"
+            )
     for folder, sentence in found.skipped:
         aside = folder.with_name(f"damaged-{folder.name}")
         while aside.exists():  # the same step was damaged before
@@ -120,7 +141,12 @@ def _flat(block: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def state_of(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer, config: Config, shards: ShardSet, step: int
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    config: Config,
+    shards: ShardSet,
+    process: Process,
+    step: int,
 ) -> dict[str, Any]:
     """Everything that a run needs to go on, and an evaluation to read it, in tensors and plain values."""
     return {
@@ -132,6 +158,7 @@ def state_of(
         "seed": config.simclr.seed,
         "data": data_address(config),
         "config": config.model_dump(mode="json"),
+        "computed_by": computed_by(config, process),
         "manifest": shards.fingerprint,
         "versions": {"torch": str(torch.__version__), "deepspeed": sys.modules["deepspeed"].__version__},
     }
