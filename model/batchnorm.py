@@ -29,31 +29,38 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     Layers of a process group communicate in the order in which they run, once forward and once backward each.
     """
 
-    def __init__(self, norm: nn.modules.batchnorm._BatchNorm, group: Any) -> None:
-        """Takes over the parameters and buffers of ``norm``; ``group`` is the name of a process group."""
+    def __init__(self, norm: nn.modules.batchnorm._BatchNorm, group: Any, *, kernels: bool = False) -> None:
+        """Takes over the parameters and buffers of ``norm``.
+
+        group: name of a process group; "" where there is one rank. kernels: compute by model.batchnorm_kernels.
+        """
         super().__init__(norm.num_features, norm.eps, norm.momentum)
         self.weight, self.bias = norm.weight, norm.bias
         self.running_mean, self.running_var = norm.running_mean, norm.running_var
         self.num_batches_tracked = norm.num_batches_tracked
-        self.group = group
+        self.group, self.kernels = group, kernels
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() < 2:
             raise ValueError(f"expected an input of at least 2 dimensions, got {input.dim()}")
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor, relu: bool = False) -> Tensor:
+        """relu: take the ReLU of the result too."""
         self._check_input_dim(input)
         if not self.training:
-            return super().forward(input)
+            output = super().forward(input)
+            return F.relu(output, inplace=True) if relu else output
         assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
         assert self.momentum is not None
-        output, mean, variance, count = _Normalise.apply(input, self.weight, self.bias, self.eps, self.group)
+        output, mean, variance, count = _Normalise.apply(
+            input, self.weight, self.bias, self.eps, self.group, self.kernels, relu and self.kernels
+        )
         with torch.no_grad():
             unbiased = variance * (count / (count - 1).clamp(min=1))
             self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
             self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
             self.num_batches_tracked.add_(1)
-        return output
+        return F.relu(output, inplace=True) if relu and not self.kernels else output
 
 
 class _Normalise(torch.autograd.Function):
@@ -68,53 +75,93 @@ class _Normalise(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, group: Any
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, group: Any, kernels: bool, relu: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        axes = [0, *range(2, x.dim())]
-        local_variance, local_mean = torch.var_mean(_at_least_float32(x), axes, correction=0)
-        # Moments per rank are merged as Chan et al. (1979) do: sums of squares would cancel in float32.
+        if kernels:
+            local_mean, local_variance = _kernels().moments(x)
+        else:
+            axes = [0, *range(2, x.dim())]
+            local_variance, local_mean = torch.var_mean(_at_least_float32(x), axes, correction=0)
         local_count = local_mean.new_full((1,), x.numel() // x.shape[1])
-        packed = torch.cat([local_count, local_mean, local_variance])
-        gathered = collectives.wait_tensor(_gather(packed, 0, group)).view(-1, len(packed))
-        counts, means, variances = gathered.split([1, len(local_mean), len(local_mean)], dim=1)
-        count = counts.sum()
-        mean = (counts * means).sum(0) / count
-        variance = (counts * (variances + (means - mean).square())).sum(0) / count
-        ctx.save_for_backward(x, weight, mean, variance, count)
-        ctx.eps, ctx.axes, ctx.group = eps, axes, group
+        mean, variance, count = _over_ranks(local_mean, local_variance, local_count, group)
+        ctx.save_for_backward(x, weight, bias, mean, variance, count)
+        ctx.eps, ctx.group, ctx.kernels, ctx.relu = eps, group, kernels, relu
         ctx.mark_non_differentiable(mean, variance, count)
-        return F.batch_norm(x, mean, variance, weight, bias, False, 0.0, eps), mean, variance, count
+        if kernels:
+            output = _kernels().normalise(x, mean, torch.rsqrt(variance + eps), weight, bias, relu)
+        else:
+            output = F.batch_norm(x, mean, variance, weight, bias, False, 0.0, eps)
+        return output, mean, variance, count
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        x, weight, mean, variance, count = ctx.saved_tensors
-        dy, dtype = _at_least_float32(dy), x.dtype
-        shape = [1, -1] + [1] * (x.dim() - 2)
+    def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, mean, variance, count = ctx.saved_tensors
         scale = torch.rsqrt(variance + ctx.eps)
-        xhat = (_at_least_float32(x) - mean.view(shape)) * scale.view(shape)
-        dbias, dweight = dy.sum(ctx.axes), (dy * xhat).sum(ctx.axes)
-        sums = collectives.wait_tensor(collectives.all_reduce(torch.stack([dbias, dweight]), "sum", ctx.group))
-        mean_dy, mean_dy_xhat = (sums / count).unbind(0)
-        dx = (weight * scale).view(shape) * (dy - mean_dy.view(shape) - xhat * mean_dy_xhat.view(shape))
-        return dx.to(dtype), dweight.to(weight.dtype), dbias.to(weight.dtype), None, None
+        if ctx.kernels:
+            given = (dy, x, mean, scale, weight, bias)
+            dbias, dweight = _kernels().sums(*given, ctx.relu)
+            mean_dy, mean_dy_xhat = _means_over_ranks(dbias, dweight, count, ctx.group)
+            dx = _kernels().gradient(*given, mean_dy, mean_dy_xhat, ctx.relu)
+        else:
+            axes, shape = [0, *range(2, x.dim())], [1, -1] + [1] * (x.dim() - 2)
+            dy = _at_least_float32(dy)
+            xhat = (_at_least_float32(x) - mean.view(shape)) * scale.view(shape)
+            dbias, dweight = dy.sum(axes), (dy * xhat).sum(axes)
+            mean_dy, mean_dy_xhat = _means_over_ranks(dbias, dweight, count, ctx.group)
+            dx = (weight * scale).view(shape) * (dy - mean_dy.view(shape) - xhat * mean_dy_xhat.view(shape))
+        return dx.to(x.dtype), dweight.to(weight.dtype), dbias.to(weight.dtype), None, None, None, None
+
+
+def _over_ranks(mean: Tensor, variance: Tensor, count: Tensor, group: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, variance and count of all ranks' values, of those of each."""
+    if not group:
+        return mean, variance, count.squeeze()
+    packed = torch.cat([count, mean, variance])
+    gathered = collectives.wait_tensor(_gather(packed, 0, group)).view(-1, len(packed))
+    counts, means, variances = gathered.split([1, len(mean), len(mean)], dim=1)
+    total = counts.sum()
+    together = (counts * means).sum(0) / total
+    # Moments per rank are merged as Chan et al. (1979) do: sums of squares would cancel in float32.
+    return together, (counts * (variances + (means - together).square())).sum(0) / total, total
+
+
+def _means_over_ranks(dbias: Tensor, dweight: Tensor, count: Tensor, group: Any) -> tuple[Tensor, Tensor]:
+    sums = torch.stack([dbias, dweight])
+    if group:
+        sums = collectives.wait_tensor(collectives.all_reduce(sums, "sum", group))
+    mean_dy, mean_dy_xhat = (sums / count).unbind(0)
+    return mean_dy, mean_dy_xhat
+
+
+def _kernels() -> Any:
+    """They need Triton, which comes with torch for GPUs only."""
+    from simclr_dali.model import batchnorm_kernels
+
+    return batchnorm_kernels
 
 
 def _at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def synchronised(module: Module) -> Module:
+def synchronised(module: Module, *, kernels: bool = False) -> Module:
     """``module`` with every BatchNorm replaced by one that sees all ranks.
 
-    Parameters, buffers and keys stay as they are. With one rank nothing is replaced.
+    Parameters, buffers and keys stay as they are. With one rank nothing is replaced, unless ``kernels`` are asked for.
     """
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    group = dist.group.WORLD if dist.is_initialized() and dist.get_world_size() > 1 else None
+    if group is None and not kernels:
         return module
-    group = dist.group.WORLD
-    assert group is not None
+    name_of_group = group.group_name if group else ""
     for name, child in list(module.named_children()):
         if isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d):
-            setattr(module, name, SyncBatchNorm(child, group.group_name))
+            setattr(module, name, SyncBatchNorm(child, name_of_group, kernels=kernels))
         else:
-            synchronised(child)
+            synchronised(child, kernels=kernels)
     return module
+
+
+def norm_relu(norm: nn.Module, relu: nn.Module, x: Tensor) -> Tensor:
+    """``relu(norm(x))``, by ``norm`` alone where it does both at once."""
+    found: Tensor = norm(x, relu=True) if isinstance(norm, SyncBatchNorm) else relu(norm(x))
+    return found

@@ -8,17 +8,42 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from simclr_dali.model.batchnorm import norm_relu
 from simclr_dali.model.encoder import Description, Encoder, require_bool
 from simclr_dali.model.selective_kernels import add_selective_kernels
 from simclr_dali.model.vision import resnet
 
+
+class BasicBlock(resnet.BasicBlock):
+    """torchvision's, whose BatchNorm may do the ReLU that follows it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = norm_relu(self.bn1, self.relu, self.conv1(x))
+        out = self.bn2(self.conv2(out))
+        out += x if self.downsample is None else self.downsample(x)
+        found: Tensor = self.relu(out)
+        return found
+
+
+class Bottleneck(resnet.Bottleneck):
+    """torchvision's, whose BatchNorms may do the ReLU that follows them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = norm_relu(self.bn1, self.relu, self.conv1(x))
+        out = norm_relu(self.bn2, self.relu, self.conv2(out))
+        out = self.bn3(self.conv3(out))
+        out += x if self.downsample is None else self.downsample(x)
+        found: Tensor = self.relu(out)
+        return found
+
+
 # Blocks per stage: He et al. 2016, table 1.
-_BLOCKS: dict[str, tuple[type[resnet.BasicBlock] | type[resnet.Bottleneck], list[int]]] = {
-    "resnet18": (resnet.BasicBlock, [2, 2, 2, 2]),
-    "resnet34": (resnet.BasicBlock, [3, 4, 6, 3]),
-    "resnet50": (resnet.Bottleneck, [3, 4, 6, 3]),
-    "resnet101": (resnet.Bottleneck, [3, 4, 23, 3]),
-    "resnet152": (resnet.Bottleneck, [3, 8, 36, 3]),
+_BLOCKS: dict[str, tuple[type[BasicBlock] | type[Bottleneck], list[int]]] = {
+    "resnet18": (BasicBlock, [2, 2, 2, 2]),
+    "resnet34": (BasicBlock, [3, 4, 6, 3]),
+    "resnet50": (Bottleneck, [3, 4, 6, 3]),
+    "resnet101": (Bottleneck, [3, 4, 23, 3]),
+    "resnet152": (Bottleneck, [3, 8, 36, 3]),
 }
 RESNETS = tuple(_BLOCKS)
 _CHANNELS = (64, 128, 256, 512)  # of the stages, at width 1
@@ -45,7 +70,7 @@ class ResNet(Description):
             raise ValueError(f"stem is {self.stem!r}; choose 7x7 or 3x3")
         if not 0 < self.width <= 64 or 64 * self.width % 1:
             raise ValueError(f"width is {self.width}; it must be a multiple of 1/64 up to 64")
-        if self.selective_kernels and _BLOCKS[self.name][0] is not resnet.Bottleneck:
+        if self.selective_kernels and _BLOCKS[self.name][0] is not Bottleneck:
             raise ValueError(f"selective_kernels is for resnet50 and deeper, not for {self.name}")
         if self.selective_kernels and 64 * self.width < 2:
             raise ValueError(f"width is {self.width}; selective kernels need at least 1/32")
@@ -114,8 +139,8 @@ class ResNetEncoder(Encoder, resnet.ResNet):
 
     def early(self, images: Tensor) -> Tensor:
         """All but the last stage, which with the projector holds two thirds of a ResNet-50's parameters."""
-        x = self.bn1(self.conv1(self.normalised(images)))
-        x = self.maxpool(self.relu(x) if self.stem_relu else x)
+        x = self.conv1(self.normalised(images))
+        x = self.maxpool(norm_relu(self.bn1, self.relu, x) if self.stem_relu else self.bn1(x))
         found: Tensor = self.layer3(self.layer2(self.layer1(x)))
         return found
 
@@ -144,7 +169,7 @@ class ResNetEncoder(Encoder, resnet.ResNet):
 def resnet_name(bottleneck: bool, depths: list[int]) -> str | None:
     """Which of RESNETS has so many blocks per stage, or None."""
     for name, (block, blocks) in _BLOCKS.items():
-        if (block is resnet.Bottleneck, blocks) == (bottleneck, depths):
+        if (block is Bottleneck, blocks) == (bottleneck, depths):
             return name
     return None
 

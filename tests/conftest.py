@@ -32,6 +32,9 @@ import torch
 import torch.distributed
 from torch.multiprocessing.spawn import start_processes
 
+if not torch.cuda.is_available():  # read when Triton is first imported, by whomever
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / ".package")]
 

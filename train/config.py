@@ -160,6 +160,9 @@ class Simclr(_Block):
     compile: Literal["auto", "no", "inductor", "coordinate-descent-tuning", "max-autotune-no-cudagraphs"] = "auto"
     """How torch.compile compiles encoder and projector: auto is inductor on a GPU and no on a CPU; the last two are
     inductor's searches for faster kernels, which take minutes once."""
+    batchnorm_kernels: bool = False
+    """BatchNorm with its ReLU by our own Triton kernels (model/batchnorm_kernels.py); on a GPU, where nobody has
+    measured them yet."""
     deterministic: bool = False
     """Only algorithms whose result is the same to the bit each time (train/determinism.py), which may be slower. On a
     CPU all are."""

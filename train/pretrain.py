@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,8 @@ def main(arguments: argparse.Namespace) -> None:
     job = Job(config, split, order, process, Path(config.simclr.run))
     refuse_damage(shards, process)
     config.micro_batch(process.world)  # refuses a number of processes that cannot share the batch
+    if config.simclr.batchnorm_kernels and (process.device.type != "cuda" or not find_spec("triton")):
+        raise UserError("simclr.batchnorm_kernels is true, which needs a GPU and Triton; set it to false")
 
     with run_locked(job.run, process):
         network = build_model(config.architecture(), config.simclr.seed)
@@ -107,7 +110,7 @@ def main(arguments: argparse.Namespace) -> None:
             told, begun_with = on_rank_0(process, lambda: take_weights(network, config.simclr.init_from))
             print_rank_0(process, told)
             job = replace(job, begun_with=begun_with)
-        model = synchronised(network)
+        model = synchronised(network, kernels=config.simclr.batchnorm_kernels)
         engine, optimizer = build_engine(model, config, process)
         step, kept = resume(job.run, config, shards, process, engine.module, optimizer)
         job = replace(job, begun_with=kept or job.begun_with)

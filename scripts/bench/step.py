@@ -153,7 +153,8 @@ def main(given: argparse.Namespace) -> None:
     config = load_config(given.config, given.set, data, "unused")
     process = start(timedelta(minutes=30))
     config.micro_batch(process.world)  # refuses a number of processes that cannot share the batch
-    model = synchronised(build_model(config.architecture(), config.simclr.seed))
+    network = build_model(config.architecture(), config.simclr.seed)
+    model = synchronised(network, kernels=config.simclr.batchnorm_kernels)
     engine, optimizer = build_engine(model, config, process)
     for group in optimizer.param_groups:
         group["lr"] = 0.0  # the same work, and the loss stays what it is however long this runs
