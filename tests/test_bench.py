@@ -64,6 +64,20 @@ def test_the_step_benchmark_splits_a_step_with_both_inputs(packed: Path, tmp_pat
         assert min(parts) > 0 and sum(parts) == pytest.approx(result[kind]["step"]["median"])
 
 
+@pytest.mark.launch
+def test_the_step_benchmark_compares_ways_to_compute_a_step(tmp_path: Path) -> None:
+    """A way that this machine has not is named, and costs the others nothing."""
+    out = tmp_path / "step.json"
+    words = ["--steps", 2, "--warm-up", 1, "--rounds", 1, "--synthetic-only", "--json", out]
+    rows = ["eager", *(() if torch.cuda.is_available() else ("kernels",)), "eager"]
+    done = run_python(ROOT / "scripts/bench/step.py", "--config", tiny_config(tmp_path), *words, "--compile", *rows)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(out.read_text())["rows"]
+    assert result["eager"]["synthetic"]["step"]["median"] > 0 and result["eager"]["first step, s"] > 0
+    assert "simclr.compile=no" in result["eager"]["set"] and "x eager" in done.stdout
+    assert "kernels" not in rows or ("failed" in result["kernels"] and "kernels        failed" in done.stdout)
+
+
 def test_the_step_benchmark_refuses_more_steps_than_a_run_has(packed: Path, tmp_path: Path) -> None:
     words = ["--config", tiny_config(tmp_path), "--data", packed, "--steps", 30]
     done = run_python(ROOT / "scripts/bench/step.py", *words)

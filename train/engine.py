@@ -3,6 +3,7 @@
 import logging
 import os
 from datetime import timedelta
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 from simclr_dali.model.lars import LARS, parameter_groups
 from simclr_dali.model.process import Process, init_distributed, on_gpu
 from simclr_dali.model.simclr import SimCLR
+from simclr_dali.shards.errors import UserError
 from simclr_dali.train.compilation import compile_network, resolved
 from simclr_dali.train.config import CONSTANTS, AdamWBlock, Config, LARSBlock
 from simclr_dali.train.reduction import GradientReduction
@@ -76,7 +78,12 @@ def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
 
 
 def build_engine(model: SimCLR, config: Config, process: Process) -> tuple[Any, torch.optim.Optimizer]:
-    """Wrap ``model`` in a DeepSpeed engine. Parameters and buffers of rank 0 are given to all ranks."""
+    """Wrap ``model`` in a DeepSpeed engine. Parameters and buffers of rank 0 are given to all ranks.
+
+    Raises UserError where the config asks for kernels that this machine cannot run.
+    """
+    if config.simclr.batchnorm_kernels and (process.device.type != "cuda" or not find_spec("triton")):
+        raise UserError("simclr.batchnorm_kernels is true, which needs a GPU and Triton; set it to false")
     model.to(process.device)
     for buffer in model.buffers():  # the engine gives all ranks the parameters of rank 0, but not the buffers
         dist.broadcast(buffer, 0)

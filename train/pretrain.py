@@ -20,7 +20,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from datetime import timedelta
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -101,8 +100,6 @@ def main(arguments: argparse.Namespace) -> None:
     job = Job(config, split, order, process, Path(config.simclr.run))
     refuse_damage(shards, process)
     config.micro_batch(process.world)  # refuses a number of processes that cannot share the batch
-    if config.simclr.batchnorm_kernels and (process.device.type != "cuda" or not find_spec("triton")):
-        raise UserError("simclr.batchnorm_kernels is true, which needs a GPU and Triton; set it to false")
 
     with run_locked(job.run, process):
         network = build_model(config.architecture(), config.simclr.seed)

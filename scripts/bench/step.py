@@ -3,6 +3,7 @@
     deepspeed scripts/bench/step.py --config ds_lars.json --json FILE            # a GPU per process
     deepspeed --num_gpus 2 scripts/bench/step.py --config imagenette.json --data SHARDS
     python scripts/bench/step.py --config ds_lars.json --synthetic-only          # needs no data
+    python scripts/bench/step.py --config ds_lars.json --synthetic-only --compile eager compiled deterministic
 
 Model, engine, loss and input are those that train/pretrain.py builds from the same config (--set works too). Each round
 runs --steps steps on random views that lie on the device, then --steps steps on the views of the shards, after
@@ -13,18 +14,23 @@ that nothing waits while measuring and "data wait" is time in which the GPU had 
     forward     encoder and projector; with several micro-batches both passes, and bringing their views back
     loss        NT-Xent, its share of the gathering, and the metrics
     backward    from the loss to the gradients of this process, and their norm
-    reduction   mean of the gradients over processes
+    reduction   waiting for the means of the gradients over processes, most of which are made during backward
     optimizer   update and zeroing
 
 Of a round, a step's time is the whole time over the number of steps, a phase's the mean over the steps. Figures are
 medians over the rounds with the extremes. "lost to input" is 1 - synthetic / real of the step's time within a round.
+"first step" is when the first was done, from the start of the process. --compile measures ways to compute the same step
+(ROWS below), each in a process of its own, one after the other, and compares them with the first.
 """
 
 import argparse
 import json
+import os
 import resource
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -32,11 +38,22 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+STARTED = time.monotonic()
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:1] = [str(ROOT), str(ROOT / ".package")]
 
 from simclr_dali.shards.command_line import positive_int
 from simclr_dali.shards.errors import UserError, run_main
+
+# Ways to compute a step, by what the config is set to.
+ROWS = {
+    "eager": ("simclr.compile=no",),
+    "compiled": ("simclr.compile=inductor",),
+    "tuned": ("simclr.compile=coordinate-descent-tuning",),
+    "autotuned": ("simclr.compile=max-autotune-no-cudagraphs",),
+    "kernels": ("simclr.compile=inductor", "simclr.batchnorm_kernels=true"),
+    "deterministic": ("simclr.compile=inductor", "simclr.deterministic=true"),
+}
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -44,6 +61,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--config", required=True, help="a JSON file, or a preset of train/configs")
     parser.add_argument("--data", help="folder of packed shards (default: the config's simclr.data)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one key")
+    parser.add_argument("--compile", nargs="+", choices=ROWS, metavar="ROW", help=f"of {', '.join(ROWS)}")
     parser.add_argument("--synthetic-only", action="store_true", help="leave the real input out")
     parser.add_argument("--steps", type=positive_int, default=10, help="measured, a round (default: 10)")
     parser.add_argument("--warm-up", type=positive_int, default=3, help="steps before, a round (default: 3)")
@@ -67,6 +85,7 @@ from simclr_dali.model.simclr import build_model
 from simclr_dali.pipeline.remote import open_split
 from simclr_dali.train.config import Config
 from simclr_dali.train.config_file import load_config
+from simclr_dali.train.determinism import compute_deterministically
 from simclr_dali.train.engine import build_engine, start
 from simclr_dali.train.job import Job, build_order, view_dtype
 from simclr_dali.train.micro_batches import MicroBatches
@@ -122,14 +141,17 @@ class TimedEngine:
 
     def __init__(self, engine: Any, clock: Clock) -> None:
         self._engine, self._clock, self.module = engine, clock, engine.module
-        reduce: Callable[..., None] = engine.allreduce_gradients
+        reduction = getattr(engine, "reduction", None)
+        if reduction is None:  # one process
+            return
+        finish: Callable[[], None] = reduction.finish
 
-        def timed(*words: Any, **named: Any) -> None:
+        def timed() -> None:
             clock.mark("reduction")
-            reduce(*words, **named)
+            finish()
             clock.mark("backward")
 
-        engine.allreduce_gradients = timed
+        reduction.finish = timed
 
     def __call__(self, views: Tensor) -> Any:
         self._clock.mark("forward")
@@ -151,6 +173,8 @@ class TimedEngine:
 def main(given: argparse.Namespace) -> None:
     data = "unused" if given.synthetic_only else given.data
     config = load_config(given.config, given.set, data, "unused")
+    if config.simclr.deterministic:
+        compute_deterministically()
     process = start(timedelta(minutes=30))
     config.micro_batch(process.world)  # refuses a number of processes that cannot share the batch
     network = build_model(config.architecture(), config.simclr.seed)
@@ -174,14 +198,17 @@ def main(given: argparse.Namespace) -> None:
                 "set simclr.epochs higher"
             )
     engine.train()
+    run(timed, clock, config, process, inputs["synthetic"], 1)
+    first_step = time.monotonic() - STARTED
     rounds: dict[str, list[list[dict[str, float]]]] = {name: [] for name in inputs}
     for _ in range(given.rounds):
         for name, views in inputs.items():
-            rounds[name].append(run(timed, clock, config, process, views, given))
+            steps = run(timed, clock, config, process, views, given.warm_up + given.steps)
+            rounds[name].append(steps[given.warm_up :])
     if loader is not None:
         loader.close()
     if process.rank == 0:
-        report(given, config, process, rounds)
+        report(given, config, process, rounds, first_step)
     leave(process)
 
 
@@ -198,21 +225,25 @@ def run(
     config: Config,
     process: Process,
     views: Iterator[Tensor],
-    given: argparse.Namespace,
+    steps: int,
 ) -> list[dict[str, float]]:
-    """Milliseconds of the phases of each measured step."""
+    """Milliseconds of the phases of each of these steps."""
     micro_batches = MicroBatches(process.device, config.passes(process.world))
     loss = NTXent(config.simclr.temperature)
-    for _ in range(given.warm_up + given.steps):
+    for _ in range(steps):
         clock.mark(BEGIN)
         micro_batches.begin(clock.timed(views))
         train_step(engine, micro_batches, loss)
     clock.mark("end")
-    return clock.read()[given.warm_up :]
+    return clock.read()
 
 
 def report(
-    given: argparse.Namespace, config: Config, process: Process, rounds: dict[str, list[list[dict[str, float]]]]
+    given: argparse.Namespace,
+    config: Config,
+    process: Process,
+    rounds: dict[str, list[list[dict[str, float]]]],
+    first_step: float,
 ) -> None:
     device = "gpu" if process.device.type == "cuda" else "cpu"
     on = machine(device, PACKAGES)
@@ -239,7 +270,8 @@ def report(
         print(f"lost to input: {spread(lost, 1)} %")
         result["lost to input, %"] = extremes(lost)
     result["peak memory, MB"] = peak_memory(device) / 1e6
-    print(f"peak memory of a process: {result['peak memory, MB']:,.0f} MB")
+    result["first step, s"] = first_step
+    print(f"peak memory of a process: {result['peak memory, MB']:,.0f} MB; first step after {first_step:.1f} s")
     if given.json:
         given.json.write_text(json.dumps(result, indent=1) + "\n")
 
@@ -255,5 +287,51 @@ def peak_memory(device: str) -> float:
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
+def compare(given: argparse.Namespace, words: list[str]) -> None:
+    """Measure each of ``given.compile`` by this script with ``words``, and compare them with the first."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("--compile starts processes of its own; with a launcher, give what a row sets by --set")
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for row in given.compile:
+            print(f"{row}: {' '.join(ROWS[row])}", flush=True)
+            out = Path(folder) / "row.json"
+            settings = [word for value in ROWS[row] for word in ("--set", value)]
+            done = subprocess.run([sys.executable, __file__, *words, *settings, "--json", out], check=False)
+            if done.returncode:
+                found[row] = {"failed": done.returncode}
+            else:
+                found[row] = json.loads(out.read_text())
+            if given.json:  # after each, since the next may take long
+                given.json.write_text(json.dumps({"rows": found}, indent=1) + "\n")
+    measured = {row: result for row, result in found.items() if "failed" not in result}
+    if not measured:
+        raise UserError("no row could be measured; their errors are above")
+    first = next(iter(measured))
+    for row, result in found.items():
+        if row not in measured:
+            print(f"{row:14} failed, see above")
+            continue
+        step, base = (measured[name]["synthetic"]["step"]["median"] for name in (row, first))
+        print(
+            f"{row:14} {step:10,.1f} ms a step  {base / step:6.2f} x {first}  "
+            f"{result['peak memory, MB']:9,.0f} MB  first step after {result['first step, s']:.0f} s"
+        )
+
+
+def without_rows(words: list[str]) -> list[str]:
+    """The words of a command line but for --compile, --json and what belongs to them."""
+    kept, skipping = [], False
+    for word in words:
+        if word.startswith("--"):
+            skipping = word.partition("=")[0] in ("--compile", "--json")
+        if not skipping:
+            kept.append(word)
+    return kept
+
+
 if __name__ == "__main__":
-    run_main(lambda: main(ARGUMENTS), shares_work=True)
+    if ARGUMENTS.compile:
+        run_main(lambda: compare(ARGUMENTS, without_rows(sys.argv[1:])))
+    else:
+        run_main(lambda: main(ARGUMENTS), shares_work=True)
