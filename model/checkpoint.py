@@ -161,11 +161,6 @@ def load(path: Path) -> Checkpoint:
     return _load_file(path, path.read_bytes())
 
 
-def has_checkpoints(run: Path) -> bool:
-    """Whether a run has any, sound or damaged."""
-    return bool(_steps(run / _FOLDER))
-
-
 def _steps(folder: Path) -> list[Path]:
     return sorted(step for step in folder.glob("step-*") if step.suffix != ".tmp")
 

@@ -5,7 +5,9 @@ for views, labels, ids in TwoViews(split, plan, Recipe(), LoaderConfig(224, devi
     ...
 """
 
+import threading
 from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import replace
 from typing import Any
 
@@ -47,8 +49,29 @@ class TwoViews(Iterator[Batch]):
         self._position = plan.start  # epoch and step of the first batch that was not wholly given yet
         self._reader: SampleReader | None = None
         self._stream: Generator[tuple[PlannedBatch, Batch], None, None] | None = None
+        self._first: Future[tuple[PlannedBatch, Batch]] | None = None
+
+    def start(self) -> "TwoViews":
+        """Begin with the first batch in a thread of its own, while the caller does something else; returns itself."""
+        first = self._first = Future[tuple[PlannedBatch, Batch]]()
+
+        def make() -> None:
+            try:
+                first.set_result(self._next())
+            except BaseException as error:  # which __next__ raises where the batch is asked for
+                first.set_exception(error)
+
+        threading.Thread(target=make, name="first batch", daemon=True).start()
+        return self
 
     def __next__(self) -> Batch:
+        first, self._first = self._first, None
+        plan, batch = first.result() if first else self._next()
+        if plan.ends_step:
+            self._position = self._plan.order.after(plan.epoch, plan.step)
+        return batch
+
+    def _next(self) -> tuple[PlannedBatch, Batch]:
         if self._stream is None:
             self._reader = SampleReader(self._split, self._max_bad_fraction)
             source = ViewSource.augmented(
@@ -56,10 +79,7 @@ class TwoViews(Iterator[Batch]):
             )
             rest = replace(self._plan, start=self._position)
             self._stream = stream(source, rest.batches(), self._config, batch=self._plan.images)
-        plan, batch = next(self._stream)
-        if plan.ends_step:
-            self._position = self._plan.order.after(plan.epoch, plan.step)
-        return batch
+        return next(self._stream)
 
     def __len__(self) -> int:
         """Batches (micro-batches, if there are) from the start to the end of the epochs."""
@@ -88,6 +108,9 @@ class TwoViews(Iterator[Batch]):
 
     def close(self) -> None:
         """End threads, files and graph; iterating again goes on at the position."""
+        if self._first is not None:
+            wait([self._first])
+            self._first = None
         if self._stream is not None:
             self._stream.close()
         self._stream = None

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import simclr_dali
-from simclr_dali.__main__ import COMMANDS
+from simclr_dali.__main__ import COMMANDS, visible_gpus
 from tests.conftest import ROOT, TIMEOUT, run_command, run_python
 from tests.runs import TOOLS, environment, free_port, tiny_config
 
@@ -128,6 +128,26 @@ def test_pretrain_starts_the_launcher_and_hands_its_options_on(packed: Path, tmp
     words = ["--config", tiny_config(tmp_path), "--data", packed, "--run", tmp_path / "run", "--stop-after-steps", 1]
     done = run_command("pretrain", "--num_gpus", 2, "--master_port", free_port(), *words, cwd=tmp_path)
     assert done.returncode == 0 and "2 x cpu" in done.stdout, done.stderr
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("options", [[], ["--num_gpus", 1]])
+def test_one_process_needs_no_launcher(options: list[Any], packed: Path, tmp_path: Path) -> None:
+    words = ["--config", tiny_config(tmp_path), "--data", packed, "--run", tmp_path / "run", "--stop-after-steps", 1]
+    done = run_command("pretrain", *options, *words, cwd=tmp_path)
+    assert done.returncode == 0 and "1 x cpu" in done.stdout, done.stderr
+    assert "launch" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("environment", "count"),
+    [({"CUDA_VISIBLE_DEVICES": "0,3"}, 2), ({"CUDA_VISIBLE_DEVICES": ""}, 0), ({"DS_ACCELERATOR": "cpu"}, 0)],
+)
+def test_visible_gpus(environment: dict[str, str], count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert visible_gpus() == count
 
 
 def test_mistakes_are_answered_before_anything_is_imported(tmp_path: Path) -> None:

@@ -153,6 +153,21 @@ def test_more_damage_than_is_allowed_stops_with_a_sentence(damaged_set: ShardSet
         list(two_views(damaged_set, order_of(damaged_set, 12), Recipe(), SETTING, epochs=2, max_bad_fraction=0.05))
 
 
+def test_a_loader_may_begin_before_it_is_asked(damaged_set: ShardSet, train_split: ShardSet) -> None:
+    """The same batches from the same position; an error waits for whoever asks; one may leave without asking."""
+    order = Order(train_split.shard_sizes(), 24, 4, 2, 9)
+    made = [two_views(train_split, order, Recipe(), SETTING, epochs=1) for _ in range(3)]
+    plain, begun, left = made[0], made[1].start(), made[2].start()
+    left.close()
+    assert begun.state_dict() == plain.state_dict()
+    for expected, batch in zip(plain, begun, strict=True):
+        assert torch.equal(batch.views, expected.views) and begun.state_dict() == plain.state_dict()
+    order = Order(damaged_set.shard_sizes(), 8, 1, 2, 0)
+    broken = two_views(damaged_set, order, Recipe(), SETTING, epochs=1, max_bad_fraction=0.0).start()
+    with pytest.raises(UserError, match="max_bad_fraction|damaged|does not hold|crc"):
+        list(broken)
+
+
 def test_length_and_position(train_split: ShardSet) -> None:
     order = order_of(train_split)
     whole = views_of(train_split, micro_batch=6)

@@ -10,6 +10,7 @@ import torch
 from simclr_dali.model.ntxent import NTXent
 from simclr_dali.model.process import print_now, print_rank_0
 from simclr_dali.model.schedule import learning_rate
+from simclr_dali.pipeline.loader import TwoViews
 from simclr_dali.shards.durable import write_durably
 from simclr_dali.train.job import Job
 from simclr_dali.train.knn_monitor import KnnMonitor
@@ -26,16 +27,19 @@ def train(
     job: Job,
     engine: Any,
     optimizer: torch.optim.Optimizer,
+    batches: TwoViews,
     stop: StopRequest,
     watchdog: Watchdog,
     first_step: int,
     last_step: int,
 ) -> None:
-    """Run steps first_step .. last_step - 1, or until someone asks to stop; there is a checkpoint at the end."""
+    """Run steps first_step .. last_step - 1, or until someone asks to stop; there is a checkpoint at the end.
+
+    ``batches`` are those from first_step on.
+    """
     config, order, process, run = job.config, job.order, job.process, job.run
     simclr, steps_per_epoch = config.simclr, order.steps_per_epoch
     warmup_steps = round(simclr.warmup_epochs * steps_per_epoch)
-    batches = job.views(first_step)
     views = MicroBatches(process.device, config.passes(process.world))
     loss: Loss = NTXent(simclr.temperature)
     reporter = reporter_of(job, loss, first_step)

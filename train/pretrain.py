@@ -17,7 +17,7 @@ import json
 import math
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -62,7 +62,6 @@ if __name__ == "__main__":
 import torch.distributed as dist
 
 from simclr_dali.model.batchnorm import NOISY_BATCHNORM_IMAGES, synchronised
-from simclr_dali.model.checkpoint import has_checkpoints
 from simclr_dali.model.process import Process, leave, on_rank_0, print_rank_0
 from simclr_dali.model.simclr import build_model
 from simclr_dali.pipeline.remote import open_split
@@ -80,7 +79,7 @@ from simclr_dali.train.job import Job, build_order
 from simclr_dali.train.knn_monitor import KnnMonitor
 from simclr_dali.train.lock import lock_run
 from simclr_dali.train.loop import train, write_finished
-from simclr_dali.train.resume import PER_MACHINE, resume, settings
+from simclr_dali.train.resume import PER_MACHINE, settings, state_to_go_on_with
 from simclr_dali.train.stopping import StopRequest
 from simclr_dali.train.watchdog import Watchdog
 
@@ -101,16 +100,25 @@ def main(arguments: argparse.Namespace) -> None:
     refuse_damage(shards, process)
     config.micro_batch(process.world)  # refuses a number of processes that cannot share the batch
 
-    with run_locked(job.run, process):
+    with ExitStack() as locked:
+        locked.enter_context(run_locked(job.run, process))
+        state = state_to_go_on_with(job.run, config, shards, process)
+        step = state["step"] if state else 0
+        batches = locked.enter_context(closing(job.views(step)))
+        if step < job.total_steps:
+            batches.start()  # read, decoded and drawn while the network is built
         network = build_model(config.architecture(), config.simclr.seed)
-        if config.simclr.init_from and not has_checkpoints(job.run):
+        if state:
+            job = replace(job, begun_with=state.get("begun_with"))
+        elif config.simclr.init_from:
             told, begun_with = on_rank_0(process, lambda: take_weights(network, config.simclr.init_from))
             print_rank_0(process, told)
             job = replace(job, begun_with=begun_with)
         model = synchronised(network, kernels=config.simclr.batchnorm_kernels)
         engine, optimizer = build_engine(model, config, process)
-        step, kept = resume(job.run, config, shards, process, engine.module, optimizer)
-        job = replace(job, begun_with=kept or job.begun_with)
+        if state:
+            engine.module.load_state_dict(state.pop("model"))
+            optimizer.load_state_dict(state.pop("optimizer"))
         finished = job.run / "finished.json"
         if step < job.total_steps:
             if process.rank == 0:
@@ -118,7 +126,7 @@ def main(arguments: argparse.Namespace) -> None:
                 write_durably(job.run / "config.json", (json.dumps(config.model_dump(mode="json"), indent=2)).encode())
                 announce(job, step)
             last_step = min(job.total_steps, step + (arguments.stop_after_steps or job.total_steps))
-            train(job, engine, optimizer, stop, watchdog, step, last_step)
+            train(job, engine, optimizer, batches, stop, watchdog, step, last_step)
         else:
             KnnMonitor(job, watchdog).run_missed_check(engine.module, step)
             if process.rank == 0 and not finished.exists():  # killed between the last checkpoint and this

@@ -43,26 +43,14 @@ MAY_CHANGE_ON_RESUME = {
 }
 
 
-def resume(
-    run: Path,
-    config: Config,
-    shards: ShardSet,
-    process: Process,
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-) -> tuple[int, dict[str, Any] | None]:
-    """Load the newest sound checkpoint of ``run``, if there is one; return its step, and whose weights it began with.
+def state_to_go_on_with(run: Path, config: Config, shards: ShardSet, process: Process) -> dict[str, Any] | None:
+    """The newest sound checkpoint of ``run`` (:func:`state_of`); None where there is none.
 
     Rank 0 reads it and gives it to the others. Damaged ones that are newer are named and set aside.
     Raises UserError where the run was made with another data set or other settings, CheckpointError where all are
     damaged.
     """
-    state = on_rank_0(process, lambda: _state_to_go_on_with(run, config, shards, computed_by(config, process)))
-    if state is None:
-        return 0, None
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    return state["step"], state.get("begun_with")
+    return on_rank_0(process, lambda: _read(run, config, shards, computed_by(config, process)))
 
 
 def computed_by(config: Config, process: Process) -> dict[str, str]:
@@ -74,9 +62,7 @@ def computed_by(config: Config, process: Process) -> dict[str, str]:
     }
 
 
-def _state_to_go_on_with(
-    run: Path, config: Config, shards: ShardSet, computed: dict[str, str]
-) -> dict[str, Any] | None:
+def _read(run: Path, config: Config, shards: ShardSet, computed: dict[str, str]) -> dict[str, Any] | None:
     found = checkpoint.newest(run)
     if found is None:
         return None
