@@ -86,7 +86,8 @@ from simclr_dali.pipeline.remote import open_split
 from simclr_dali.train.config import Config
 from simclr_dali.train.config_file import load_config
 from simclr_dali.train.determinism import compute_deterministically
-from simclr_dali.train.engine import build_engine, start
+from simclr_dali.train.engine import build_engine, deepspeed_config, start
+from simclr_dali.train.footprint import bytes_per_image
 from simclr_dali.train.job import Job, build_order, view_dtype
 from simclr_dali.train.micro_batches import MicroBatches
 from simclr_dali.train.step import train_step
@@ -271,7 +272,13 @@ def report(
         result["lost to input, %"] = extremes(lost)
     result["peak memory, MB"] = peak_memory(device) / 1e6
     result["first step, s"] = first_step
-    print(f"peak memory of a process: {result['peak memory, MB']:,.0f} MB; first step after {first_step:.1f} s")
+    autocast = deepspeed_config(config, process)["torch_autocast"]["enabled"]
+    kept = bytes_per_image(config.architecture(), config.simclr.image_size, autocast=autocast) / 1e6
+    result["kept of an image, MB"] = kept
+    print(
+        f"peak memory of a process: {result['peak memory, MB']:,.0f} MB; an image keeps {kept:.1f} MB for the backward "
+        f"pass, uncompiled; first step after {first_step:.1f} s"
+    )
     if given.json:
         given.json.write_text(json.dumps(result, indent=1) + "\n")
 
