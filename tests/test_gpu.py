@@ -148,6 +148,35 @@ def test_the_trainer_runs_and_goes_on_on_the_gpu(micro_batch: int, packed: Path,
     assert [line["step"] for line in metrics(tmp_path / "run")] == list(range(30))
 
 
+@pytest.mark.launch
+def test_a_deterministic_run_on_the_gpu_resumes_to_the_bit(packed: Path, tmp_path: Path) -> None:
+    """Compiled, in bfloat16, with a check of nearest neighbours between; and once uncompiled."""
+    config = tiny_config(tmp_path)
+    for compile in ("auto", "no"):
+        settings = ["simclr.deterministic=true", "torch_autocast.enabled=true", f"simclr.compile={compile}"]
+        settings += ["simclr.knn_every_epochs=1", f"simclr.cache={tmp_path / 'cache'}"]
+        words = ["--config", config, "--data", packed, *(word for value in settings for word in ("--set", value))]
+        for run, steps in (("stopped", 7), ("stopped", 13), ("whole", 20)):
+            more = ["--run", tmp_path / f"{run}-{compile}", "--stop-after-steps", steps]
+            done = run_python(ROOT / "train/pretrain.py", *words, *more, env=ON_GPU)
+            assert done.returncode == 0, done.stderr
+            assert ("compiled in" in done.stdout) == (compile == "auto")
+        runs = [metrics(tmp_path / f"{run}-{compile}") for run in ("stopped", "whole")]
+        assert runs[0] == runs[1] and len(runs[0]) == 20
+
+
+@pytest.mark.launch
+def test_a_compiled_run_on_the_gpu_begins_as_the_plain_one(packed: Path, tmp_path: Path) -> None:
+    words = ["--config", tiny_config(tmp_path), "--data", packed, "--stop-after-steps", 4]
+    losses = []
+    for compile in ("auto", "no"):
+        more = ["--run", tmp_path / compile, "--set", f"simclr.compile={compile}"]
+        done = run_python(ROOT / "train/pretrain.py", *words, *more, env=ON_GPU)
+        assert done.returncode == 0 and "without compiling" not in done.stderr, done.stderr
+        losses.append([line["loss"] for line in metrics(tmp_path / compile)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)  # TF32 convolutions of either
+
+
 def test_probes_on_the_gpu_find_what_the_cpu_finds() -> None:
     features, labels = problem(600)
     queries, truth = problem(90)
