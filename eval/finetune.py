@@ -105,7 +105,7 @@ def main(arguments: argparse.Namespace) -> None:
     out = job.out(f"finetune-{name}")
     print_rank_0(process, f"{len(ids):,} of {len(job.train.shards):,} images of train, {schedule.epochs} epochs")
     model = Tuned(job.encoder.requires_grad_(True), len(job.classes))
-    synchronised(model)
+    synchronised(model, process.device)
     model.to(process.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     model.train()
     train(job, model, model, ids, schedule, state_of(out), seed=arguments.seed, save_every=arguments.save_every)

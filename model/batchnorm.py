@@ -144,20 +144,23 @@ def _at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def synchronised(module: Module, *, kernels: bool = False) -> Module:
-    """``module`` with every BatchNorm replaced by one that sees all ranks.
+def synchronised(module: Module, device: torch.device, *, compiled: bool = False, kernels: bool = False) -> Module:
+    """``module``, which will run on ``device``, with every BatchNorm replaced by one that sees all ranks.
 
     Parameters, buffers and keys stay as they are. With one rank nothing is replaced, unless ``kernels`` are asked for.
+    Where nothing is compiled on a GPU it is torch's, whose own kernels there need no copies in float32.
     """
     group = dist.group.WORLD if dist.is_initialized() and dist.get_world_size() > 1 else None
     if group is None and not kernels:
         return module
+    if device.type == "cuda" and not compiled and not kernels:
+        return nn.SyncBatchNorm.convert_sync_batchnorm(module)
     name_of_group = group.group_name if group else ""
     for name, child in list(module.named_children()):
         if isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d):
             setattr(module, name, SyncBatchNorm(child, name_of_group, kernels=kernels))
         else:
-            synchronised(child, kernels=kernels)
+            synchronised(child, device, compiled=compiled, kernels=kernels)
     return module
 
 

@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 
 from simclr_dali.pipeline.batch_plan import BatchPlan, PlannedBatch, in_storage_order
 from simclr_dali.pipeline.draws import Recipe
@@ -54,10 +55,13 @@ class TwoViews(Iterator[Batch]):
     def start(self) -> "TwoViews":
         """Begin with the first batch in a thread of its own, while the caller does something else; returns itself."""
         first = self._first = Future[tuple[PlannedBatch, Batch]]()
+        reader = self._reader = SampleReader(self._split, self._max_bad_fraction)
 
         def make() -> None:
             try:
-                first.set_result(self._next())
+                if self._config.device.type == "cuda":  # a thread begins on GPU 0, where it would take memory
+                    torch.cuda.set_device(self._config.device)
+                first.set_result(self._next(reader))
             except BaseException as error:  # which __next__ raises where the batch is asked for
                 first.set_exception(error)
 
@@ -71,12 +75,10 @@ class TwoViews(Iterator[Batch]):
             self._position = self._plan.order.after(plan.epoch, plan.step)
         return batch
 
-    def _next(self) -> tuple[PlannedBatch, Batch]:
+    def _next(self, reader: SampleReader | None = None) -> tuple[PlannedBatch, Batch]:
         if self._stream is None:
-            self._reader = SampleReader(self._split, self._max_bad_fraction)
-            source = ViewSource.augmented(
-                self._split.shards.samples, self._reader, self._recipes, self._plan.order.seed
-            )
+            reader = self._reader = reader or SampleReader(self._split, self._max_bad_fraction)
+            source = ViewSource.augmented(self._split.shards.samples, reader, self._recipes, self._plan.order.seed)
             rest = replace(self._plan, start=self._position)
             self._stream = stream(source, rest.batches(), self._config, batch=self._plan.images)
         return next(self._stream)
@@ -108,7 +110,8 @@ class TwoViews(Iterator[Batch]):
 
     def close(self) -> None:
         """End threads, files and graph; iterating again goes on at the position."""
-        if self._first is not None:
+        if self._first is not None and self._reader is not None:
+            self._reader.stop()  # shards that are far away are not waited for
             wait([self._first])
             self._first = None
         if self._stream is not None:

@@ -12,6 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from simclr_dali.model.batchnorm import SyncBatchNorm, synchronised
 from tests.conftest import run_ranks
 
+CPU = torch.device("cpu")
+
 
 def small_network() -> nn.Sequential:
     torch.manual_seed(3)
@@ -52,7 +54,7 @@ class Collectives(TorchDispatchMode):
 
 
 def train_rank(rank: int, images: Tensor, targets: Tensor, cuts: list[int], backend: str | None) -> dict[str, Any]:
-    network = synchronised(small_network())
+    network = synchronised(small_network(), CPU)
     types = [type(module).__name__ for module in network.modules()]
     own = slice(cuts[rank], cuts[rank + 1])
     counters = torch._dynamo.utils.counters
@@ -109,7 +111,7 @@ def test_processes_equal_one(cuts: list[int], backend: str | None, tmp_path: Pat
 def half_precision(rank: int, images: Tensor) -> list[Tensor]:
     """Output, gradient and running variance of a layer whose input is in bfloat16."""
     world = dist.get_world_size()
-    layer: Any = synchronised(nn.Sequential(nn.BatchNorm2d(images.shape[1])))[0]
+    layer: Any = synchronised(nn.Sequential(nn.BatchNorm2d(images.shape[1])), CPU)[0]
     x = images.chunk(world)[rank].bfloat16().requires_grad_()
     y = layer(x)
     (y.float() ** 3).sum().backward()
@@ -147,4 +149,4 @@ def alone(rank: int) -> bool:
 def test_one_process_of_it_is_batchnorm_and_one_process_needs_none(tmp_path: Path) -> None:
     assert run_ranks(alone, 1, tmp_path) == [True]
     network = small_network()
-    assert synchronised(network) is network and type(network[1]) is nn.BatchNorm2d
+    assert synchronised(network, CPU) is network and type(network[1]) is nn.BatchNorm2d

@@ -97,7 +97,7 @@ def test_what_is_not_a_number_stays_visible() -> None:
 
 
 def split(rank: int, x: Tensor, dy: Tensor) -> list[Tensor]:
-    network = synchronised(nn.Sequential(nn.BatchNorm2d(x.shape[1])), kernels=True)
+    network = synchronised(nn.Sequential(nn.BatchNorm2d(x.shape[1])), torch.device(DEVICE), kernels=True)
     cut = slice(0, 3) if rank == 0 else slice(3, None)
     return forward_and_backward(network[0], x[cut], dy[cut], relu=True)
 
@@ -121,7 +121,7 @@ def test_a_network_with_them_computes_the_same(name: str) -> None:
     images = torch.randn(6, 3, 32, 32, device=DEVICE)
     results = []
     for kernels in (False, True):
-        model = synchronised(build_model(architecture, 0), kernels=kernels).to(DEVICE).double()
+        model = synchronised(build_model(architecture, 0), torch.device(DEVICE), kernels=kernels).to(DEVICE).double()
         if kernels:
             model.float()
         z = model(images.to(next(model.parameters()).dtype))
@@ -134,7 +134,9 @@ def test_a_network_with_them_computes_the_same(name: str) -> None:
 def test_a_compiler_traces_them_into_one_graph() -> None:
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    model = synchronised(build_model(Architecture(ResNet("resnet18", 0.0625, "7x7"), (8, 4)), 0), kernels=True)
+    model = synchronised(
+        build_model(Architecture(ResNet("resnet18", 0.0625, "7x7"), (8, 4)), 0), torch.device(DEVICE), kernels=True
+    )
     model.to(DEVICE, memory_format=torch.channels_last)  # type: ignore[call-overload]
     images = torch.randn(6, 3, 32, 32, device=DEVICE)
     found = []

@@ -68,7 +68,7 @@ def train(rank: int, views: Tensor) -> dict[str, Tensor]:
     process = Process(rank, world, world, torch.device("cpu"), 1)
     results = {}
     for precision in ("float32", "float64"):
-        model = synchronised(build_model(config.architecture(), 0))
+        model = synchronised(build_model(config.architecture(), 0), process.device)
         if precision == "float32":
             engine, optimizer = build_engine(model, config, process)
         else:

@@ -32,11 +32,12 @@ def resolved(compile: str, device: torch.device) -> str:
     return "inductor" if device.type == "cuda" else "no"
 
 
-def compile_network(model: SimCLR, setting: str, folder: Path, process: Process) -> None:
+def compile_network(model: SimCLR, setting: str, folder: Path, process: Process) -> "Backend":
     """Have ``model``'s forward and backward pass compiled when it first runs; keys and hooks stay as they are.
 
     One graph. With several processes two, so that gradients of the second leave while the first's backward pass runs
     (model.encoder.Encoder.early). ``folder`` keeps what was compiled, unless TORCHINDUCTOR_CACHE_DIR names another.
+    What is returned says later whether it could be done.
     """
     backend = Backend(setting, folder, process)
     if process.world == 1:
@@ -44,6 +45,7 @@ def compile_network(model: SimCLR, setting: str, folder: Path, process: Process)
     else:
         for part in ("early", "late"):
             setattr(model, part, torch.compile(getattr(model, part), backend=backend, dynamic=False))
+    return backend
 
 
 class Backend:
@@ -52,26 +54,31 @@ class Backend:
     def __init__(self, setting: str, folder: Path, process: Process) -> None:
         self._setting, self._process = setting, process
         self.folder = _keep_in(folder)
-        self._failed = False
+        self.failed = False
 
     def __call__(self, graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        if self._failed:
+        from torch._dynamo.exc import RestartAnalysis, SkipFrame
+
+        if self.failed:
             return graph
         print_rank_0(
             self._process,
             f"compiling the network ({self._setting}): about a minute, once; {self.folder} keeps it for later starts",
         )
         started = time.monotonic()
+        as_it_is = copy.deepcopy(graph)  # the compiler changes what it is given
         try:
-            compiled = self._compile(copy.deepcopy(graph), inputs)
+            compiled = self._compile(graph, inputs)
+        except (RestartAnalysis, SkipFrame):  # with which torch's tracer is told to try otherwise
+            raise
         except Exception as error:  # whatever a compiler, its driver or its files lack
-            self._failed = True
+            self.failed = True
             print_now(
                 f"warning: rank {self._process.rank} computes without compiling, which is slower: {_reason(error)}; "
                 'mend that, or set simclr.compile to "no"',
                 file=sys.stderr,
             )
-            return graph
+            return as_it_is
         print_rank_0(self._process, f"compiled in {time.monotonic() - started:.0f} s")
         return compiled
 
@@ -97,13 +104,15 @@ class Backend:
         device = self._process.device
         shapes = [(tuple(x.shape), str(x.dtype)) if isinstance(x, torch.Tensor) else str(x) for x in inputs]
         name = repr((graph.code, shapes, torch.is_grad_enabled(), self._setting, str(device), torch.__version__))
-        locks = self.folder / "locks"
-        locks.mkdir(parents=True, exist_ok=True)
-        with (locks / hashlib.sha256(name.encode()).hexdigest()[:32]).open("a") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                fcntl.flock(lock, fcntl.LOCK_SH)
+        lock = self.folder / "locks" / hashlib.sha256(name.encode()).hexdigest()[:32]
+        with contextlib.ExitStack() as held:
+            with contextlib.suppress(OSError):  # a disk that cannot lock costs the others time, and nothing else
+                lock.parent.mkdir(parents=True, exist_ok=True)
+                file = held.enter_context(lock.open("a"))
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    fcntl.flock(file, fcntl.LOCK_SH)
             yield
 
 

@@ -22,6 +22,9 @@ from simclr_dali.train.reduction import GradientReduction
 def start(patience: timedelta) -> Process:
     """Join the other ranks with DeepSpeed; see model.process.init_distributed."""
     import_deepspeed(torch.device("cuda" if on_gpu() else "cpu"))
+    # Gradients and BatchNorm use a process group each at the same time, in the same order on all ranks; NCCL is to keep
+    # that order on the device as well.
+    os.environ.setdefault("NCCL_LAUNCH_ORDER_IMPLICIT", "1")
     process = init_distributed(patience)
     import_deepspeed(process.device).init_distributed(
         dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False, timeout=patience
@@ -88,12 +91,13 @@ def build_engine(model: SimCLR, config: Config, process: Process) -> tuple[Any, 
     for buffer in model.buffers():  # the engine gives all ranks the parameters of rank 0, but not the buffers
         dist.broadcast(buffer, 0)
     optimizer = build_optimizer(model, config)
-    setting = resolved(config.simclr.compile, process.device)
+    setting, backend = resolved(config.simclr.compile, process.device), None
     if setting != "no":  # inside of the engine, whose hooks are then not traced
-        compile_network(model, setting, config.shard_cache().folder / "compiled", process)
+        backend = compile_network(model, setting, config.shard_cache().folder / "compiled", process)
     engine, wrapped, _, _ = import_deepspeed(process.device).initialize(
         model=model, optimizer=optimizer, config=deepspeed_config(config, process)
     )
+    engine.compiled_by = backend
     # DeepSpeed would average all gradients in one piece after the backward pass.
     engine.enable_backward_allreduce = False
     # LARS needs the model's own tensors, layer by layer and in float32, and unclipped gradients.

@@ -16,7 +16,7 @@ from simclr_dali.train.job import Job
 from simclr_dali.train.knn_monitor import KnnMonitor
 from simclr_dali.train.metrics import Reporter, run_speed
 from simclr_dali.train.micro_batches import MicroBatches
-from simclr_dali.train.resume import state_of
+from simclr_dali.train.resume import computed_by, state_of
 from simclr_dali.train.saver import Saver, all_finite, refuse_drift
 from simclr_dali.train.step import Loss, train_step
 from simclr_dali.train.stopping import StopRequest, StopVote
@@ -72,7 +72,7 @@ def train(
                 saver.refuse_failure()
             if save_now:
                 watchdog.at(f"step {step}, its checkpoint")
-                begin_checkpoint(job, engine.module, optimizer, saver, reporter, done, keep_forever)
+                begin_checkpoint(job, engine, optimizer, saver, reporter, done, keep_forever)
             if knn.due(done) and not leave:  # after a stop, the check is made when the run goes on
                 knn.check(engine.module, done)
                 reporter.paused()
@@ -115,7 +115,7 @@ def reporter_of(job: Job, loss: Loss, first_step: int) -> Reporter:
 
 def begin_checkpoint(
     job: Job,
-    model: torch.nn.Module,
+    engine: Any,
     optimizer: torch.optim.Optimizer,
     saver: Saver,
     reporter: Reporter,
@@ -126,12 +126,13 @@ def begin_checkpoint(
 
     Raises UserError where weights are not finite, or differ between the ranks.
     """
-    if not all_finite(model, optimizer):  # the last step's update came after its loss
+    if not all_finite(engine.module, optimizer):  # the last step's update came after its loss
         reporter.refuse(done - 1, "weights are not finite", saver.last_kept)
-    refuse_drift(model, job.process, done)
+    refuse_drift(engine.module, job.process, done)
     if job.process.rank == 0:
-        state = state_of(model, optimizer, job.config, job.split.shards, job.process, done)
+        state = state_of(engine.module, optimizer, job.config, job.split.shards, done)
         state["begun_with"] = job.begun_with
+        state["computed_by"] = computed_by(job.config, job.process, engine.compiled_by)
         saver.save(state, keep_forever=keep_forever)
 
 

@@ -114,7 +114,9 @@ def main(arguments: argparse.Namespace) -> None:
             told, begun_with = on_rank_0(process, lambda: take_weights(network, config.simclr.init_from))
             print_rank_0(process, told)
             job = replace(job, begun_with=begun_with)
-        model = synchronised(network, kernels=config.simclr.batchnorm_kernels)
+        compiled = resolved(config.simclr.compile, process.device) != "no"
+        kernels = config.simclr.batchnorm_kernels
+        model = synchronised(network, process.device, compiled=compiled, kernels=kernels)
         engine, optimizer = build_engine(model, config, process)
         if state:
             engine.module.load_state_dict(state.pop("model"))

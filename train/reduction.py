@@ -26,6 +26,8 @@ class GradientReduction:
         self._group = dist.new_group()
         # Gloo has no mean of its own.
         self._mean = dist.get_backend(self._group) == "nccl"
+        # NCCL connects a group at its first message, which is not to be in the middle of a backward pass.
+        dist.all_reduce(torch.zeros(1, device=next(model.parameters()).device), group=self._group)
         parameters: list[Tensor] = [p for p in reversed(list(model.parameters())) if p.requires_grad]
         self._buckets = [_Bucket(group) for group in _by_size(parameters)]
         self._bucket_of = {p: bucket for bucket in self._buckets for p in bucket.parameters}

@@ -15,7 +15,7 @@ from simclr_dali.pipeline.remote import is_remote
 from simclr_dali.shards.durable import refusals_named
 from simclr_dali.shards.errors import UserError
 from simclr_dali.shards.manifest import ShardSet
-from simclr_dali.train.compilation import resolved
+from simclr_dali.train.compilation import Backend, resolved
 from simclr_dali.train.config import Config
 
 # Fields of the config that may differ between the machines of a run.
@@ -53,11 +53,14 @@ def state_to_go_on_with(run: Path, config: Config, shards: ShardSet, process: Pr
     return on_rank_0(process, lambda: _read(run, config, shards, computed_by(config, process)))
 
 
-def computed_by(config: Config, process: Process) -> dict[str, str]:
-    """Of what the rounding of a run's numbers depends on, what a config chooses."""
+def computed_by(config: Config, process: Process, backend: Backend | None = None) -> dict[str, str]:
+    """What rounding depends on beside the numbers; ``backend`` knows whether compiling was possible."""
+    on_gpu = process.device.type == "cuda"
+    compiled = "no" if backend and backend.failed else resolved(config.simclr.compile, process.device)
     return {
-        "device": process.device.type,
-        "simclr.compile": resolved(config.simclr.compile, process.device),
+        "device": torch.cuda.get_device_name(process.device) if on_gpu else "CPU",
+        "torch": str(torch.__version__),
+        "simclr.compile": compiled,
         "simclr.deterministic": str(config.simclr.deterministic).lower(),
     }
 
@@ -131,7 +134,6 @@ def state_of(
     optimizer: torch.optim.Optimizer,
     config: Config,
     shards: ShardSet,
-    process: Process,
     step: int,
 ) -> dict[str, Any]:
     """Everything that a run needs to go on, and an evaluation to read it, in tensors and plain values."""
@@ -144,7 +146,6 @@ def state_of(
         "seed": config.simclr.seed,
         "data": data_address(config),
         "config": config.model_dump(mode="json"),
-        "computed_by": computed_by(config, process),
         "manifest": shards.fingerprint,
         "versions": {"torch": str(torch.__version__), "deepspeed": sys.modules["deepspeed"].__version__},
     }

@@ -57,7 +57,9 @@ ROWS = {
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--config", required=True, help="a JSON file, or a preset of train/configs")
     parser.add_argument("--data", help="folder of packed shards (default: the config's simclr.data)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one key")
@@ -83,6 +85,7 @@ from simclr_dali.model.ntxent import NTXent
 from simclr_dali.model.process import Process, leave
 from simclr_dali.model.simclr import build_model
 from simclr_dali.pipeline.remote import open_split
+from simclr_dali.train.compilation import resolved
 from simclr_dali.train.config import Config
 from simclr_dali.train.config_file import load_config
 from simclr_dali.train.determinism import compute_deterministically
@@ -179,7 +182,8 @@ def main(given: argparse.Namespace) -> None:
     process = start(timedelta(minutes=30))
     config.micro_batch(process.world)  # refuses a number of processes that cannot share the batch
     network = build_model(config.architecture(), config.simclr.seed)
-    model = synchronised(network, kernels=config.simclr.batchnorm_kernels)
+    compiled = resolved(config.simclr.compile, process.device) != "no"
+    model = synchronised(network, process.device, compiled=compiled, kernels=config.simclr.batchnorm_kernels)
     engine, optimizer = build_engine(model, config, process)
     for group in optimizer.param_groups:
         group["lr"] = 0.0  # the same work, and the loss stays what it is however long this runs
