@@ -46,9 +46,10 @@ class LoaderConfig:
     interpolation: str = "bilinear"
     """One of INTERPOLATIONS."""
     read_ahead: int = 4
-    """Batches read ahead of the graph. At most read_ahead + prefetch + 2 batches of encoded images are in memory."""
+    """Batches read ahead of the graph. At most read_ahead + prefetch + 4 batches of encoded images are in memory."""
     prefetch: int = 2
-    """Batches computed ahead of the caller. prefetch + 1 batches of views are in memory beside those it keeps."""
+    """Batches inside the graph, ahead of the one that lies ready. prefetch + 3 batches of views are in memory beside
+    those that the caller keeps."""
     conditionals: bool = True
     """Skip color, blur and solarize for samples that did not draw them, instead of neutral parameters."""
     region: bool = False
@@ -122,7 +123,8 @@ def build(
 ) -> Pipeline:
     """Build the pipeline; ``run`` gives one batch per view, [batch, size, size, 3] float16 or float32.
 
-    source: called for each batch, returns :func:`graph_inputs`; StopIteration ends it. steps: those that any view can
+    source: called for each batch, returns :func:`graph_inputs`, which stay as they are until the outputs of their batch
+    are there (on a GPU: computed); StopIteration ends it. steps: those that any view can
     draw (Recipe.steps). until: "decode" or "crop" ends the graph there, for measuring.
     """
     nobody = Draws.neutral(np.empty((0, 4)))
@@ -138,7 +140,7 @@ def build(
     )
     def graph() -> tuple[Any, ...]:
         count = 1 + len(region_names) + views * len(names)
-        encoded, *numbers = fn.external_source(source=source, num_outputs=count, batch=True)
+        encoded, *numbers = fn.external_source(source=source, num_outputs=count, batch=True, no_copy=True)
         region = (numbers.pop(0), numbers.pop(0)) if config.region else None
         image = decoded(encoded, on_gpu=config.device_id is not None, region=region)
         if until == "decode":

@@ -7,6 +7,7 @@ otherwise. So a picture gives the same view here and out of a shard.
 import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ from simclr_dali.pipeline.batch_plan import PlannedBatch
 from simclr_dali.pipeline.graph import LoaderConfig
 from simclr_dali.pipeline.order import Ids
 from simclr_dali.pipeline.reader import Encoded
-from simclr_dali.pipeline.stream import ViewSource, stream
+from simclr_dali.pipeline.stream import Stream, ViewSource
 from simclr_dali.shards.decode import decoder
 from simclr_dali.shards.errors import UserError
 from simclr_dali.shards.image import UnusableError, convert, prepare
@@ -80,10 +81,11 @@ def central_views_of_files(
     count = len(files.samples)
     source = ViewSource.centered(files.samples, files, config.size, center_fraction)
     planned = (PlannedBatch(np.arange(at, min(at + batch, count))) for at in range(0, count, batch))
-    for _, images in stream(source, planned, config, batch=min(batch, count)):
-        places = [int(place) for place in images.ids if int(place) not in files.failures]
-        usable = torch.tensor([int(place) not in files.failures for place in images.ids])
-        yield FileViews(images.views[usable.to(images.views.device)], places)
+    with closing(Stream(source, planned, config, batch=min(batch, count))) as stream:
+        for _, images in stream:
+            places = [int(place) for place in images.ids if int(place) not in files.failures]
+            usable = torch.tensor([int(place) not in files.failures for place in images.ids])
+            yield FileViews(images.views[usable.to(images.views.device)], places)
 
 
 def find_images(paths: Iterable[Path]) -> list[Path]:

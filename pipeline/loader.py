@@ -5,14 +5,12 @@ for views, labels, ids in TwoViews(split, plan, Recipe(), LoaderConfig(224, devi
     ...
 """
 
-import threading
-from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import Future, wait
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch
 
 from simclr_dali.pipeline.batch_plan import BatchPlan, PlannedBatch, in_storage_order
 from simclr_dali.pipeline.draws import Recipe
@@ -20,7 +18,7 @@ from simclr_dali.pipeline.files import Split
 from simclr_dali.pipeline.graph import LoaderConfig
 from simclr_dali.pipeline.order import Ids
 from simclr_dali.pipeline.reader import SampleReader
-from simclr_dali.pipeline.stream import Batch, ViewSource, stream
+from simclr_dali.pipeline.stream import Batch, Stream, ViewSource
 from simclr_dali.shards.errors import UserError
 
 MAX_BAD_FRACTION = 1e-4
@@ -49,39 +47,26 @@ class TwoViews(Iterator[Batch]):
         self._max_bad_fraction = max_bad_fraction
         self._position = plan.start  # epoch and step of the first batch that was not wholly given yet
         self._reader: SampleReader | None = None
-        self._stream: Generator[tuple[PlannedBatch, Batch], None, None] | None = None
-        self._first: Future[tuple[PlannedBatch, Batch]] | None = None
+        self._stream: Stream | None = None
 
     def start(self) -> "TwoViews":
-        """Begin with the first batch in a thread of its own, while the caller does something else; returns itself."""
-        first = self._first = Future[tuple[PlannedBatch, Batch]]()
-        reader = self._reader = SampleReader(self._split, self._max_bad_fraction)
-
-        def make() -> None:
-            try:
-                if self._config.device.type == "cuda":  # a thread begins on GPU 0, where it would take memory
-                    torch.cuda.set_device(self._config.device)
-                first.set_result(self._next(reader))
-            except BaseException as error:  # which __next__ raises where the batch is asked for
-                first.set_exception(error)
-
-        threading.Thread(target=make, name="first batch", daemon=True).start()
+        """Begin with the first batches while the caller does something else; returns itself."""
+        if self._stream is None:
+            self._reader = SampleReader(self._split, self._max_bad_fraction)
+            source = ViewSource.augmented(
+                self._split.shards.samples, self._reader, self._recipes, self._plan.order.seed
+            )
+            rest = replace(self._plan, start=self._position)
+            self._stream = Stream(source, rest.batches(), self._config, batch=self._plan.images)
         return self
 
     def __next__(self) -> Batch:
-        first, self._first = self._first, None
-        plan, batch = first.result() if first else self._next()
+        self.start()
+        assert self._stream is not None
+        plan, batch = next(self._stream)
         if plan.ends_step:
             self._position = self._plan.order.after(plan.epoch, plan.step)
         return batch
-
-    def _next(self, reader: SampleReader | None = None) -> tuple[PlannedBatch, Batch]:
-        if self._stream is None:
-            reader = self._reader = reader or SampleReader(self._split, self._max_bad_fraction)
-            source = ViewSource.augmented(self._split.shards.samples, reader, self._recipes, self._plan.order.seed)
-            rest = replace(self._plan, start=self._position)
-            self._stream = stream(source, rest.batches(), self._config, batch=self._plan.images)
-        return next(self._stream)
 
     def __len__(self) -> int:
         """Batches (micro-batches, if there are) from the start to the end of the epochs."""
@@ -110,10 +95,6 @@ class TwoViews(Iterator[Batch]):
 
     def close(self) -> None:
         """End threads, files and graph; iterating again goes on at the position."""
-        if self._first is not None and self._reader is not None:
-            self._reader.stop()  # shards that are far away are not waited for
-            wait([self._first])
-            self._first = None
         if self._stream is not None:
             self._stream.close()
         self._stream = None
@@ -137,19 +118,18 @@ def central_views(
     """
     wanted = np.arange(len(split.shards)) if ids is None else ids
     if not len(wanted):
-        return _without_plans(_nothing())
+        return _nothing()
     reader = SampleReader(split, max_bad_fraction)
     source = ViewSource.centered(split.shards.samples, reader, config.size, center_fraction)
     planned = in_storage_order(split.shards, wanted, batch)
-    return _without_plans(stream(source, planned, config, batch=min(batch, len(wanted))))
+    return _in_turn(lambda: Stream(source, planned, config, batch=min(batch, len(wanted))))
 
 
-def _without_plans(made: Generator[tuple[PlannedBatch, Batch], None, None]) -> Generator[Batch, None, None]:
-    try:
-        for _, batch in made:
+def _in_turn(made: Callable[[], Stream]) -> Generator[Batch, None, None]:
+    """Its batches, beginning when the first is asked for."""
+    with closing(made()) as stream:
+        for _, batch in stream:
             yield batch
-    finally:
-        made.close()
 
 
 def views_in_epoch(
@@ -165,11 +145,10 @@ def views_in_epoch(
     """The views of samples ``ids`` as ``epoch`` of a run with ``seed`` draws them."""
     source = ViewSource.augmented(split.shards.samples, SampleReader(split, max_bad_fraction), recipes, seed)
     shards = np.unique(split.shards.samples["shard"][ids]).tolist()
-    made = stream(source, [PlannedBatch(ids, epoch, current=shards)], config, batch=len(ids))
-    _, batch = next(made)
-    made.close()
+    with closing(Stream(source, [PlannedBatch(ids, epoch, current=shards)], config, batch=len(ids))) as stream:
+        _, batch = next(stream)
     return batch
 
 
-def _nothing() -> Generator[tuple[PlannedBatch, Batch], None, None]:
+def _nothing() -> Generator[Batch, None, None]:
     yield from ()

@@ -3,8 +3,12 @@
 Legend: n = images per batch of this process, V = views.
 """
 
+import queue
+import threading
+import weakref
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -22,6 +26,7 @@ from simclr_dali.pipeline.reader import Reader, map_ahead
 
 # Batches (or micro-batches) by which the host may be ahead of a GPU; the views of each are in its memory.
 _AHEAD_OF_THE_GPU = 2
+READY = 1  # batches that lie ready for whoever asks
 
 
 class Batch(NamedTuple):
@@ -65,51 +70,112 @@ class ViewSource:
         return ViewSource(samples, reader, lambda plan, width, height: [center(width, height, seen)])
 
 
-def stream(
-    source: ViewSource, planned: Iterable[PlannedBatch], config: LoaderConfig, *, batch: int
-) -> Generator[tuple[PlannedBatch, Batch], None, None]:
-    """The ``planned`` batches, each with its plan. batch: the largest number of images in one of them.
+class Stream(Iterator[tuple[PlannedBatch, Batch]]):
+    """The planned batches, each with its plan, made in threads of their own from the moment it is created.
 
-    Closing the generator ends threads, files and graph.
+    Reading, draws, the graph and the copy of its outputs happen there; whoever asks takes a finished tensor. What goes
+    wrong is raised where its batch would come.
     """
-    in_flight: deque[tuple[PlannedBatch, Ids]] = deque()  # batches inside the graph
 
-    def announced() -> Iterator[PlannedBatch]:
-        for plan in planned:
-            source.reader.expect(plan.current, plan.upcoming)
+    def __init__(
+        self, source: ViewSource, planned: Iterable[PlannedBatch], config: LoaderConfig, *, batch: int
+    ) -> None:
+        """batch: the largest number of images in one of ``planned``."""
+        self._making = _Making(source, planned, config, batch)
+        # The thread knows nothing of this object, so that one that is left behind ends it.
+        self._finalizer = weakref.finalize(self, self._making.close)
+
+    def __next__(self) -> tuple[PlannedBatch, Batch]:
+        return self._making.take()
+
+    def close(self) -> None:
+        """End threads, files and graph."""
+        self._finalizer()
+
+
+class _Making:
+    """The thread that runs the graph, and the batches that it has ready."""
+
+    def __init__(self, source: ViewSource, planned: Iterable[PlannedBatch], config: LoaderConfig, batch: int) -> None:
+        self._source, self._planned, self._config, self._batch = source, planned, config, batch
+        self._outputs: Any = _GPUOutputs(config) if config.device_id is not None else _CPUOutputs(config)
+        self._ready: queue.Queue[tuple[PlannedBatch, Batch, Any] | BaseException] = queue.Queue(READY)
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._make, name="graph", daemon=True)
+        self._thread.start()
+
+    def take(self) -> tuple[PlannedBatch, Batch]:
+        self._outputs.asked()
+        made = self._ready.get()
+        if isinstance(made, BaseException):
+            self._ready.put(made)  # for whoever asks once more
+            raise made
+        plan, batch, done = made
+        self._outputs.hand_over(batch.views, done)
+        return plan, batch
+
+    def close(self) -> None:
+        self._stopped.set()
+        self._source.reader.stop()
+        while self._thread.is_alive():
+            with suppress(queue.Empty):  # so that it can put what it has in hand, and see that it is to end
+                self._ready.get(timeout=0.01)
+        with suppress(queue.Full):
+            self._ready.put_nowait(StopIteration())
+
+    def _make(self) -> None:
+        try:
+            if self._config.device_id is not None:  # a thread begins on GPU 0, where it would take memory
+                torch.cuda.set_device(self._config.device)
+            self._run()
+            ended: BaseException = StopIteration()
+        except BaseException as error:
+            ended = error
+        if not self._stopped.is_set():
+            self._ready.put(ended)
+
+    def _run(self) -> None:
+        source, config, outputs = self._source, self._config, self._outputs
+        in_flight: deque[tuple[PlannedBatch, Ids, list[Any]]] = deque()  # batches inside the graph
+        prepared = map_ahead(self._announced(), self._prepare, config.threads, config.read_ahead)
+
+        def next_inputs() -> list[Any]:
+            in_flight.append(next(prepared))
+            return in_flight[-1][2]
+
+        pipeline = graph.build(next_inputs, config, batch=self._batch, views=source.views, steps=source.steps)
+        try:
+            while not self._stopped.is_set():
+                try:
+                    views = outputs.run(pipeline)
+                except StopIteration:
+                    return
+                # The graph reads the inputs where they lie. On a GPU it may do so until the copies of its outputs are
+                # done, for which the next run waits; only then are those of this batch let go.
+                plan, shown, _held = in_flight.popleft()
+                pixels, done = outputs.take(views, (source.views, len(shown), config.size, config.size, 3))
+                labels = torch.from_numpy(source.samples["label"][shown].astype(np.int64))
+                batch = Batch(pixels.flatten(0, 1).permute(0, 3, 1, 2), labels, torch.from_numpy(shown))
+                self._ready.put((plan, batch, done))
+                del batch, pixels
+        finally:
+            outputs.close()
+            source.reader.stop()
+            prepared.close()
+            source.reader.close()
+
+    def _announced(self) -> Iterator[PlannedBatch]:
+        for plan in self._planned:
+            self._source.reader.expect(plan.current, plan.upcoming)
             yield plan
 
-    def prepare(plan: PlannedBatch) -> tuple[PlannedBatch, Ids, list[Any]]:
+    def _prepare(self, plan: PlannedBatch) -> tuple[PlannedBatch, Ids, list[Any]]:
+        source = self._source
         images, shown = source.reader.read(plan.ids)
         rows = source.samples[shown]
         # Keyed by the planned ids: a sample that also stands in for a damaged one is drawn twice, differently.
         drawn = source.draw(plan, rows["width"].astype(np.int64), rows["height"].astype(np.int64))
-        return plan, shown, graph.graph_inputs(images, drawn, source.steps, config)
-
-    prepared = map_ahead(announced(), prepare, config.threads, config.read_ahead)
-
-    def next_inputs() -> list[Any]:
-        plan, shown, inputs = next(prepared)
-        in_flight.append((plan, shown))
-        return inputs
-
-    outputs = _GPUOutputs(config) if config.device_id is not None else _CPUOutputs(config)
-    pipeline = graph.build(next_inputs, config, batch=batch, views=source.views, steps=source.steps)
-    try:
-        while True:
-            try:
-                views = outputs.run(pipeline)
-            except StopIteration:
-                return
-            plan, shown = in_flight.popleft()
-            pixels = outputs.take(views, (source.views, len(shown), config.size, config.size, 3))
-            labels = torch.from_numpy(source.samples["label"][shown].astype(np.int64))
-            yield plan, Batch(pixels.flatten(0, 1).permute(0, 3, 1, 2), labels, torch.from_numpy(shown))
-    finally:
-        outputs.close()
-        source.reader.stop()
-        prepared.close()
-        source.reader.close()
+        return plan, shown, graph.graph_inputs(images, drawn, source.steps, self._config)
 
 
 class _CPUOutputs:
@@ -119,47 +185,58 @@ class _CPUOutputs:
         keep_freed_memory()
         self._dtype, self._recycled = config.dtype, Recycled()
 
+    def asked(self) -> None:
+        """The caller asks for a batch."""
+
     def run(self, pipeline: Any) -> Any:
         return pipeline.run()
 
-    def take(self, views: Any, shape: tuple[int, ...]) -> torch.Tensor:
+    def take(self, views: Any, shape: tuple[int, ...]) -> tuple[torch.Tensor, None]:
         """The views as one tensor [V, n, size, size, 3]."""
         pixels = self._recycled.empty(shape, self._dtype)
         for target, view in zip(pixels, views, strict=True):
             target.copy_(torch.utils.dlpack.from_dlpack(view.as_tensor()))
-        return pixels
+        return pixels, None
+
+    def hand_over(self, pixels: torch.Tensor, done: None) -> None:
+        """The caller gets a batch."""
 
     def close(self) -> None:
         pass
 
 
 class _GPUOutputs:
-    """The same on a GPU, on a stream of its own, while the step before still computes; the host does not wait."""
+    """The same on a GPU, on a stream of its own, while the step before still computes; the caller's host never waits
+    for the device, but for the next batch where the device is behind."""
 
     def __init__(self, config: LoaderConfig) -> None:
         self._dtype, self._device = config.dtype, config.device
         self._copies = torch.cuda.Stream(config.device)
         self._asked: deque[torch.cuda.Event] = deque()  # what the caller's stream was given to do before each batch
 
+    def asked(self) -> None:
+        self._asked.append(torch.cuda.current_stream(self._device).record_event())
+
     def run(self, pipeline: Any) -> Any:
         # DALI may reuse the memory of the last outputs once they are let go, which its own stream does not order after
         # our copy.
         self._copies.synchronize()
-        self._asked.append(torch.cuda.current_stream(self._device).record_event())
-        if len(self._asked) > _AHEAD_OF_THE_GPU:
+        while len(self._asked) > _AHEAD_OF_THE_GPU:
             self._asked.popleft().synchronize()
         return pipeline.run(self._copies)
 
-    def take(self, views: Any, shape: tuple[int, ...]) -> torch.Tensor:
-        """The views as one tensor [V, n, size, size, 3], there for the caller's stream."""
+    def take(self, views: Any, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.cuda.Event]:
+        """The views as one tensor [V, n, size, size, 3], and when it is there."""
         with torch.cuda.stream(self._copies):
             pixels = torch.empty(shape, dtype=self._dtype, device=self._device)
             for target, view in zip(pixels, views, strict=True):
                 target.copy_(torch.utils.dlpack.from_dlpack(view.as_tensor()))
+        return pixels, self._copies.record_event()
+
+    def hand_over(self, pixels: torch.Tensor, done: torch.cuda.Event) -> None:
         caller = torch.cuda.current_stream(self._device)
-        caller.wait_stream(self._copies)
+        caller.wait_event(done)
         pixels.record_stream(caller)
-        return pixels
 
     def close(self) -> None:
         self._copies.synchronize()  # before DALI's outputs are let go

@@ -10,7 +10,7 @@ from simclr_dali.model.resnet import ResNet
 from simclr_dali.pipeline.draws import Recipe
 from simclr_dali.pipeline.remote import open_split
 from simclr_dali.shards.errors import UserError
-from simclr_dali.train.config import Config, LARSParams
+from simclr_dali.train.config import Config, Graph, LARSParams
 from simclr_dali.train.config_file import PRESETS, load_config
 
 MINIMAL: dict[str, Any] = {
@@ -105,6 +105,13 @@ def test_stem_follows_the_size_of_the_views(tmp_path: Path) -> None:
         assert isinstance(encoder, ResNet) and encoder.stem == stem
 
 
+def test_the_graph_is_what_a_device_likes_unless_a_config_says_otherwise() -> None:
+    assert Graph().on("cuda") == {"conditionals": False, "region": True, "prefetch": 4}
+    assert Graph().on("cpu") == {"conditionals": True, "region": False, "prefetch": 2}
+    given = {"conditionals": True, "region": False, "prefetch": 1}
+    assert Graph.model_validate(given).on("cuda") == given
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [
@@ -140,6 +147,8 @@ def test_stem_follows_the_size_of_the_views(tmp_path: Path) -> None:
         ("optimizer.params.lr=0.3", ["lr is 0.3", "linear", "0.075"]),
         ("optimizer.params.lr=-1", ["optimizer.params.lr is -1"]),
         ("optimizer.params.nesterov=true", ["unknown key 'optimizer.params.nesterov'"]),
+        ("simclr.graph.region=maybe", ["simclr.graph.region is 'maybe'", "'auto'"]),
+        ("simclr.graph.prefetch=-1", ["simclr.graph.prefetch is -1"]),
         ("simclr.compile=yes", ["simclr.compile is 'yes'", "inductor"]),
         ("train_batch_size=1", ["train_batch_size is 1"]),
         ("simclr.epochs", ["no '='"]),

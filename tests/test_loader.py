@@ -1,13 +1,20 @@
 """The loaders: complete, ordered, the same for every number of processes, threads and depths, strict about damage."""
 
+import gc
 import resource
+import threading
 import time
+import weakref
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 
+from simclr_dali.pipeline import graph
 from simclr_dali.pipeline.draws import PROBE, Recipe
 from simclr_dali.pipeline.files import LocalFiles
 from simclr_dali.pipeline.graph import LoaderConfig
@@ -151,6 +158,43 @@ def test_damaged_samples_are_replaced_named_and_counted_the_same_for_any_world(
 def test_more_damage_than_is_allowed_stops_with_a_sentence(damaged_set: ShardSet) -> None:
     with pytest.raises(UserError, match=r"number 2 of 24, more than max_bad_fraction = 0\.05 allows"):
         list(two_views(damaged_set, order_of(damaged_set, 12), Recipe(), SETTING, epochs=2, max_bad_fraction=0.05))
+
+
+def test_inputs_of_the_graph_are_not_read_after_they_were_let_go(
+    train_split: ShardSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The graph reads them where they lie, so each is overwritten in the moment in which nothing refers to it."""
+    setting = replace(SETTING, prefetch=3, threads=2)
+    expected = views_of(train_split, setting)
+    plain, poisoned = graph.graph_inputs, []
+
+    def overwrite(memory: bytearray) -> None:
+        memory[:] = b"\x01" * len(memory)
+        poisoned.append(len(memory))
+
+    def doomed(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        memory = bytearray(array.tobytes())
+        copy = np.frombuffer(memory, array.dtype).reshape(array.shape)
+        weakref.finalize(copy, overwrite, memory).atexit = False
+        return copy
+
+    def all_doomed(*words: Any) -> list[Any]:
+        encoded, *numbers = plain(*words)
+        return [[doomed(image) for image in encoded], *map(doomed, numbers)]
+
+    monkeypatch.setattr(graph, "graph_inputs", all_doomed)
+    for ours, wanted in zip(views_of(train_split, setting), expected, strict=True):
+        assert torch.equal(ours.views, wanted.views)
+    assert len(poisoned) >= len(expected) * (24 + 5)
+
+
+def test_a_loader_that_is_left_behind_ends_its_threads(train_split: ShardSet) -> None:
+    loader = two_views(train_split, order_of(train_split), Recipe(), SETTING, epochs=100)
+    next(loader)
+    assert any(thread.name == "graph" for thread in threading.enumerate())
+    del loader
+    gc.collect()
+    assert not any(thread.name == "graph" for thread in threading.enumerate())
 
 
 def test_a_loader_may_begin_before_it_is_asked(damaged_set: ShardSet, train_split: ShardSet) -> None:

@@ -114,12 +114,24 @@ class Views(Recipe):
 
 
 class Graph(_Block):
-    """How DALI computes the views, for measuring what a device likes (pipeline.graph)."""
+    """How DALI computes the views (pipeline.graph); "auto" is what was measured to be faster on the device: on an H200
+    no conditionals (by 8 %), region (10 %) and 4 batches ahead (2 %)."""
 
-    conditionals: bool = True
-    """Skip steps for samples that did not draw them, instead of computing them with neutral parameters."""
-    region: bool = False
-    """Decode only the part of a picture that its views cover."""
+    conditionals: Literal["auto", True, False] = "auto"
+    """Skip steps for samples that did not draw them, instead of computing them with neutral parameters; on a CPU."""
+    region: Literal["auto", True, False] = "auto"
+    """Decode only the part of a picture that its views cover; on a GPU."""
+    prefetch: int = Field(default=0, ge=0)
+    """Batches that are inside the graph at a time; 0: 4 on a GPU, 2 on a CPU."""
+
+    def on(self, device: str) -> dict[str, Any]:
+        """Each field's value on ``device``, "cuda" or "cpu"."""
+        on_gpu = device == "cuda"
+        return {
+            "conditionals": not on_gpu if self.conditionals == "auto" else self.conditionals,
+            "region": on_gpu if self.region == "auto" else self.region,
+            "prefetch": self.prefetch or (4 if on_gpu else 2),
+        }
 
 
 class About(_Block):

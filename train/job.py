@@ -67,8 +67,7 @@ class Job:
             threads=simclr.loader_threads or self.process.cores,
             dtype=view_dtype(self.config, self.process.device),
             interpolation=simclr.views.interpolation,
-            conditionals=simclr.graph.conditionals,
-            region=simclr.graph.region,
+            **simclr.graph.on(self.process.device.type),
         )
 
     def keep_batch(self, step: int, reason: str) -> list[int]:

@@ -31,6 +31,9 @@ MAY_CHANGE_ON_RESUME = {
         for key in (
             "compile",
             "deterministic",
+            "graph.conditionals",
+            "graph.region",
+            "graph.prefetch",
             "log_every",
             "checkpoint_every",
             "keep_checkpoints",
@@ -55,13 +58,15 @@ def state_to_go_on_with(run: Path, config: Config, shards: ShardSet, process: Pr
 
 def computed_by(config: Config, process: Process, backend: Backend | None = None) -> dict[str, str]:
     """What rounding depends on beside the numbers; ``backend`` knows whether compiling was possible."""
-    on_gpu = process.device.type == "cuda"
+    on_gpu, graph = process.device.type == "cuda", config.simclr.graph.on(process.device.type)
     compiled = "no" if backend and backend.failed else resolved(config.simclr.compile, process.device)
     return {
         "device": torch.cuda.get_device_name(process.device) if on_gpu else "CPU",
         "torch": str(torch.__version__),
         "simclr.compile": compiled,
         "simclr.deterministic": str(config.simclr.deterministic).lower(),
+        "simclr.graph.conditionals": str(graph["conditionals"]).lower(),
+        "simclr.graph.region": str(graph["region"]).lower(),
     }
 
 

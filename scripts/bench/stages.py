@@ -70,7 +70,10 @@ STAGES: dict[str, tuple[str | None, frozenset[str]]] = {
 
 
 def measure(split: Split, config: LoaderConfig, *, batch: int, images: int, rounds: int) -> dict[str, float]:
-    """Milliseconds per image: of reading (all threads), of each stage of the graph, and of the whole loader."""
+    """Milliseconds per image: of reading (all threads), of each stage of the graph, and of the whole loader.
+
+    "take": of the thread that asks for a batch which lies ready, as a training does that computes longer than this.
+    """
     shards = split.shards
     order = Order(shards.shard_sizes(), batch, 1, 8, 0)
     batches = -(-images // batch)
@@ -107,6 +110,7 @@ def measure(split: Split, config: LoaderConfig, *, batch: int, images: int, roun
         _wait(config)
 
     taken["loader"] = _seconds(load_all, rounds)
+    taken["take"] = batches * statistics.median(_take_ready(loader, 1.5 * taken["loader"] / batches, rounds * batches))
     loader.close()
     return {name: 1e3 * seconds / (batches * batch) for name, seconds in taken.items()}
 
@@ -126,6 +130,15 @@ def _graph_run(
         _wait(config)
 
     return run
+
+
+def _take_ready(loader: TwoViews, until_ready: float, count: int) -> Iterator[float]:
+    """Seconds that each of ``count`` batches takes of who asks for it, after so many in which it could be made."""
+    for _ in range(count):
+        time.sleep(until_ready)
+        started = time.perf_counter()
+        next(loader)
+        yield time.perf_counter() - started
 
 
 def _wait(config: LoaderConfig) -> None:
@@ -170,6 +183,7 @@ def main(given: argparse.Namespace) -> None:
         rate = f"{1e3 / milliseconds:11,.0f}" if milliseconds else f"{'-':>11}"
         print(f"{name:8} {milliseconds:9.3f} {rate}")
     print(verdict(taken))
+    print(f"a batch that lies ready takes {1e3 * taken['take'] * given.batch:,.0f} us of the thread that asks for it")
     if given.json:
         figures = {"ms_per_image": taken, "threads": given.threads, "device": given.device, "batch": given.batch}
         given.json.write_text(json.dumps(figures, indent=2) + "\n")
