@@ -81,12 +81,13 @@ def test_one_pixel_of_many_images_and_many_rows_of_one_image(channels: int) -> N
 
 
 def test_a_mean_far_from_zero_costs_no_precision() -> None:
-    """Sums of squares would: 1e4 squared has no place for a variance of 1 in float32."""
-    x = torch.randn(8, 3, 12, 12, dtype=torch.float64) + 1e4
+    """Sums of squares would lose all of it: 1e4 squared has no place for a variance of 1 in float32, which holds a mean
+    of 1e4 to 5e-4."""
+    x = torch.randn(8, 3, 12, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + 1e4
     norm = layer(3, kernels=True).to(DEVICE)
     norm(x.float().to(DEVICE))
     variance = x.float().double().transpose(0, 1).flatten(1).var(1)
-    assert torch.allclose(norm.running_var.double().cpu(), 0.9 + 0.1 * variance, rtol=1e-5)
+    assert torch.allclose(norm.running_var.double().cpu(), 0.9 + 0.1 * variance, rtol=2e-4)
 
 
 def test_what_is_not_a_number_stays_visible() -> None:

@@ -33,10 +33,7 @@ def train(
     first_step: int,
     last_step: int,
 ) -> None:
-    """Run steps first_step .. last_step - 1, or until someone asks to stop; there is a checkpoint at the end.
-
-    ``batches`` are those from first_step on.
-    """
+    """Run steps first_step .. last_step - 1, which ``batches`` begins with, or until someone asks to stop; save."""
     config, order, process, run = job.config, job.order, job.process, job.run
     simclr, steps_per_epoch = config.simclr, order.steps_per_epoch
     warmup_steps = round(simclr.warmup_epochs * steps_per_epoch)
@@ -80,7 +77,6 @@ def train(
         watchdog.at(f"the end after step {done}, writing the last checkpoint")
     if damaged := batches.damaged():
         print_now(f"rank {process.rank} replaced {len(damaged)} damaged samples, named above", file=sys.stderr)
-    batches.close()
     if leave:
         print_rank_0(process, f"stopped by {stop.reason or 'another rank'}; the same command goes on")
     report_end(job, first_step, done, time.monotonic() - started)
