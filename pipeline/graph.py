@@ -54,6 +54,8 @@ class LoaderConfig:
     """Skip color, blur and solarize for samples that did not draw them, instead of neutral parameters."""
     region: bool = False
     """Decode only what the views' boxes cover."""
+    engine_share: float = 0.0
+    """Share of the baseline JPEGs that the JPEG engine of a GPU decodes (pipeline.engine); 0: there is one decoder."""
 
     @property
     def device_id(self) -> int | None:
@@ -105,9 +107,16 @@ def blur_taps(sigma: Array, size: int) -> Array:
     return (2 * np.minimum(size // 10 // 2, np.ceil(3 * sigma)) + 1).astype(np.int32)
 
 
-def graph_inputs(encoded: list[Any], draws: Sequence[Draws], steps: Steps, config: LoaderConfig) -> list[Any]:
-    """What ``source`` of :func:`build` gives for a batch: encoded images, and what each view drew."""
+def graph_inputs(
+    encoded: list[Any], draws: Sequence[Draws], steps: Steps, config: LoaderConfig, on_engine: Array | None = None
+) -> list[Any]:
+    """What ``source`` of :func:`build` gives for a batch: encoded images, and what each view drew.
+
+    on_engine: bool (n,), whether the JPEG engine decodes each image, where config.engine_share is not 0.
+    """
     region = region_inputs(draws) if config.region else {}
+    if on_engine is not None:
+        region = {"on engine": on_engine, **region}
     per_view = [view_inputs(view, steps, config.size, config.conditionals) for view in draws]
     return [encoded, *region.values(), *(array for inputs in per_view for array in inputs.values())]
 
@@ -139,10 +148,12 @@ def build(
         enable_conditionals=True,
     )
     def graph() -> tuple[Any, ...]:
-        count = 1 + len(region_names) + views * len(names)
+        by_engine = config.engine_share > 0
+        count = 1 + by_engine + len(region_names) + views * len(names)
         encoded, *numbers = fn.external_source(source=source, num_outputs=count, batch=True, no_copy=True)
+        on_engine = numbers.pop(0) if by_engine else None
         region = (numbers.pop(0), numbers.pop(0)) if config.region else None
-        image = decoded(encoded, on_gpu=config.device_id is not None, region=region)
+        image = decoded(encoded, on_gpu=config.device_id is not None, region=region, on_engine=on_engine)
         if until == "decode":
             return (image,)
         corner = region[0] if region else np.int32(0)  # of what is decoded

@@ -15,7 +15,7 @@ _LOW = np.uint64(0xFFFFFFFF)
 _HALF = np.uint64(32)
 
 # The last word of the counter keeps the uses apart: the same epoch and sample draw other words for another purpose.
-SHARD_ORDER, WINDOW_ORDER, VIEW, HELD_OUT, SUBSET = 1, 2, 3, 4, 5
+SHARD_ORDER, WINDOW_ORDER, VIEW, HELD_OUT, SUBSET, ENGINE = 1, 2, 3, 4, 5, 6
 
 
 def philox(seed: int, counters: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint32]:

@@ -19,6 +19,7 @@ import torch
 from simclr_dali.pipeline import graph
 from simclr_dali.pipeline.batch_plan import PlannedBatch
 from simclr_dali.pipeline.draws import Draws, Recipe, center, center_fraction, draw_views
+from simclr_dali.pipeline.engine import EngineChoice
 from simclr_dali.pipeline.graph import LoaderConfig, Steps
 from simclr_dali.pipeline.memory import Recycled, keep_freed_memory
 from simclr_dali.pipeline.order import Ids
@@ -98,6 +99,7 @@ class _Making:
 
     def __init__(self, source: ViewSource, planned: Iterable[PlannedBatch], config: LoaderConfig, batch: int) -> None:
         self._source, self._planned, self._config, self._batch = source, planned, config, batch
+        self._engine = EngineChoice(len(source.samples), config.engine_share) if config.engine_share else None
         self._outputs: Any = _GPUOutputs(config) if config.device_id is not None else _CPUOutputs(config)
         self._ready: queue.Queue[tuple[PlannedBatch, Batch, Any] | BaseException] = queue.Queue(READY)
         self._stopped = threading.Event()
@@ -175,7 +177,8 @@ class _Making:
         rows = source.samples[shown]
         # Keyed by the planned ids: a sample that also stands in for a damaged one is drawn twice, differently.
         drawn = source.draw(plan, rows["width"].astype(np.int64), rows["height"].astype(np.int64))
-        return plan, shown, graph.graph_inputs(images, drawn, source.steps, self._config)
+        on_engine = self._engine.of(shown, images) if self._engine else None
+        return plan, shown, graph.graph_inputs(images, drawn, source.steps, self._config, on_engine)
 
 
 class _CPUOutputs:

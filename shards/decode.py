@@ -11,14 +11,26 @@ from nvidia.dali.pipeline import Pipeline
 BATCH = 16  # images at a time; more do not fit the processor's cache once decoded
 
 
-def decoded(encoded: Any, *, on_gpu: bool, region: tuple[Any, Any] | None = None) -> Any:
+def decoded(encoded: Any, *, on_gpu: bool, region: tuple[Any, Any] | None = None, on_engine: Any | None = None) -> Any:
     """A DALI node: encoded images to uint8 RGB (height, width, 3).
 
     EXIF rotation stays off, as in torchvision: crop boxes are drawn for the picture as stored. Fancy upsampling makes
-    the GPU decoder interpolate chroma as libjpeg does on the CPU. The JPEG engine of GPUs that have one is off: which
-    images it gets depends on the batch, and it may round otherwise than the rest. region: nodes with the corners
-    (y, x), int32, that decoding may be limited to.
+    the GPU decoder interpolate chroma as libjpeg does on the CPU. region: nodes with the corners (y, x), int32, that
+    decoding may be limited to. on_engine: a node that says of each image whether the JPEG engine of a GPU decodes it
+    (pipeline.engine), which rounds otherwise than the rest; without it the engine is off, since DALI's own share of a
+    batch would make pixels depend on the batch.
     """
+    if on_engine is None:
+        return _decoded(encoded, on_gpu, region, engine_load=0.0)
+    # DALI makes a conditional of each sample of this; it knows no ternary operator.
+    if on_engine:
+        image = _decoded(encoded, on_gpu, region, engine_load=1.0)
+    else:
+        image = _decoded(encoded, on_gpu, region, engine_load=0.0)
+    return image
+
+
+def _decoded(encoded: Any, on_gpu: bool, region: tuple[Any, Any] | None, *, engine_load: float) -> Any:
     common: dict[str, Any] = {
         "device": "mixed" if on_gpu else "cpu",
         "output_type": types.RGB,
@@ -26,7 +38,7 @@ def decoded(encoded: Any, *, on_gpu: bool, region: tuple[Any, Any] | None = None
         "jpeg_fancy_upsampling": True,
     }
     if on_gpu:
-        common["hw_decoder_load"] = 0.0
+        common["hw_decoder_load"] = engine_load
     if region is None:
         return fn.decoders.image(encoded, **common)
     return fn.decoders.image_slice(encoded, start=region[0], end=region[1], axes=[0, 1], **common)

@@ -6,7 +6,7 @@ import struct
 # Frame headers (SOF) that every decoder takes: baseline, extended, progressive, Huffman-coded (ITU-T T.81, table B.1).
 _PLAIN_FRAMES = frozenset({0xC0, 0xC1, 0xC2})
 _OTHER_FRAMES = frozenset(range(0xC3, 0xD0)) - {0xC4, 0xC8, 0xCC}
-_START_OF_SCAN = 0xDA
+_START_OF_SCAN, _BASELINE = 0xDA, 0xC0
 _APP1, _APP2 = 0xE1, 0xE2
 _MARKER = re.compile(rb"\xff+([^\x00\xff])", re.DOTALL)
 _FRAME = struct.Struct(">BHHB")  # bits per sample, height, width, components
@@ -39,6 +39,23 @@ def plain_size(encoded: bytes) -> tuple[int, int] | None:
             return None
         at += length
     return None
+
+
+def is_baseline(encoded: bytes) -> bool:
+    """Whether a JPEG, of which its beginning is enough, is baseline: sequential, Huffman-coded, 8 bit, one or three
+    components (ITU-T T.81, frame SOF0). False where that cannot be told."""
+    if encoded[:2] != b"\xff\xd8":
+        return False
+    at = 2
+    while match := _MARKER.match(encoded, at):
+        marker, at = match[1][0], match.end()
+        if marker == _BASELINE and at + 8 <= len(encoded):
+            bits, _, _, components = _FRAME.unpack_from(encoded, at + 2)
+            return bits == 8 and components in (1, 3)
+        if marker in _PLAIN_FRAMES | _OTHER_FRAMES | {_START_OF_SCAN} or at + 2 > len(encoded):
+            return False
+        at += _LENGTH.unpack_from(encoded, at)[0]
+    return False
 
 
 def _is_turned(tiff: bytes) -> bool:

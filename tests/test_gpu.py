@@ -20,6 +20,7 @@ from simclr_dali.pipeline.graph import LoaderConfig
 from simclr_dali.pipeline.order import Order
 from simclr_dali.pipeline.stream import Batch
 from simclr_dali.shards.manifest import ShardSet
+from simclr_dali.train.config import Graph
 from simclr_dali.train.micro_batches import MicroBatches
 from simclr_dali.train.step import train_step
 from tests.conftest import ROOT, run_python
@@ -48,9 +49,12 @@ def test_views_of_the_gpu_are_those_of_the_cpu_but_for_rounding(train_split: Sha
         assert (ours.views.cpu() - expected.views).abs().mean() < 2 / 57
 
 
-def test_pixels_on_the_gpu_do_not_depend_on_how_the_batch_is_split(train_split: ShardSet) -> None:
-    whole = views_of(train_split, GPU)
-    micro = views_of(train_split, GPU, micro_batch=6)
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_pixels_on_the_gpu_do_not_depend_on_how_the_batch_is_split(share: float, train_split: ShardSet) -> None:
+    """Also of those that the JPEG engine decodes."""
+    setting = replace(GPU, engine_share=share, **Graph().on("cuda"))
+    whole = views_of(train_split, setting)
+    micro = views_of(train_split, setting, micro_batch=6)
     for number, batch in enumerate(whole):
         parts = micro[4 * number : 4 * number + 4]
         for view in range(2):

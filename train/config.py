@@ -187,6 +187,8 @@ class Simclr(_Block):
     encoder: Encoder = Encoder()
     views: Views = Views()
     graph: Graph = Graph()
+    engine_share: float = Field(default=0.75, ge=0, le=1)
+    """Share of the baseline JPEGs that a GPU's JPEG engine decodes, the same pictures always (pipeline/engine.py)."""
     max_bad_fraction: float = Field(default=MAX_BAD_FRACTION, ge=0, lt=1)
     """Share of the data set that may be damaged; up to it each damaged sample is replaced by the next sound one."""
     cache: str = "~/.cache/simclr-dali"

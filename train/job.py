@@ -68,6 +68,7 @@ class Job:
             dtype=view_dtype(self.config, self.process.device),
             interpolation=simclr.views.interpolation,
             **simclr.graph.on(self.process.device.type),
+            engine_share=simclr.engine_share if self.process.device.type == "cuda" else 0.0,
         )
 
     def keep_batch(self, step: int, reason: str) -> list[int]:

@@ -222,6 +222,9 @@ def announce(job: Job, step: int) -> None:
             f"warning: BatchNorm sees {together} images at a time, whose statistics are noise; set {larger} to "
             f"{NOISY_BATCHNORM_IMAGES} or more where memory and data allow",
         )
+    if process.device.type == "cuda" and config.simclr.engine_share:
+        share = f"{config.simclr.engine_share:.0%} of the baseline JPEGs"
+        print_rank_0(process, f"{share} are decoded by the GPU's JPEG engine, where it has one")
     if step:
         print_rank_0(process, f"going on from step {step}")
 

@@ -67,6 +67,7 @@ def computed_by(config: Config, process: Process, backend: Backend | None = None
         "simclr.deterministic": str(config.simclr.deterministic).lower(),
         "simclr.graph.conditionals": str(graph["conditionals"]).lower(),
         "simclr.graph.region": str(graph["region"]).lower(),
+        "decoded by": "JPEG engine in part" if on_gpu and config.simclr.engine_share else "one decoder",
     }
 
 

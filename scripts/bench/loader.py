@@ -59,9 +59,10 @@ from simclr_dali.shards.plan import Options
 WARM_UP = 16  # batches; until then DALI's buffers still grow to the largest images, and workers start
 # What a GPU changes is for measuring: each is one more row beside "ours".
 GPU_TUNINGS: dict[str, dict[str, Any]] = {
-    "decode region": {"region": True},
-    "no conditionals": {"conditionals": False},
-    "prefetch 4": {"prefetch": 4},
+    **{f"engine share {share:g}": {"engine_share": share} for share in (0.0, 0.65, 0.85, 1.0)},
+    "decode whole": {"region": False},
+    "conditionals": {"conditionals": True},
+    "prefetch 2": {"prefetch": 2},
     "half the threads": {"threads": max(1, (os.cpu_count() or 2) // 2)},
 }
 PACKAGES = ("torch", "torchvision", "nvidia-dali-cuda120", "lightly", "Pillow")

@@ -27,6 +27,7 @@ from simclr_dali.pipeline.files import Split
 from simclr_dali.pipeline.graph import MEAN, STD, LoaderConfig
 from simclr_dali.pipeline.loader import TwoViews
 from simclr_dali.pipeline.order import Order
+from simclr_dali.train.config import Graph, Simclr
 
 SIZE = 224
 KERNEL = 23  # pixels, a tenth of the view, as the paper's
@@ -37,8 +38,10 @@ Stream = Iterator[torch.Tensor]
 def ours(images: Path, shards: Path, device: torch.device, batch: int, cores: int, **changes: Any) -> Stream:
     split = Split.local(shards, "train")
     order = Order(split.shards.shard_sizes(), batch, 1, 8, 0)
-    dtype = torch.float16 if device.type == "cuda" else torch.float32
-    config = LoaderConfig(**{"size": SIZE, "device": device, "threads": cores, "dtype": dtype, **changes})
+    as_trained: dict[str, Any] = dict(Graph().on(device.type))
+    if device.type == "cuda":
+        as_trained |= {"dtype": torch.float16, "engine_share": Simclr().engine_share}
+    config = LoaderConfig(**{"size": SIZE, "device": device, "threads": cores, **as_trained, **changes})
     for views, _, _ in TwoViews(split, BatchPlan(order, epochs=ENDLESS), Recipe(), config):
         yield views
 
