@@ -23,6 +23,7 @@ from simclr_dali.pipeline.features import Features, extract, share
 from simclr_dali.pipeline.files import Split
 from simclr_dali.pipeline.graph import LoaderConfig
 from simclr_dali.pipeline.remote import is_remote, open_split
+from simclr_dali.shards.cores import usable_cores
 from simclr_dali.shards.durable import refusals_named, refuse_read_only, write_durably
 from simclr_dali.shards.errors import UserError
 
@@ -294,4 +295,4 @@ def image_size_of(chosen: EncoderChoice, source: Pretrained) -> int:
 
 def own_device() -> tuple[torch.device, int]:
     """Where a process on its own computes, and the cores it has."""
-    return torch.device("cuda" if on_gpu() else "cpu"), len(os.sched_getaffinity(0))
+    return torch.device("cuda" if on_gpu() else "cpu"), usable_cores()

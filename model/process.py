@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from simclr_dali.model.peers import Peers
+from simclr_dali.shards.cores import usable_cores
 from simclr_dali.shards.launch import NOBODY_HINT, Launch, LaunchError, check_port, read_launch
 
 T = TypeVar("T")
@@ -58,10 +59,13 @@ def init_distributed(patience: timedelta) -> Process:
             f"{local_world} processes were started on a machine with {torch.cuda.device_count()} GPUs; start one "
             "per GPU"
         )
-    cores = max(1, len(os.sched_getaffinity(0)) // local_world)
+    cores = max(1, usable_cores() // local_world)
     if on_gpu():
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
+        # DALI pins its decoders' threads, by default those of every process to the same cores.
+        own = sorted(os.sched_getaffinity(0))[local_rank * cores :][:cores]
+        os.environ.setdefault("DALI_AFFINITY_MASK", ",".join(map(str, own)))
     else:
         device = torch.device("cpu")
         torch.set_num_threads(cores)

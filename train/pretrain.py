@@ -83,6 +83,9 @@ from simclr_dali.train.resume import PER_MACHINE, settings, state_to_go_on_with
 from simclr_dali.train.stopping import StopRequest
 from simclr_dali.train.watchdog import Watchdog
 
+# An H200's decoder without its JPEG engine was as fast as 16 cores; with 8 it was a fifth slower (pipeline/engine.py).
+CORES_OF_A_GPU = 16
+
 
 def main(arguments: argparse.Namespace) -> None:
     config = load_config(arguments.config, arguments.set, arguments.data, arguments.run)
@@ -222,11 +225,25 @@ def announce(job: Job, step: int) -> None:
             f"warning: BatchNorm sees {together} images at a time, whose statistics are noise; set {larger} to "
             f"{NOISY_BATCHNORM_IMAGES} or more where memory and data allow",
         )
-    if process.device.type == "cuda" and config.simclr.engine_share:
-        share = f"{config.simclr.engine_share:.0%} of the baseline JPEGs"
-        print_rank_0(process, f"{share} are decoded by the GPU's JPEG engine, where it has one")
+    if process.device.type == "cuda":
+        announce_decoding(config, process)
     if step:
         print_rank_0(process, f"going on from step {step}")
+
+
+def announce_decoding(config: Config, process: Process) -> None:
+    """Who decodes on a machine with GPUs, and whether its cores are enough."""
+    share = config.simclr.engine_share
+    if share:
+        print_rank_0(process, f"{share:.0%} of the baseline JPEGs go to the GPU's JPEG engine, where it has one")
+    needed = math.ceil(CORES_OF_A_GPU * (1 - share))
+    if process.cores < needed:
+        print_rank_0(
+            process,
+            f"warning: a process has {counted(process.cores, 'core')} for its GPU, and JPEGs of ImageNet's size may need "
+            f"{needed} beside the engine; where the share waiting for input is high, raise simclr.engine_share or store "
+            "smaller images (pack --resize 256)",
+        )
 
 
 if __name__ == "__main__":
