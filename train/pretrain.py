@@ -240,9 +240,9 @@ def announce_decoding(config: Config, process: Process) -> None:
     if process.cores < needed:
         print_rank_0(
             process,
-            f"warning: a process has {counted(process.cores, 'core')} for its GPU, and JPEGs of ImageNet's size may need "
-            f"{needed} beside the engine; where the share waiting for input is high, raise simclr.engine_share or store "
-            "smaller images (pack --resize 256)",
+            f"warning: a process has {counted(process.cores, 'core')} for its GPU; JPEGs of ImageNet's size may need "
+            f"{needed} beside the engine: where the share waiting for input is high, raise simclr.engine_share or pack "
+            "smaller images (--resize 256)",
         )
 
 
