@@ -1,6 +1,7 @@
 """What the command lines of all commands share. Imports nothing heavy: --help must answer at once."""
 
 import argparse
+from pathlib import Path
 
 import simclr_dali
 
@@ -30,3 +31,13 @@ def positive_int(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} is not at least 1")
     return number
+
+
+def file_to_write(text: str) -> Path:
+    """The type of an argument that names a file which is written at the end of long work."""
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a folder; name a file")
+    if not path.absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {path.parent}; make it first")
+    return path

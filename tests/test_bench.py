@@ -78,6 +78,12 @@ def test_the_step_benchmark_compares_ways_to_compute_a_step(tmp_path: Path) -> N
     assert "kernels" not in rows or ("failed" in result["kernels"] and "kernels        failed" in done.stdout)
 
 
+def test_a_result_that_could_not_be_written_is_refused_before_anything_is_measured(tmp_path: Path) -> None:
+    for path in (tmp_path / "no folder" / "file.json", tmp_path):
+        done = run_python(ROOT / "scripts/bench/step.py", "--config", "imagenette.json", "--json", path)
+        assert done.returncode == 2 and ("there is no folder" in done.stderr or "is a folder" in done.stderr)
+
+
 def test_the_step_benchmark_refuses_more_steps_than_a_run_has(packed: Path, tmp_path: Path) -> None:
     words = ["--config", tiny_config(tmp_path), "--data", packed, "--steps", 30]
     done = run_python(ROOT / "scripts/bench/step.py", *words)

@@ -11,7 +11,7 @@ import pytest
 
 import simclr_dali
 from simclr_dali.__main__ import COMMANDS, visible_gpus
-from tests.conftest import ROOT, TIMEOUT, run_command, run_python
+from tests.conftest import ROOT, TIMEOUT, assert_sentence, run_command, run_python
 from tests.runs import TOOLS, environment, free_port, tiny_config
 
 CODE = (".package", "eval", "model", "pipeline", "scripts", "shards", "train", "README.md", "LICENSE", "setup.cfg")
@@ -137,6 +137,12 @@ def test_one_process_needs_no_launcher(options: list[Any], packed: Path, tmp_pat
     done = run_command("pretrain", *options, *words, cwd=tmp_path)
     assert done.returncode == 0 and "1 x cpu" in done.stdout, done.stderr
     assert "launch" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("number", ["0", "-1", "two"])
+def test_a_number_of_processes_that_cannot_be_is_refused(number: str, tmp_path: Path) -> None:
+    done = run_command("pretrain", f"--num_gpus={number}", "--config", tiny_config(tmp_path), cwd=tmp_path)
+    assert_sentence(done, f"--num_gpus is {number!r}")
 
 
 @pytest.mark.parametrize(

@@ -125,6 +125,18 @@ def test_without_a_compiler_a_run_goes_on_uncompiled(packed: Path, tmp_path: Pat
     assert "simclr.compile was" not in done.stdout  # nothing was compiled before
 
 
+@pytest.mark.launch
+def test_a_folder_that_cannot_keep_what_is_compiled_is_named(packed: Path, tmp_path: Path) -> None:
+    blocked = tmp_path / "cache"
+    blocked.write_text("a file where a folder should be")
+    words = ["--config", tiny_config(tmp_path), "--data", packed, "--run", tmp_path / "run", "--stop-after-steps", 1]
+    wanted = ["--set", "simclr.compile=inductor", "--set", f"simclr.cache={blocked}"]
+    env = {**environment(), "CXX": str(tmp_path / "no-compiler")}  # which is soon found out
+    done = run_python(ROOT / "train/pretrain.py", *words, *wanted, env=env)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    assert f"warning: {blocked}/compiled cannot keep what is compiled (Not a directory)" in done.stderr
+
+
 def test_who_meets_a_graph_that_another_compiles_waits_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     graph = torch.fx.symbolic_trace(torch.nn.ReLU())

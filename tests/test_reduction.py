@@ -95,6 +95,23 @@ def test_gradients_are_the_mean_and_leave_in_the_last_pass(world: int, passes: i
         assert log[before_the_last_pass:] == ["gradient", "gradient", "bucket"] * 3 + ["wait", "bucket"]
 
 
+def used_by_some(rank: int) -> str:
+    model = nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 5)])
+    GradientReduction(model, 1)
+    x = torch.ones(2, 3)
+    y = model[0](x).sum() + (model[1](x).sum() if rank == 0 else 0.0)
+    try:
+        y.backward()
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_a_parameter_that_some_ranks_do_not_use_is_refused(tmp_path: Path) -> None:
+    for told in run_ranks(used_by_some, 2, tmp_path):
+        assert told.startswith("a parameter of shape (5") and "on 1 of 2 ranks" in told
+
+
 def compiled_in_two(rank: int) -> list[str]:
     reduction.BUCKET_BYTES = 100_000
     model = build_model(Architecture(ResNet("resnet18", 0.125, "7x7"), (32, 16)), 0)

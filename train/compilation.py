@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -54,17 +55,20 @@ class Backend:
     def __init__(self, setting: str, folder: Path, process: Process) -> None:
         self._setting, self._process = setting, process
         self.folder = _keep_in(folder)
-        self.failed = False
+        self.failed, self._begun = False, False
 
     def __call__(self, graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         from torch._dynamo.exc import RestartAnalysis, SkipFrame
 
         if self.failed:
             return graph
-        print_rank_0(
-            self._process,
-            f"compiling the network ({self._setting}): about a minute, once; {self.folder} keeps it for later starts",
-        )
+        if not self._begun:
+            print_rank_0(
+                self._process,
+                f"compiling the network ({self._setting}), which takes about a minute the first time; {self.folder} "
+                "keeps it for later starts, and a signal to stop waits for it",
+            )
+        self._begun = True
         started = time.monotonic()
         as_it_is = copy.deepcopy(graph)  # the compiler changes what it is given
         try:
@@ -122,9 +126,19 @@ def _keep_in(folder: Path) -> Path:
 
     named = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
     if named in (None, default_cache_dir()):  # which torch itself writes there, and a restart of the machine empties
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = named = str(folder.absolute())
-    assert named is not None
-    return Path(named)
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder.absolute())
+    kept_in = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+    try:
+        kept_in.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=kept_in):
+            return kept_in
+    except OSError as error:
+        print_now(
+            f"warning: {kept_in} cannot keep what is compiled ({error.strerror}); it goes to {default_cache_dir()}",
+            file=sys.stderr,
+        )
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = default_cache_dir()
+    return Path(default_cache_dir())
 
 
 def _reason(error: Exception) -> str:

@@ -33,6 +33,7 @@ class GradientReduction:
         self._bucket_of = {p: bucket for bucket in self._buckets for p in bucket.parameters}
         self._arrivals = dict.fromkeys(parameters, 0)
         self._sent = 0
+        self._compared = False
         for parameter in parameters:
             parameter.register_post_accumulate_grad_hook(self._arrived)
 
@@ -53,9 +54,15 @@ class GradientReduction:
         self._sent += 1
 
     def finish(self) -> None:
-        """Send what is left, of which a parameter got no gradient, and put the means in place."""
+        """Send what is left, of which a parameter got no gradient, and put the means in place.
+
+        Raises ValueError, in the first step, where a parameter has a gradient on some ranks only: the others would not
+        move it.
+        """
         for bucket in self._buckets[self._sent :]:
             self._send(bucket)
+        if not self._compared:
+            self._refuse_differences()
         for bucket in self._buckets:
             bucket.work.wait()
             if not self._mean:
@@ -63,6 +70,18 @@ class GradientReduction:
             bucket.take_back()
         self._sent = 0
         self._arrivals = dict.fromkeys(self._arrivals, 0)
+
+    def _refuse_differences(self) -> None:
+        parameters = list(self._arrivals)
+        there = torch.tensor([float(p.grad is not None) for p in parameters], device=parameters[0].device)
+        dist.all_reduce(there, group=self._group)
+        for parameter, ranks in zip(parameters, there.tolist(), strict=True):
+            if 0 < ranks < dist.get_world_size():
+                raise ValueError(
+                    f"a parameter of shape {tuple(parameter.shape)} got a gradient on {ranks:.0f} of "
+                    f"{dist.get_world_size()} ranks; a network must use the same parameters on all of them"
+                )
+        self._compared = True
 
 
 class _Bucket:

@@ -108,6 +108,9 @@ def refuse_other_settings(run: Path, found: checkpoint.Checkpoint, config: Confi
         old = type(config).model_validate(migrations.config(found.state["config"]))
     except (pydantic.ValidationError, KeyError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:300]
+        if isinstance(error, pydantic.ValidationError):
+            first = error.errors()[0]
+            reason = f"{'.'.join(map(str, first['loc']))} is {first['input']!r}"
         raise CheckpointError(
             f"{found.path} has a config that this version does not read ({reason}); go on with the version that wrote "
             "it, or give another --run"

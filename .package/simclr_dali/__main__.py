@@ -75,6 +75,9 @@ def launch(words: list[str]) -> list[str]:
     for option in _LAUNCHER_OPTIONS:
         parser.add_argument(option)
     ours, rest = parser.parse_known_args(words)
+    if ours.num_gpus is not None and not (ours.num_gpus.isdecimal() and int(ours.num_gpus)):
+        print(f"error: --num_gpus is {ours.num_gpus!r}; give the number of processes, at least 1", file=sys.stderr)
+        sys.exit(2)
     given = {key: value for key, value in vars(ours).items() if value is not None}
     one = given.get("num_gpus", str(max(1, visible_gpus()))) == "1"
     if one and given.keys() <= {"num_gpus"} and not Path("/job/hostfile").exists():  # which the launcher would read

@@ -25,7 +25,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:1] = [str(ROOT), str(ROOT / ".package")]
 
-from simclr_dali.shards.command_line import positive_int
+from simclr_dali.shards.command_line import file_to_write, positive_int
 from simclr_dali.shards.errors import UserError, run_main
 
 
@@ -39,7 +39,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--rounds", type=positive_int, default=5, metavar="N", help="default: 5")
     parser.add_argument("--scratch", type=Path, metavar="FOLDER", help="where to pack (default: the system's)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    parser.add_argument("--json", type=file_to_write, metavar="FILE", help="write the figures there too")
     parser.add_argument("--contender", help=argparse.SUPPRESS)
     parser.add_argument("--shards", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--tuning", default="{}", help=argparse.SUPPRESS)

@@ -31,7 +31,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:1] = [str(ROOT), str(ROOT / ".package")]
 
-from simclr_dali.shards.command_line import positive_int
+from simclr_dali.shards.command_line import file_to_write, positive_int
 from simclr_dali.shards.errors import UserError, run_main
 
 
@@ -50,7 +50,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--limit-gb", type=float, default=16.0, help="memory a contender may take on the CPU (default: 16)"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    parser.add_argument("--json", type=file_to_write, metavar="FILE", help="write the figures there too")
     parser.add_argument("--contender", help=argparse.SUPPRESS)
     return parser.parse_args()
 

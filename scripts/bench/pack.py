@@ -29,7 +29,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / ".package")]
 
-from simclr_dali.shards.command_line import positive_int
+from simclr_dali.shards.command_line import file_to_write, positive_int
 from simclr_dali.shards.errors import UserError, run_main
 
 
@@ -40,7 +40,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=positive_int, default=5, metavar="N", help="default: 5")
     parser.add_argument("--workers", type=positive_int, default=os.cpu_count() or 1, metavar="N", help="all cores")
     parser.add_argument("--scratch", type=Path, metavar="FOLDER", help="where to write (default: the system's)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    parser.add_argument("--json", type=file_to_write, metavar="FILE", help="write the figures there too")
     return parser.parse_args()
 
 

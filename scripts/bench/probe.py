@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:1] = [str(ROOT), str(ROOT / ".package")]
 
 from simclr_dali.eval.arguments import DataChoice, EncoderChoice, add_arguments
-from simclr_dali.shards.command_line import positive_int
+from simclr_dali.shards.command_line import file_to_write, positive_int
 from simclr_dali.shards.errors import UserError, run_main
 
 
@@ -37,7 +37,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
     parser.add_argument("--rounds", type=positive_int, default=5, help="default: 5")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    parser.add_argument("--json", type=file_to_write, metavar="FILE", help="write the figures there too")
     return parser.parse_args()
 
 

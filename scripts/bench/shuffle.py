@@ -24,12 +24,13 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[2] / ".package")
 
+from simclr_dali.shards.command_line import file_to_write
 from simclr_dali.shards.errors import run_main
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    parser.add_argument("--json", type=file_to_write, metavar="FILE", help="write the figures there too")
     return parser.parse_args()
 
 

@@ -24,7 +24,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:1] = [str(ROOT), str(ROOT / ".package")]
 
-from simclr_dali.shards.command_line import positive_int
+from simclr_dali.shards.command_line import file_to_write, positive_int
 from simclr_dali.shards.errors import UserError, run_main
 from simclr_dali.shards.sources.source import SPLITS
 
@@ -39,7 +39,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--images", type=positive_int, default=512, metavar="N", help="a round (default: 512)")
     parser.add_argument("--rounds", type=positive_int, default=3, metavar="N", help="default: 3")
     parser.add_argument("--size", type=positive_int, default=224, metavar="PX", help="of a view (default: 224)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    parser.add_argument("--json", type=file_to_write, metavar="FILE", help="write the figures there too")
     return parser.parse_args()
 
 

@@ -42,10 +42,10 @@ STARTED = time.monotonic()
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:1] = [str(ROOT), str(ROOT / ".package")]
 
-from simclr_dali.shards.command_line import positive_int
+from simclr_dali.shards.command_line import file_to_write, positive_int
 from simclr_dali.shards.errors import UserError, run_main
 
-# Ways to compute a step, by what the config is set to.
+# Ways to compute a step, by what the config is set to; all but the first are compiled.
 ROWS = {
     "eager": ("simclr.compile=no",),
     "compiled": ("simclr.compile=inductor",),
@@ -68,7 +68,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=positive_int, default=10, help="measured, a round (default: 10)")
     parser.add_argument("--warm-up", type=positive_int, default=3, help="steps before, a round (default: 3)")
     parser.add_argument("--rounds", type=positive_int, default=3, help="default: 3")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    parser.add_argument("--json", type=file_to_write, metavar="FILE", help="write the figures there too")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # given by the deepspeed launcher
     return parser.parse_args()
 
@@ -326,7 +326,8 @@ def compare(given: argparse.Namespace, words: list[str]) -> None:
         step, base = (measured[name]["synthetic"]["step"]["median"] for name in (row, first))
         print(
             f"{row:14} {step:10,.1f} ms a step  {base / step:6.2f} x {first}  "
-            f"{result['peak memory, MB']:9,.0f} MB  first step after {result['first step, s']:.0f} s"
+            f"{result['peak memory, MB']:9,.0f} MB  first step after {result['first step, s']:.0f} s  "
+            f"({' '.join(ROWS[row])})"
         )
 
 
