@@ -128,7 +128,7 @@ class _Making:
     def _make(self) -> None:
         try:
             if self._config.device_id is not None:  # a thread begins on GPU 0, where it would take memory
-                torch.cuda.set_device(self._config.device)
+                torch.cuda.set_device(self._config.device_id)
             self._run()
             ended: BaseException = StopIteration()
         except BaseException as error:
