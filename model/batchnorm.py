@@ -11,6 +11,8 @@ import torch.distributed._functional_collectives as collectives
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from simclr_dali.model.precision import at_least_float32
+
 Module = TypeVar("Module", bound=nn.Module)
 
 # torch 2.13 gave the function its first name and warns of the second.
@@ -81,7 +83,7 @@ class _Normalise(torch.autograd.Function):
             local_mean, local_variance = _kernels().moments(x)
         else:
             axes = [0, *range(2, x.dim())]
-            local_variance, local_mean = torch.var_mean(_at_least_float32(x), axes, correction=0)
+            local_variance, local_mean = torch.var_mean(at_least_float32(x), axes, correction=0)
         local_count = local_mean.new_full((1,), x.numel() // x.shape[1])
         mean, variance, count = _over_ranks(local_mean, local_variance, local_count, group)
         ctx.save_for_backward(x, weight, bias, mean, variance, count)
@@ -104,8 +106,8 @@ class _Normalise(torch.autograd.Function):
             dx = _kernels().gradient(*given, mean_dy, mean_dy_xhat, ctx.relu)
         else:
             axes, shape = [0, *range(2, x.dim())], [1, -1] + [1] * (x.dim() - 2)
-            dy = _at_least_float32(dy)
-            xhat = (_at_least_float32(x) - mean.view(shape)) * scale.view(shape)
+            dy = at_least_float32(dy)
+            xhat = (at_least_float32(x) - mean.view(shape)) * scale.view(shape)
             dbias, dweight = dy.sum(axes), (dy * xhat).sum(axes)
             mean_dy, mean_dy_xhat = _means_over_ranks(dbias, dweight, count, ctx.group)
             dx = (weight * scale).view(shape) * (dy - mean_dy.view(shape) - xhat * mean_dy_xhat.view(shape))
@@ -138,10 +140,6 @@ def _kernels() -> Any:
     from simclr_dali.model import batchnorm_kernels
 
     return batchnorm_kernels
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def synchronised(module: Module, device: torch.device, *, compiled: bool = False, kernels: bool = False) -> Module:

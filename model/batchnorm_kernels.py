@@ -36,6 +36,15 @@ def _tile(part, chunk, start, rows, channels, ROWS: tl.constexpr, CHANNELS: tl.c
 
 
 @triton.jit
+def _store_of_part(partial, part, first, second, channels, CHANNELS: tl.constexpr):
+    """Write a part's two numbers of each channel into ``partial`` [2, P, C]."""
+    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    place = partial + part * channels + channel
+    tl.store(place, first, channel < channels)
+    tl.store(place + tl.num_programs(1) * channels, second, channel < channels)
+
+
+@triton.jit
 def _moments(x, partial, rows, channels, chunk, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
     part = tl.program_id(1)
     mean = tl.zeros([CHANNELS], tl.float32)
@@ -55,10 +64,7 @@ def _moments(x, partial, rows, channels, chunk, ROWS: tl.constexpr, CHANNELS: tl
             mean += delta * (found / total)
             squares += tl.sum(centred * centred, 0) + delta * delta * (count * found / total)
             count = total
-    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
-    place = partial + part * channels + channel
-    tl.store(place, mean, channel < channels)
-    tl.store(place + tl.num_programs(1) * channels, squares, channel < channels)
+    _store_of_part(partial, part, mean, squares, channels, CHANNELS)
 
 
 @triton.jit
@@ -110,10 +116,7 @@ def _sums(
         centred, gradient = _through_relu(x, dy, mean, scale, bias, offset, exists, channel, known, RELU)
         sum_dy += tl.sum(gradient, 0)
         sum_dy_centred += tl.sum(gradient * centred, 0)
-    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
-    place = partial + part * channels + channel
-    tl.store(place, sum_dy, channel < channels)
-    tl.store(place + tl.num_programs(1) * channels, sum_dy_centred, channel < channels)
+    _store_of_part(partial, part, sum_dy, sum_dy_centred, channels, CHANNELS)
 
 
 @triton.jit

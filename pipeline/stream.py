@@ -27,7 +27,7 @@ from simclr_dali.pipeline.reader import Reader, map_ahead
 
 # Batches (or micro-batches) by which the host may be ahead of a GPU; the views of each are in its memory.
 _AHEAD_OF_THE_GPU = 2
-READY = 1  # batches that lie ready for whoever asks
+_READY = 1  # batches that lie ready for whoever asks
 
 
 class Batch(NamedTuple):
@@ -101,7 +101,7 @@ class _Making:
         self._source, self._planned, self._config, self._batch = source, planned, config, batch
         self._engine = EngineChoice(len(source.samples), config.engine_share) if config.engine_share else None
         self._outputs: Any = _GPUOutputs(config) if config.device_id is not None else _CPUOutputs(config)
-        self._ready: queue.Queue[tuple[PlannedBatch, Batch, Any] | BaseException] = queue.Queue(READY)
+        self._ready: queue.Queue[tuple[PlannedBatch, Batch, Any] | BaseException] = queue.Queue(_READY)
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._make, name="graph", daemon=True)
         self._thread.start()

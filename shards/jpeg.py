@@ -2,6 +2,7 @@
 
 import re
 import struct
+from collections.abc import Iterator
 
 # Frame headers (SOF) that every decoder takes: baseline, extended, progressive, Huffman-coded (ITU-T T.81, table B.1).
 _PLAIN_FRAMES = frozenset({0xC0, 0xC1, 0xC2})
@@ -19,14 +20,7 @@ def plain_size(encoded: bytes) -> tuple[int, int] | None:
     None for everything else, damaged headers included: who gets None must look closer. That goes, too, for a JPEG
     that its EXIF block turns or mirrors, and for one that announces more pictures in its file (MPF).
     """
-    if encoded[:2] != b"\xff\xd8":
-        return None
-    at = 2
-    while match := _MARKER.match(encoded, at):
-        marker, at = match[1][0], match.end()
-        if marker == _START_OF_SCAN or at + 2 > len(encoded):
-            return None
-        (length,) = _LENGTH.unpack_from(encoded, at)
+    for marker, at, length in _segments(encoded):
         if marker in _PLAIN_FRAMES and at + 8 <= len(encoded):
             bits, height, width, components = _FRAME.unpack_from(encoded, at + 2)
             return (width, height) if bits == 8 and components in (1, 3) and width and height else None
@@ -37,25 +31,31 @@ def plain_size(encoded: bytes) -> tuple[int, int] | None:
                 return None
         elif marker == _APP2 and encoded.startswith(b"MPF\0", at + 2):
             return None
-        at += length
     return None
 
 
 def is_baseline(encoded: bytes) -> bool:
     """Whether a JPEG, of which its beginning is enough, is baseline: sequential, Huffman-coded, 8 bit, one or three
     components (ITU-T T.81, frame SOF0). False where that cannot be told."""
-    if encoded[:2] != b"\xff\xd8":
-        return False
-    at = 2
-    while match := _MARKER.match(encoded, at):
-        marker, at = match[1][0], match.end()
-        if marker == _BASELINE and at + 8 <= len(encoded):
+    for marker, at, _ in _segments(encoded):
+        if marker in _PLAIN_FRAMES | _OTHER_FRAMES:
+            if marker != _BASELINE or at + 8 > len(encoded):
+                return False
             bits, _, _, components = _FRAME.unpack_from(encoded, at + 2)
             return bits == 8 and components in (1, 3)
-        if marker in _PLAIN_FRAMES | _OTHER_FRAMES | {_START_OF_SCAN} or at + 2 > len(encoded):
-            return False
-        at += _LENGTH.unpack_from(encoded, at)[0]
     return False
+
+
+def _segments(encoded: bytes) -> Iterator[tuple[int, int, int]]:
+    """Marker, place behind it, and length of each segment before the first scan, as far as they can be followed."""
+    at = 2 if encoded[:2] == b"\xff\xd8" else len(encoded)
+    while match := _MARKER.match(encoded, at):
+        marker, at = match[1][0], match.end()
+        if marker == _START_OF_SCAN or at + 2 > len(encoded):
+            return
+        (length,) = _LENGTH.unpack_from(encoded, at)
+        yield marker, at, length
+        at += length
 
 
 def _is_turned(tiff: bytes) -> bool:

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from simclr_dali.model.batchnorm import synchronised
 from simclr_dali.model.lars import LARS, parameter_groups
 from simclr_dali.model.process import Process, init_distributed, on_gpu
 from simclr_dali.model.simclr import SimCLR
@@ -81,17 +82,19 @@ def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
 
 
 def build_engine(model: SimCLR, config: Config, process: Process) -> tuple[Any, torch.optim.Optimizer]:
-    """Wrap ``model`` in a DeepSpeed engine. Parameters and buffers of rank 0 are given to all ranks.
+    """Wrap ``model``, whose BatchNorms then see all ranks, in a DeepSpeed engine. Rank 0's parameters and buffers are
+    given to all ranks.
 
     Raises UserError where the config asks for kernels that this machine cannot run.
     """
     if config.simclr.batchnorm_kernels and (process.device.type != "cuda" or not find_spec("triton")):
         raise UserError("simclr.batchnorm_kernels is true, which needs a GPU and Triton; set it to false")
+    setting, backend = resolved(config.simclr.compile, process.device), None
+    synchronised(model, process.device, compiled=setting != "no", kernels=config.simclr.batchnorm_kernels)
     model.to(process.device)
     for buffer in model.buffers():  # the engine gives all ranks the parameters of rank 0, but not the buffers
         dist.broadcast(buffer, 0)
     optimizer = build_optimizer(model, config)
-    setting, backend = resolved(config.simclr.compile, process.device), None
     if setting != "no":  # inside of the engine, whose hooks are then not traced
         backend = compile_network(model, setting, config.shard_cache().folder / "compiled", process)
     engine, wrapped, _, _ = import_deepspeed(process.device).initialize(

@@ -61,7 +61,7 @@ if __name__ == "__main__":
 
 import torch.distributed as dist
 
-from simclr_dali.model.batchnorm import NOISY_BATCHNORM_IMAGES, synchronised
+from simclr_dali.model.batchnorm import NOISY_BATCHNORM_IMAGES
 from simclr_dali.model.process import Process, leave, on_rank_0, print_rank_0
 from simclr_dali.model.simclr import build_model
 from simclr_dali.pipeline.remote import open_split
@@ -83,7 +83,7 @@ from simclr_dali.train.resume import PER_MACHINE, settings, state_to_go_on_with
 from simclr_dali.train.stopping import StopRequest
 from simclr_dali.train.watchdog import Watchdog
 
-# An H200's decoder without its JPEG engine was as fast as 16 cores; with 8 it was a fifth slower (pipeline/engine.py).
+# One H200 whose JPEG engine was off decoded a fifth more slowly with 8 cores than with 16.
 CORES_OF_A_GPU = 16
 
 
@@ -117,10 +117,7 @@ def main(arguments: argparse.Namespace) -> None:
             told, begun_with = on_rank_0(process, lambda: take_weights(network, config.simclr.init_from))
             print_rank_0(process, told)
             job = replace(job, begun_with=begun_with)
-        compiled = resolved(config.simclr.compile, process.device) != "no"
-        kernels = config.simclr.batchnorm_kernels
-        model = synchronised(network, process.device, compiled=compiled, kernels=kernels)
-        engine, optimizer = build_engine(model, config, process)
+        engine, optimizer = build_engine(network, config, process)
         if state:
             engine.module.load_state_dict(state.pop("model"))
             optimizer.load_state_dict(state.pop("optimizer"))

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from simclr_dali.model.precision import at_least_float32
 from simclr_dali.train.micro_batches import MicroBatches
 
 # Embeddings [R, D] of this rank (view 0 of b images, then view 1) -> a scalar to minimise, and detached scalars to
@@ -41,7 +42,7 @@ def train_step(engine: Any, micro_batches: Sequence[Tensor] | MicroBatches, loss
         engine.step()
         return StepResult(value.detach(), metrics, norm)
     with torch.no_grad(), _buffers_kept(engine.module):
-        embedded = [_at_least_float32(engine(views)) for views in micro_batches]
+        embedded = [at_least_float32(engine(views)) for views in micro_batches]
     z = _by_view(embedded).requires_grad_()
     value, metrics = loss(z)
     (dz,) = torch.autograd.grad(value, z)
@@ -57,10 +58,6 @@ def train_step(engine: Any, micro_batches: Sequence[Tensor] | MicroBatches, loss
 
 def _gradient_norm(model: nn.Module) -> Tensor:
     return torch.stack(torch._foreach_norm([p.grad for p in model.parameters() if p.grad is not None])).norm()
-
-
-def _at_least_float32(z: Tensor) -> Tensor:
-    return z.to(torch.promote_types(z.dtype, torch.float32))
 
 
 def _by_view(parts: Sequence[Tensor]) -> Tensor:

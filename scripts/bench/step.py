@@ -80,12 +80,10 @@ import torch
 from torch import Tensor
 
 from scripts.bench.figures import extremes, machine, spread
-from simclr_dali.model.batchnorm import synchronised
 from simclr_dali.model.ntxent import NTXent
 from simclr_dali.model.process import Process, leave
 from simclr_dali.model.simclr import build_model
 from simclr_dali.pipeline.remote import open_split
-from simclr_dali.train.compilation import resolved
 from simclr_dali.train.config import Config
 from simclr_dali.train.config_file import load_config
 from simclr_dali.train.determinism import compute_deterministically
@@ -182,9 +180,7 @@ def main(given: argparse.Namespace) -> None:
     process = start(timedelta(minutes=30))
     config.micro_batch(process.world)  # refuses a number of processes that cannot share the batch
     network = build_model(config.architecture(), config.simclr.seed)
-    compiled = resolved(config.simclr.compile, process.device) != "no"
-    model = synchronised(network, process.device, compiled=compiled, kernels=config.simclr.batchnorm_kernels)
-    engine, optimizer = build_engine(model, config, process)
+    engine, optimizer = build_engine(network, config, process)
     for group in optimizer.param_groups:
         group["lr"] = 0.0  # the same work, and the loss stays what it is however long this runs
     clock = Clock(process.device)
