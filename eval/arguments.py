@@ -3,6 +3,7 @@
 import argparse
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 from simclr_dali.shards.command_line import positive_int
 
@@ -45,10 +46,13 @@ class DataChoice:
     """Folder or address; None: what the run was trained on."""
     cache: Path = Path("~/.cache/simclr-dali")
     cache_gb: float = 200.0
+    keep_decoded: Literal["auto", "no", "gpu", "host"] = "auto"
+    """Where decoded pictures stay while a training goes over them (pipeline.kept_memory)."""
 
     @staticmethod
     def of(given: argparse.Namespace) -> "DataChoice":
-        return DataChoice(given.data, given.cache, given.cache_gb)
+        keep_decoded: Any = getattr(given, "keep_decoded", None) or "auto"
+        return DataChoice(given.data, given.cache, given.cache_gb, keep_decoded)
 
 
 def image_size(text: str) -> int:
@@ -102,6 +106,15 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cache-gb", type=float, default=default.cache_gb, metavar="GB",
         help=f"how much of them (default: {default.cache_gb:g})",
+    )  # fmt: skip
+
+
+def add_keep_decoded_argument(parser: argparse.ArgumentParser) -> None:
+    """For those that train on pictures."""
+    parser.add_argument(
+        "--keep-decoded", choices=["auto", "no", "gpu", "host"],
+        help="where decoded pictures stay from epoch to epoch (default: auto, the host's memory if they take at most "
+        "half of what is free)",
     )  # fmt: skip
 
 

@@ -5,7 +5,7 @@ import os
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -54,6 +54,8 @@ class Evaluation:
     features: Path | None
     """Folder that keeps extracted features."""
     given_out: Path | None
+    keep_decoded: Literal["auto", "no", "gpu", "host"] = "auto"
+    """Where decoded pictures stay while a training goes over them."""
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -251,6 +253,7 @@ def open_evaluation(
         data=address if is_remote(address) else str(Path(address).resolve()),
         features=features,
         given_out=out,
+        keep_decoded=data.keep_decoded,
     )
 
 

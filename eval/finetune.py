@@ -27,7 +27,7 @@ if __name__ == "__main__":
     # This script's own folder must not shadow installed modules, and its checkout must win over an installed copy.
     sys.path[0] = str(Path(__file__).resolve().parents[1] / ".package")
 
-from simclr_dali.eval.arguments import DataChoice, EncoderChoice, add_arguments
+from simclr_dali.eval.arguments import DataChoice, EncoderChoice, add_arguments, add_keep_decoded_argument
 from simclr_dali.shards.command_line import parser_of, positive_int, seed
 from simclr_dali.shards.errors import UserError, run_main
 
@@ -42,6 +42,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--train-batch", type=positive_int, metavar="B", help="other than the protocol's; the learning rate follows"
     )
+    add_keep_decoded_argument(parser)
     parser.add_argument("--seed", type=seed, default=0, help="of the choice of labels, order and crops (default: 0)")
     parser.add_argument(
         "--save-every", type=positive_int, default=100, metavar="STEPS", help="between two saved states (default: 100)"

@@ -30,7 +30,7 @@ if __name__ == "__main__":
     # This script's own folder must not shadow installed modules, and its checkout must win over an installed copy.
     sys.path[0] = str(Path(__file__).resolve().parents[1] / ".package")
 
-from simclr_dali.eval.arguments import DataChoice, EncoderChoice, add_arguments
+from simclr_dali.eval.arguments import DataChoice, EncoderChoice, add_arguments, add_keep_decoded_argument
 from simclr_dali.eval.protocols import ABOUT, FAST, NAMES, SCHEDULES, SWEEP, Schedule
 from simclr_dali.shards.command_line import parser_of, positive_int, seed
 from simclr_dali.shards.errors import UserError, run_main
@@ -47,6 +47,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--train-batch", type=positive_int, metavar="B", help="other than the protocol's; the learning rate follows"
     )
+    add_keep_decoded_argument(parser)
     parser.add_argument("--seed", type=seed, help="of order, crops, first weights and what is kept aside (default: 0)")
     parser.add_argument(
         "--save-every", type=positive_int, metavar="STEPS", help="between two saved states (default: 100)"
@@ -188,7 +189,12 @@ def by_schedule(
 
 
 def refuse_contradictions(arguments: argparse.Namespace) -> None:
-    given = {"--epochs": arguments.epochs, "--train-batch": arguments.train_batch, "--save-every": arguments.save_every}
+    given = {
+        "--epochs": arguments.epochs,
+        "--train-batch": arguments.train_batch,
+        "--save-every": arguments.save_every,
+        "--keep-decoded": arguments.keep_decoded,
+    }
     if arguments.protocol == FAST:
         given["--seed"] = arguments.seed
     unused = [name for name, value in given.items() if value is not None]

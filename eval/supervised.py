@@ -19,10 +19,12 @@ from simclr_dali.model import migrations
 from simclr_dali.model.checkpoint import plain_values
 from simclr_dali.model.collectives import all_sum
 from simclr_dali.model.lars import LARS
-from simclr_dali.model.process import Process, on_rank_0, print_rank_0
+from simclr_dali.model.process import Process, from_all_ranks, on_rank_0, print_rank_0
 from simclr_dali.model.schedule import learning_rate
 from simclr_dali.pipeline.batch_plan import BatchPlan
 from simclr_dali.pipeline.draws import PROBE
+from simclr_dali.pipeline.kept_memory import Processes, set_aside
+from simclr_dali.pipeline.kept_pictures import KeptPictures
 from simclr_dali.pipeline.loader import TwoViews
 from simclr_dali.pipeline.order import Ids, Order
 from simclr_dali.pipeline.subset import Subset
@@ -60,7 +62,17 @@ def train(
     identity = identity_of(job, model, schedule, order, seed, micro)
     step = resume(process, state_path, identity, model, optimizer)
     total = schedule.epochs * order.steps_per_epoch
-    batches = crops_and_flips(job, order, schedule, step, micro)
+    kept = None
+    if schedule.epochs > 1 and step < total:
+        kept, told = set_aside(
+            job.train.shards,
+            job.keep_decoded,
+            process.device,
+            ids=ids,
+            processes=Processes(process.rank, from_all_ranks),
+        )
+        print_rank_0(process, told)
+    batches = crops_and_flips(job, order, schedule, step, micro, kept)
     parameters = list(model.parameters())
     with tqdm(total=total, initial=step, desc="training", unit=" steps", disable=process.rank > 0 or None) as bar:
         while step < total:
@@ -104,7 +116,9 @@ def identity_of(
     }
 
 
-def crops_and_flips(job: Evaluation, order: Order | Subset, schedule: Schedule, step: int, micro: int) -> TwoViews:
+def crops_and_flips(
+    job: Evaluation, order: Order | Subset, schedule: Schedule, step: int, micro: int, kept: KeptPictures | None
+) -> TwoViews:
     """This rank's micro-batches of one view each, from ``step`` on."""
     plan = BatchPlan(
         order,
@@ -114,7 +128,8 @@ def crops_and_flips(job: Evaluation, order: Order | Subset, schedule: Schedule, 
         world=job.process.world,
         micro_batch=micro,
     )
-    return TwoViews(job.train, plan, (PROBE,), job.loader_config(schedule.interpolation), max_bad_fraction=0.0)
+    config = job.loader_config(schedule.interpolation)
+    return TwoViews(job.train, plan, (PROBE,), config, max_bad_fraction=0.0, kept=kept)
 
 
 def _is_norm(module: nn.Module) -> bool:

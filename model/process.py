@@ -127,6 +127,15 @@ def on_rank_0(process: Process, action: Callable[[], T]) -> T:
     return result
 
 
+def from_all_ranks(own: T) -> list[T]:
+    """The object of each rank, by rank; all call it together."""
+    found: list[Any] = [own]
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        found *= dist.get_world_size()
+        dist.all_gather_object(found, own)
+    return found
+
+
 def print_rank_0(process: Process, text: str) -> None:
     """:func:`print_now` on rank 0, nothing on the others."""
     if process.rank == 0:

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from simclr_dali.pipeline.files import Split
 from simclr_dali.pipeline.graph import LoaderConfig
+from simclr_dali.pipeline.kept_pictures import KeptPictures
 from simclr_dali.pipeline.loader import central_views
 
 
@@ -44,11 +45,12 @@ def extract(
     ids: npt.NDArray[np.int64] | None = None,
     max_bad_fraction: float = 0.0,
     silent: bool = False,
+    kept: KeptPictures | None = None,
 ) -> Features:
     """Run every image of ``ids`` (default: of the split) once, centrally cropped, through ``encoder``.
 
-    encoder: in eval mode, on config.device; images [n, 3, size, size] -> features [n, width]. max_bad_fraction: see
-    pipeline.loader.central_views.
+    encoder: in eval mode, on config.device; images [n, 3, size, size] -> features [n, width]. max_bad_fraction,
+    kept: see pipeline.loader.central_views.
     """
     began, waited = time.monotonic(), 0.0
     count = len(split.shards) if ids is None else len(ids)
@@ -56,7 +58,7 @@ def extract(
     features = None if count else encoder(torch.zeros(1, 3, config.size, config.size, device=config.device))[:0]
     labels = torch.empty(count, dtype=torch.int64)
     done = 0
-    images = central_views(split, config, batch=batch, ids=ids, max_bad_fraction=max_bad_fraction)
+    images = central_views(split, config, batch=batch, ids=ids, max_bad_fraction=max_bad_fraction, kept=kept)
     with tqdm(total=count, desc=f"features of {split.shards.split}", unit=" images", disable=silent or None) as bar:
         while True:
             asked = time.monotonic()

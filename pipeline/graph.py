@@ -4,6 +4,7 @@ The same graph runs on CPU and GPU. Per image: decode once; then per view resize
 map, see pipeline.color), blur, solarize, mirror and normalise. Steps that a view did not draw are skipped per sample.
 """
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -108,17 +109,25 @@ def blur_taps(sigma: Array, size: int) -> Array:
 
 
 def graph_inputs(
-    encoded: list[Any], draws: Sequence[Draws], steps: Steps, config: LoaderConfig, on_engine: Array | None = None
+    encoded: Any,
+    draws: Sequence[Draws],
+    steps: Steps,
+    config: LoaderConfig,
+    *,
+    on_engine: Array | None = None,
+    kept: tuple[Array, Any] | None = None,
 ) -> list[Any]:
     """What ``source`` of :func:`build` gives for a batch: encoded images, and what each view drew.
 
-    on_engine: bool (n,), whether the JPEG engine decodes each image, where config.engine_share is not 0.
+    on_engine: bool (n,), whether the JPEG engine decodes each image, where config.engine_share is not 0. kept: bool
+    (n,), which images are decoded already, and these (KeptPictures.batch), where ``build`` is given ``kept_on``.
     """
-    region = region_inputs(draws) if config.region else {}
-    if on_engine is not None:
-        region = {"on engine": on_engine, **region}
-    per_view = [view_inputs(view, steps, config.size, config.conditionals) for view in draws]
-    return [encoded, *region.values(), *(array for inputs in per_view for array in inputs.values())]
+    inputs = [] if kept is None else [kept[1], kept[0]]
+    inputs += [encoded] if on_engine is None else [encoded, on_engine]
+    inputs += region_inputs(draws).values() if config.region else []
+    for view in draws:
+        inputs += view_inputs(view, steps, config.size, config.conditionals).values()
+    return inputs
 
 
 def build(
@@ -128,17 +137,20 @@ def build(
     batch: int,
     views: int,
     steps: Steps,
+    kept_on: torch.device | None = None,
     until: str | None = None,
 ) -> Pipeline:
     """Build the pipeline; ``run`` gives one batch per view, [batch, size, size, 3] float16 or float32.
 
     source: called for each batch, returns :func:`graph_inputs`, which stay as they are until the outputs of their batch
     are there (on a GPU: computed); StopIteration ends it. steps: those that any view can
-    draw (Recipe.steps). until: "decode" or "crop" ends the graph there, for measuring.
+    draw (Recipe.steps). kept_on: where pictures that are decoded already lie; the decoded pictures of the batch are
+    then one more output, the last. until: "decode" or "crop" ends the graph there, for measuring.
     """
     nobody = Draws.neutral(np.empty((0, 4)))
     names = list(view_inputs(nobody, steps, config.size, config.conditionals))
     region_names = list(region_inputs([nobody])) if config.region else []
+    halves = _Halves(source)
 
     @pipeline_def(
         batch_size=batch,
@@ -148,12 +160,26 @@ def build(
         enable_conditionals=True,
     )
     def graph() -> tuple[Any, ...]:
-        by_engine = config.engine_share > 0
-        count = 1 + by_engine + len(region_names) + views * len(names)
-        encoded, *numbers = fn.external_source(source=source, num_outputs=count, batch=True, no_copy=True)
+        by_engine, on_gpu = config.engine_share > 0, config.device_id is not None
+        count = (kept_on is not None) + 1 + by_engine + len(region_names) + views * len(names)
+        others = source if kept_on is None else halves.others
+        numbers = list(fn.external_source(source=others, num_outputs=count, batch=True, no_copy=True))
+        kept, pictures = None, None
+        if kept_on is not None:
+            where = "gpu" if kept_on.type == "cuda" else "cpu"
+            pictures = fn.external_source(source=halves.pictures, device=where, layout="HWC", batch=True, no_copy=True)
+            kept = numbers.pop(0)
+            if on_gpu:
+                pictures = pictures.gpu()
+        encoded = numbers.pop(0)
         on_engine = numbers.pop(0) if by_engine else None
         region = (numbers.pop(0), numbers.pop(0)) if config.region else None
-        image = decoded(encoded, on_gpu=config.device_id is not None, region=region, on_engine=on_engine)
+        if kept is None:
+            image = decoded(encoded, on_gpu=on_gpu, region=region, on_engine=on_engine)
+        elif kept:
+            image = pictures
+        else:
+            image = decoded(encoded, on_gpu=on_gpu, region=region, on_engine=on_engine)
         if until == "decode":
             return (image,)
         corner = region[0] if region else np.int32(0)  # of what is decoded
@@ -162,11 +188,35 @@ def build(
         crops = [_cropped(image, corner, drawn, config) for drawn in of_view]
         if until == "crop":
             return tuple(crops)
-        return tuple(_view(crops[v], of_view[v], steps, config) for v in range(views))
+        made = tuple(_view(crops[v], of_view[v], steps, config) for v in range(views))
+        return made if kept_on is None else (*made, image)
 
     pipeline = graph()
     pipeline.build()
     return pipeline
+
+
+class _Halves:
+    """The pictures of each batch, which may lie on a GPU, and its other inputs; DALI asks for either first."""
+
+    def __init__(self, source: Callable[[], list[Any]]) -> None:
+        self._source = source
+        self._pictures: deque[Any] = deque()
+        self._others: deque[list[Any]] = deque()
+
+    def pictures(self) -> Any:
+        return self._next_of(self._pictures)
+
+    def others(self) -> list[Any]:
+        others: list[Any] = self._next_of(self._others)
+        return others
+
+    def _next_of(self, waiting: deque[Any]) -> Any:
+        if not waiting:
+            pictures, *others = self._source()
+            self._pictures.append(pictures)
+            self._others.append(others)
+        return waiting.popleft()
 
 
 # What the graph is made of. DALI turns an "if" on a node into a conditional of each sample, but no ternary operator.

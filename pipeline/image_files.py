@@ -17,7 +17,7 @@ import torch
 from simclr_dali.pipeline.batch_plan import PlannedBatch
 from simclr_dali.pipeline.graph import LoaderConfig
 from simclr_dali.pipeline.order import Ids
-from simclr_dali.pipeline.reader import Encoded
+from simclr_dali.pipeline.reader import Found
 from simclr_dali.pipeline.stream import Stream, ViewSource
 from simclr_dali.shards.decode import decoder
 from simclr_dali.shards.errors import UserError
@@ -50,9 +50,10 @@ class ImageFiles:
     def expect(self, current: Sequence[int], upcoming: Sequence[int]) -> None:
         pass
 
-    def read(self, ids: Ids) -> tuple[list[Encoded], Ids]:
+    def read(self, ids: Ids) -> Found:
         """The pictures of ``ids`` as JPEG; a gray one stands for each that cannot be used."""
-        return [np.frombuffer(self._one(int(place)), np.uint8) for place in ids], ids
+        encoded = [np.frombuffer(self._one(int(place)), np.uint8) for place in ids]
+        return Found(encoded, ids, np.zeros(len(ids), np.bool_))
 
     def stop(self) -> None:
         pass

@@ -16,6 +16,7 @@ from simclr_dali.pipeline.batch_plan import BatchPlan, PlannedBatch, in_storage_
 from simclr_dali.pipeline.draws import Recipe
 from simclr_dali.pipeline.files import Split
 from simclr_dali.pipeline.graph import LoaderConfig
+from simclr_dali.pipeline.kept_pictures import KeptPictures
 from simclr_dali.pipeline.order import Ids
 from simclr_dali.pipeline.reader import SampleReader
 from simclr_dali.pipeline.stream import Batch, Stream, ViewSource
@@ -35,16 +36,17 @@ class TwoViews(Iterator[Batch]):
         config: LoaderConfig,
         *,
         max_bad_fraction: float = MAX_BAD_FRACTION,
+        kept: KeptPictures | None = None,
     ) -> None:
         """``recipes`` is one for both views, or one for each of any number of views.
 
         ``max_bad_fraction`` is the share of the data set that may be damaged: a damaged sample is replaced by the next
         sound one, the same on any number of ranks, named in the log and counted by each process. Iterating raises
-        UserError where more is damaged.
+        UserError where more is damaged. kept: where decoded pictures are kept; each is read and decoded once.
         """
         self._split, self._plan, self._config = split, plan, config
         self._recipes = (recipes, recipes) if isinstance(recipes, Recipe) else tuple(recipes)
-        self._max_bad_fraction = max_bad_fraction
+        self._max_bad_fraction, self._kept = max_bad_fraction, kept
         self._position = plan.start  # epoch and step of the first batch that was not wholly given yet
         self._reader: SampleReader | None = None
         self._stream: Stream | None = None
@@ -52,9 +54,9 @@ class TwoViews(Iterator[Batch]):
     def start(self) -> "TwoViews":
         """Begin with the first batches while the caller does something else; returns itself."""
         if self._stream is None:
-            self._reader = SampleReader(self._split, self._max_bad_fraction)
+            self._reader = SampleReader(self._split, self._max_bad_fraction, self._kept)
             source = ViewSource.augmented(
-                self._split.shards.samples, self._reader, self._recipes, self._plan.order.seed
+                self._split.shards.samples, self._reader, self._recipes, self._plan.order.seed, self._kept
             )
             rest = replace(self._plan, start=self._position)
             self._stream = Stream(source, rest.batches(), self._config, batch=self._plan.images)
@@ -108,19 +110,20 @@ def central_views(
     ids: Ids | None = None,
     center_fraction: float | None = None,
     max_bad_fraction: float = 0.0,
+    kept: KeptPictures | None = None,
 ) -> Generator[Batch, None, None]:
     """Every image of ``ids`` (default: of the split) once, in their order, as its central view (draws.center).
 
     center_fraction: share of its short side that is seen (default: draws.center_fraction of the size). The last batch
     is short. ids: in storage order, or shards are read more than once. A damaged sample raises UserError, since a
     figure over other images than those of the set would be wrong; with max_bad_fraction it is replaced as in
-    :class:`TwoViews`.
+    :class:`TwoViews`. kept: likewise.
     """
     wanted = np.arange(len(split.shards)) if ids is None else ids
     if not len(wanted):
         return _nothing()
-    reader = SampleReader(split, max_bad_fraction)
-    source = ViewSource.centered(split.shards.samples, reader, config.size, center_fraction)
+    reader = SampleReader(split, max_bad_fraction, kept)
+    source = ViewSource.centered(split.shards.samples, reader, config.size, center_fraction, kept)
     planned = in_storage_order(split.shards, wanted, batch)
     return _in_turn(lambda: Stream(source, planned, config, batch=min(batch, len(wanted))))
 

@@ -7,12 +7,13 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from simclr_dali.pipeline.files import Split
+from simclr_dali.pipeline.kept_pictures import KeptPictures
 from simclr_dali.pipeline.order import Ids
 from simclr_dali.shards.errors import UserError
 
@@ -23,8 +24,15 @@ Prepared = TypeVar("Prepared")
 _log = logging.getLogger(__name__)
 
 
-class DamagedError(UserError):
-    """The bytes of a sample are not those that were packed."""
+class Found(NamedTuple):
+    """What a reader has of a batch."""
+
+    encoded: list[Encoded]
+    """uint8 (length,) each, of the samples that are not kept decoded, in their order."""
+    ids: Ids
+    """The samples that all images are of: those that were asked for, or what stands in for them."""
+    kept: npt.NDArray[np.bool_]
+    """Which are kept decoded."""
 
 
 class Reader(Protocol):
@@ -32,7 +40,7 @@ class Reader(Protocol):
 
     def expect(self, current: Sequence[int], upcoming: Sequence[int]) -> None: ...
 
-    def read(self, ids: Ids) -> tuple[list[Encoded], Ids]: ...
+    def read(self, ids: Ids) -> Found: ...
 
     def stop(self) -> None: ...
 
@@ -43,35 +51,44 @@ class SampleReader:
     """Reads samples of a split; checks the crc32 of each. Safe to use from many threads.
 
     max_bad_fraction: how much of the split may be damaged; each damaged sample up to that is replaced by the next
-    sound one in storage order, whoever reads it. 0: the first one is an error.
+    sound one in storage order, whoever reads it. 0: the first one is an error. kept: those that need not be read, since
+    they are kept decoded.
     """
 
-    def __init__(self, split: Split, max_bad_fraction: float = 0.0) -> None:
-        self._shards, self._files = split.shards, split.open_files()
+    def __init__(self, split: Split, max_bad_fraction: float = 0.0, kept: KeptPictures | None = None) -> None:
+        self._shards, self._files, self._kept = split.shards, split.open_files(), kept
         self._limit = max_bad_fraction * len(split.shards)
+        self._ends = np.cumsum(split.shards.shard_sizes())
         self._damaged: set[int] = set()
+        self._whole: set[int] = set()  # shards of which nothing needs to be read any more
         self._lock = threading.Lock()
 
-    def read(self, ids: Ids) -> tuple[list[Encoded], Ids]:
-        """The encoded images of ``ids``, in their order, uint8 (length,) each, and the ids that they are of.
+    def read(self, ids: Ids) -> Found:
+        """The encoded images of ``ids``, in their order, but for those that are kept.
 
         They are fetched in storage order, which is nearly sequential for a batch of one window.
         Raises UserError naming tar and sample where more are damaged than may be.
         """
-        images: list[Encoded] = [np.empty(0, np.uint8)] * len(ids)
-        shown = ids.copy()
-        for i in np.argsort(ids, kind="stable"):
-            while True:
-                try:
-                    images[i] = self._read_one(int(shown[i]))
-                    break
-                except DamagedError as error:
-                    self._count(int(shown[i]), error)
-                    shown[i] = (shown[i] + 1) % len(self._shards)
-        return images, shown
+        shown, kept = ids.copy(), self._kept_among(ids)
+        images: dict[int, Encoded] = {}
+        places = np.flatnonzero(~kept)
+        places = places[np.argsort(ids[places], kind="stable")]
+        of_shard = self._shards.samples["shard"][ids[places]]
+        for some in np.split(places, np.flatnonzero(np.diff(of_shard)) + 1) if len(places) else []:
+            for place, image in zip(some.tolist(), self._of_one_shard(ids[some]), strict=True):
+                while image is None and not kept[place]:
+                    shown[place] = (shown[place] + 1) % len(self._shards)
+                    stand_in = shown[place : place + 1]
+                    kept[place] = self._kept_among(stand_in)[0]
+                    image = None if kept[place] else self._of_one_shard(stand_in)[0]
+                if image is not None:
+                    images[place] = image
+        return Found([images[place] for place in sorted(images)], shown, kept)
 
     def expect(self, current: Sequence[int], upcoming: Sequence[int]) -> None:
         """Name the shards that are read now and those that come next; fetching them begins in the background."""
+        if self._kept:
+            current, upcoming = ([shard for shard in shards if self._is_read(shard)] for shards in (current, upcoming))
         self._files.expect(current, upcoming)
 
     def stop(self) -> None:
@@ -85,37 +102,56 @@ class SampleReader:
         with self._lock:
             return sorted(self._damaged)
 
-    def _read_one(self, sample: int) -> Encoded:
-        row = self._shards.samples[sample]
-        with self._files.opened(int(row["shard"])) as descriptor:
-            try:
-                data = os.pread(descriptor, int(row["length"]), int(row["offset"]))
-            except OSError as error:
-                raise DamagedError(
-                    f"cannot read the sample in {self._shards.where(sample)}: {error.strerror}; copy the shard again"
-                ) from error
-        if len(data) != row["length"] or zlib.crc32(data) != row["crc32"]:
-            raise DamagedError(
-                f"damaged sample in {self._shards.where(sample)}: its crc32 differs; copy the shard again"
-            )
+    def _kept_among(self, ids: Ids) -> npt.NDArray[np.bool_]:
+        return self._kept.has(ids) if self._kept else np.zeros(len(ids), np.bool_)
+
+    def _is_read(self, shard: int) -> bool:
+        """Whether a shard holds what is neither kept nor known to be damaged."""
+        if shard not in self._whole:
+            ids = np.arange(self._ends[shard] - self._shards.shards[shard].samples, self._ends[shard])
+            missing = ids[~self._kept_among(ids)]
+            if len(missing) <= len(self._damaged) and self._damaged.issuperset(missing.tolist()):
+                self._whole.add(shard)
+        return shard not in self._whole
+
+    def _of_one_shard(self, ids: Ids) -> list[Encoded | None]:
+        """The encoded images of ``ids``; None for what is damaged, which is counted."""
+        rows = self._shards.samples[ids]
+        columns = (rows[name].tolist() for name in ("offset", "length", "crc32"))
+        with self._files.opened(int(rows["shard"][0])) as descriptor:
+            return [self._image(descriptor, *row) for row in zip(ids.tolist(), *columns, strict=True)]
+
+    def _image(self, descriptor: int, sample: int, offset: int, length: int, crc32: int) -> Encoded | None:
+        if sample in self._damaged:
+            return None
+        try:
+            data = os.pread(descriptor, length, offset)
+        except OSError as error:
+            self._count(sample, f"cannot read the sample in {self._shards.where(sample)}: {error.strerror}")
+            return None
+        if len(data) != length or zlib.crc32(data) != crc32:
+            self._count(sample, f"damaged sample in {self._shards.where(sample)}: its crc32 differs")
+            return None
         return np.frombuffer(data, np.uint8)
 
-    def _count(self, sample: int, error: DamagedError) -> None:
+    def _count(self, sample: int, what: str) -> None:
+        """Note a damaged sample. Raises UserError where so many may not be damaged."""
         with self._lock:
             new = sample not in self._damaged
             self._damaged.add(sample)
             count = len(self._damaged)
+        what = f"{what}; copy the shard again"
         if count <= self._limit:
             if new:
-                _log.warning("%s (replaced by the next one; %d damaged so far)", error, count)
+                _log.warning("%s (replaced by the next one; %d damaged so far)", what, count)
         elif not self._limit:
-            raise error
+            raise UserError(what)
         else:
             raise UserError(
-                f"{error}; it is damaged sample number {count} of {len(self._shards)}, more than max_bad_fraction "
+                f"{what}; it is damaged sample number {count} of {len(self._shards)}, more than max_bad_fraction "
                 f"= {self._limit / len(self._shards):g} allows; list them all: simclr-dali verify --full "
                 f"{self._shards.folder.parent}"
-            ) from error
+            )
 
 
 def map_ahead(

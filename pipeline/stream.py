@@ -9,7 +9,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,9 +21,10 @@ from simclr_dali.pipeline.batch_plan import PlannedBatch
 from simclr_dali.pipeline.draws import Draws, Recipe, center, center_fraction, draw_views
 from simclr_dali.pipeline.engine import EngineChoice
 from simclr_dali.pipeline.graph import LoaderConfig, Steps
+from simclr_dali.pipeline.kept_pictures import KeptPictures
 from simclr_dali.pipeline.memory import Recycled, keep_freed_memory
 from simclr_dali.pipeline.order import Ids
-from simclr_dali.pipeline.reader import Reader, map_ahead
+from simclr_dali.pipeline.reader import Encoded, Found, Reader, map_ahead
 
 # Batches (or micro-batches) by which the host may be ahead of a GPU; the views of each are in its memory.
 _AHEAD_OF_THE_GPU = 2
@@ -53,22 +54,36 @@ class ViewSource:
     views: int = 1
     steps: Steps = frozenset()
     """What any view can draw (Recipe.steps)."""
+    kept: KeptPictures | None = None
+    """Those that the reader leaves out, and where the others go."""
 
     @staticmethod
-    def augmented(samples: npt.NDArray[Any], reader: Reader, recipes: Sequence[Recipe], seed: int) -> "ViewSource":
+    def augmented(
+        samples: npt.NDArray[Any],
+        reader: Reader,
+        recipes: Sequence[Recipe],
+        seed: int,
+        kept: KeptPictures | None = None,
+    ) -> "ViewSource":
         """A view by each recipe, as a run with ``seed`` draws them."""
 
         def drawn(plan: PlannedBatch, width: Ids, height: Ids) -> list[Draws]:
             return draw_views(recipes, seed, plan.epoch, plan.ids, width, height)
 
         steps = frozenset[str]().union(*(recipe.steps() for recipe in recipes))
-        return ViewSource(samples, reader, drawn, len(recipes), steps)
+        return ViewSource(samples, reader, drawn, len(recipes), steps, kept)
 
     @staticmethod
-    def centered(samples: npt.NDArray[Any], reader: Reader, size: int, fraction: float | None) -> "ViewSource":
+    def centered(
+        samples: npt.NDArray[Any],
+        reader: Reader,
+        size: int,
+        fraction: float | None,
+        kept: KeptPictures | None = None,
+    ) -> "ViewSource":
         """The central view of ``size`` pixels; fraction: None for the usual one (draws.center_fraction)."""
         seen = fraction or center_fraction(size)
-        return ViewSource(samples, reader, lambda plan, width, height: [center(width, height, seen)])
+        return ViewSource(samples, reader, lambda plan, width, height: [center(width, height, seen)], kept=kept)
 
 
 class Stream(Iterator[tuple[PlannedBatch, Batch]]):
@@ -98,6 +113,8 @@ class _Making:
     """The thread that runs the graph, and the batches that it has ready."""
 
     def __init__(self, source: ViewSource, planned: Iterable[PlannedBatch], config: LoaderConfig, batch: int) -> None:
+        if source.kept:  # what is kept is whole
+            config = replace(config, region=False)
         self._source, self._planned, self._config, self._batch = source, planned, config, batch
         self._engine = EngineChoice(len(source.samples), config.engine_share) if config.engine_share else None
         self._outputs: Any = _GPUOutputs(config) if config.device_id is not None else _CPUOutputs(config)
@@ -138,23 +155,33 @@ class _Making:
 
     def _run(self) -> None:
         source, config, outputs = self._source, self._config, self._outputs
-        in_flight: deque[tuple[PlannedBatch, Ids, list[Any]]] = deque()  # batches inside the graph
+        in_flight: deque[tuple[PlannedBatch, Found, list[Any]]] = deque()  # batches inside the graph
         prepared = map_ahead(self._announced(), self._prepare, config.threads, config.read_ahead)
 
         def next_inputs() -> list[Any]:
             in_flight.append(next(prepared))
             return in_flight[-1][2]
 
-        pipeline = graph.build(next_inputs, config, batch=self._batch, views=source.views, steps=source.steps)
+        pipeline = graph.build(
+            next_inputs,
+            config,
+            batch=self._batch,
+            views=source.views,
+            steps=source.steps,
+            kept_on=source.kept.device if source.kept else None,
+        )
         try:
             while not self._stopped.is_set():
                 try:
-                    views = outputs.run(pipeline)
+                    made = outputs.run(pipeline)
                 except StopIteration:
                     return
                 # The graph reads the inputs where they lie. On a GPU it may do so until the copies of its outputs are
                 # done, for which the next run waits; only then are those of this batch let go.
-                plan, shown, _held = in_flight.popleft()
+                plan, (_, shown, kept), _held = in_flight.popleft()
+                if source.kept and not kept.all():
+                    outputs.keep(source.kept, shown[~kept], [made[-1][place] for place in np.flatnonzero(~kept)])
+                views = made[: source.views]
                 pixels, done = outputs.take(views, (source.views, len(shown), config.size, config.size, 3))
                 labels = torch.from_numpy(source.samples["label"][shown].astype(np.int64))
                 batch = Batch(pixels.flatten(0, 1).permute(0, 3, 1, 2), labels, torch.from_numpy(shown))
@@ -171,14 +198,32 @@ class _Making:
             self._source.reader.expect(plan.current, plan.upcoming)
             yield plan
 
-    def _prepare(self, plan: PlannedBatch) -> tuple[PlannedBatch, Ids, list[Any]]:
+    def _prepare(self, plan: PlannedBatch) -> tuple[PlannedBatch, Found, list[Any]]:
         source = self._source
-        images, shown = source.reader.read(plan.ids)
-        rows = source.samples[shown]
+        found = source.reader.read(plan.ids)
+        rows = source.samples[found.ids]
         # Keyed by the planned ids: a sample that also stands in for a damaged one is drawn twice, differently.
         drawn = source.draw(plan, rows["width"].astype(np.int64), rows["height"].astype(np.int64))
-        on_engine = self._engine.of(shown, images) if self._engine else None
-        return plan, shown, graph.graph_inputs(images, drawn, source.steps, self._config, on_engine)
+        encoded: Any = found.encoded
+        on_engine, kept = None, None
+        if source.kept:
+            encoded = _with_nothing(encoded, found.kept)
+            kept = found.kept, source.kept.batch(found.ids, found.kept)
+        if self._engine:
+            on_engine = self._engine.of(found.ids, encoded)
+        return (
+            plan,
+            found,
+            graph.graph_inputs(encoded, drawn, source.steps, self._config, on_engine=on_engine, kept=kept),
+        )
+
+
+def _with_nothing(encoded: list[Encoded], kept: npt.NDArray[np.bool_]) -> Any:
+    """The encoded images of a batch, and a byte for each that is kept decoded."""
+    if not encoded:
+        return np.zeros((len(kept), 1), np.uint8)
+    read, nothing = iter(encoded), np.zeros(1, np.uint8)
+    return [nothing if is_kept else next(read) for is_kept in kept.tolist()]
 
 
 class _CPUOutputs:
@@ -201,6 +246,10 @@ class _CPUOutputs:
             target.copy_(torch.utils.dlpack.from_dlpack(view.as_tensor()))
         return pixels, None
 
+    def keep(self, pictures: KeptPictures, ids: Ids, decoded: list[Any]) -> None:
+        """Keep what the graph has decoded."""
+        pictures.mark(pictures.write(ids, decoded))
+
     def hand_over(self, pixels: torch.Tensor, done: None) -> None:
         """The caller gets a batch."""
 
@@ -216,6 +265,7 @@ class _GPUOutputs:
         self._dtype, self._device = config.dtype, config.device
         self._copies = torch.cuda.Stream(config.device)
         self._asked: deque[torch.cuda.Event] = deque()  # what the caller's stream was given to do before each batch
+        self._kept: list[tuple[KeptPictures, Ids]] = []  # that are on their way
 
     def asked(self) -> None:
         self._asked.append(torch.cuda.current_stream(self._device).record_event())
@@ -224,6 +274,9 @@ class _GPUOutputs:
         # DALI may reuse the memory of the last outputs once they are let go, which its own stream does not order after
         # our copy.
         self._copies.synchronize()
+        while self._kept:
+            pictures, ids = self._kept.pop()
+            pictures.mark(ids)
         while len(self._asked) > _AHEAD_OF_THE_GPU:
             self._asked.popleft().synchronize()
         return pipeline.run(self._copies)
@@ -235,6 +288,10 @@ class _GPUOutputs:
             for target, view in zip(pixels, views, strict=True):
                 target.copy_(torch.utils.dlpack.from_dlpack(view.as_tensor()))
         return pixels, self._copies.record_event()
+
+    def keep(self, pictures: KeptPictures, ids: Ids, decoded: list[Any]) -> None:
+        with torch.cuda.stream(self._copies):
+            self._kept.append((pictures, pictures.write(ids, decoded)))
 
     def hand_over(self, pixels: torch.Tensor, done: torch.cuda.Event) -> None:
         caller = torch.cuda.current_stream(self._device)

@@ -21,7 +21,7 @@ from simclr_dali.pipeline.graph import LoaderConfig
 from simclr_dali.pipeline.loader import central_views
 from simclr_dali.pipeline.memory import Recycled
 from simclr_dali.pipeline.order import Ids, Order
-from simclr_dali.pipeline.reader import Encoded, SampleReader, map_ahead
+from simclr_dali.pipeline.reader import Found, SampleReader, map_ahead
 from simclr_dali.pipeline.stream import Batch
 from simclr_dali.shards.errors import UserError
 from simclr_dali.shards.manifest import ShardSet, load_split
@@ -134,7 +134,7 @@ def test_damaged_samples_are_replaced_named_and_counted_the_same_for_any_world(
     damaged_set: ShardSet, caplog: pytest.LogCaptureFixture
 ) -> None:
     order = order_of(damaged_set, batch=12)
-    options = {"epochs": 2, "max_bad_fraction": 0.1}
+    options: dict[str, Any] = {"epochs": 2, "max_bad_fraction": 0.1}
     loader = two_views(damaged_set, order, Recipe(), SETTING, **options)
     whole = list(loader)
     planned = np.concatenate([order.batch(epoch, step) for epoch in range(2) for step in range(2)])
@@ -178,8 +178,8 @@ def test_inputs_of_the_graph_are_not_read_after_they_were_let_go(
         weakref.finalize(copy, overwrite, memory).atexit = False
         return copy
 
-    def all_doomed(*words: Any) -> list[Any]:
-        encoded, *numbers = plain(*words)
+    def all_doomed(*words: Any, **options: Any) -> list[Any]:
+        encoded, *numbers = plain(*words, **options)
         return [[doomed(image) for image in encoded], *map(doomed, numbers)]
 
     monkeypatch.setattr(graph, "graph_inputs", all_doomed)
@@ -265,7 +265,7 @@ def test_no_more_batches_are_read_ahead_than_stated(train_split: ShardSet, monke
     read: list[int] = []
     plain = SampleReader.read
 
-    def counted(self: SampleReader, ids: Ids) -> tuple[list[Encoded], Ids]:
+    def counted(self: SampleReader, ids: Ids) -> Found:
         read.append(len(ids))
         return plain(self, ids)
 
@@ -282,7 +282,7 @@ def test_no_more_batches_are_read_ahead_than_stated(train_split: ShardSet, monke
 def test_reader_gives_the_asked_order(train_split: ShardSet) -> None:
     reader = SampleReader(local(train_split))
     ids = np.array([200, 3, 77, 3])
-    images, shown = reader.read(ids)
+    images, shown, _ = reader.read(ids)
     assert np.array_equal(shown, ids)
     reader.close()
     assert [len(image) for image in images] == train_split.samples["length"][ids].tolist()

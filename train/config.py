@@ -189,6 +189,10 @@ class Simclr(_Block):
     graph: Graph = Graph()
     engine_share: float = Field(default=0.75, ge=0, le=1)
     """Share of the baseline JPEGs that a GPU's JPEG engine decodes, the same pictures always (pipeline/engine.py)."""
+    keep_decoded: Literal["auto", "no", "gpu", "host"] = "auto"
+    """Where decoded pictures stay, so that each is read and decoded once, with the same views to the bit
+    (pipeline/kept_memory.py): auto is the GPU for one process a machine, else the host's memory, where they take at
+    most half of what is free."""
     max_bad_fraction: float = Field(default=MAX_BAD_FRACTION, ge=0, lt=1)
     """Share of the data set that may be damaged; up to it each damaged sample is replaced by the next sound one."""
     cache: str = "~/.cache/simclr-dali"

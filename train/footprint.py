@@ -19,6 +19,18 @@ def bytes_per_image(architecture: Architecture, image_size: int, *, autocast: bo
     return (three - one) // 2  # weights that autocast has converted are kept once, however many images there are
 
 
+def bytes_of_step(architecture: Architecture, image_size: int, images: int, *, autocast: bool) -> int:
+    """About what a training takes of a device that embeds ``images`` at a time, in bytes.
+
+    An H200's peak was 3 % above what the images of ResNet-50 keep; a quarter is added, for workspaces and for what
+    memory in pieces wastes, and four numbers a weight: itself, gradient, momentum, and what LARS needs at a time.
+    """
+    with FakeTensorMode():
+        weights = sum(parameter.numel() for parameter in SimCLR(architecture).parameters())
+    kept = bytes_per_image(architecture, image_size, autocast=autocast)
+    return int(1.25 * images * kept) + 4 * 4 * weights
+
+
 def _kept(architecture: Architecture, image_size: int, images: int, *, autocast: bool) -> int:
     sizes: dict[int, int] = {}  # of each storage, since views of one are kept once
     storages = []  # which keep their addresses from being used again

@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 
-from simclr_dali.model.process import Process
+from simclr_dali.model.process import Process, from_all_ranks
 from simclr_dali.pipeline.batch_plan import BatchPlan
 from simclr_dali.pipeline.files import Split
 from simclr_dali.pipeline.graph import LoaderConfig
+from simclr_dali.pipeline.kept_memory import Processes, set_aside
+from simclr_dali.pipeline.kept_pictures import KeptPictures
 from simclr_dali.pipeline.loader import TwoViews
 from simclr_dali.pipeline.order import Order
 from simclr_dali.pipeline.replay import Replay, write
@@ -19,6 +21,7 @@ from simclr_dali.shards.errors import UserError
 from simclr_dali.shards.manifest import ShardSet
 from simclr_dali.shards.wording import counted
 from simclr_dali.train.config import Config
+from simclr_dali.train.footprint import bytes_of_step
 from simclr_dali.train.metrics import batch_file
 from simclr_dali.train.resume import data_address
 
@@ -32,6 +35,8 @@ class Job:
     order: Order
     process: Process
     run: Path
+    kept: KeptPictures | None = None
+    """Where decoded pictures are (keep_decoded)."""
     begun_with: dict[str, Any] | None = None
     """Whose weights it began with (train.initial_weights); None: random ones."""
 
@@ -56,6 +61,7 @@ class Job:
             config.simclr.views.recipes(),
             self.loader_config(),
             max_bad_fraction=config.simclr.max_bad_fraction,
+            kept=self.kept,
         )
 
     def loader_config(self) -> LoaderConfig:
@@ -90,6 +96,27 @@ class Job:
             self.run.mkdir(parents=True, exist_ok=True)  # another machine's, where the folder is not shared
         write(batch_file(self.run, step, process.rank), replay, shards)
         return [int(sample) for sample in replay.ids]
+
+
+def keep_decoded(config: Config, shards: ShardSet, process: Process) -> tuple[KeptPictures | None, str]:
+    """Memory for the run's decoded pictures, as simclr.keep_decoded says, and a sentence on it. All ranks call it."""
+    if config.simclr.epochs == 1:
+        return None, "decoded pictures are not kept, since each is used once"
+    step = 0
+    if process.device.type == "cuda":
+        step = bytes_of_step(
+            config.architecture(),
+            config.simclr.image_size,
+            config.micro_batch(process.world),
+            autocast=config.torch_autocast.enabled,
+        )
+    return set_aside(
+        shards,
+        config.simclr.keep_decoded,
+        process.device,
+        beside=step,
+        processes=Processes(process.rank, from_all_ranks),
+    )
 
 
 def build_order(config: Config, shards: ShardSet) -> Order:

@@ -113,7 +113,11 @@ class KnnMonitor:
         job = self._job
         own = ids[share(len(ids), job.process.rank, job.process.world)]
         simclr = job.config.simclr
-        config = LoaderConfig(simclr.image_size, job.process.device, threads=job.loader_config().threads)
+        # Decoded by the same decoders, since pictures that training keeps are taken, and those that it lacks are kept.
+        training = job.loader_config()
+        config = LoaderConfig(
+            simclr.image_size, job.process.device, threads=training.threads, engine_share=training.engine_share
+        )
         return extract(
             encoder,
             job.split,
@@ -122,6 +126,7 @@ class KnnMonitor:
             ids=own,
             max_bad_fraction=simclr.max_bad_fraction,
             silent=True,
+            kept=job.kept,
         )
 
 

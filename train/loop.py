@@ -128,7 +128,9 @@ def begin_checkpoint(
     if job.process.rank == 0:
         state = state_of(engine.module, optimizer, job.config, job.split.shards, done)
         state["begun_with"] = job.begun_with
-        state["computed_by"] = computed_by(job.config, job.process, engine.compiled_by)
+        state["computed_by"] = computed_by(
+            job.config, job.process, engine.compiled_by, keeps_decoded=job.kept is not None
+        )
         saver.save(state, keep_forever=keep_forever)
 
 

@@ -75,7 +75,7 @@ from simclr_dali.train.config_file import load_config
 from simclr_dali.train.determinism import compute_deterministically
 from simclr_dali.train.engine import build_engine, start
 from simclr_dali.train.initial_weights import take_weights
-from simclr_dali.train.job import Job, build_order
+from simclr_dali.train.job import Job, build_order, keep_decoded
 from simclr_dali.train.knn_monitor import KnnMonitor
 from simclr_dali.train.lock import lock_run
 from simclr_dali.train.loop import train, write_finished
@@ -99,13 +99,15 @@ def main(arguments: argparse.Namespace) -> None:
     process = start(timedelta(seconds=arguments.hang_timeout) + timedelta(minutes=10))
     watchdog = Watchdog(process, arguments.hang_timeout)
     refuse_differences(config, shards, process)
-    job = Job(config, split, order, process, Path(config.simclr.run))
+    run = Path(config.simclr.run)
     refuse_damage(shards, process)
     config.micro_batch(process.world)  # refuses a number of processes that cannot share the batch
 
     with ExitStack() as locked:
-        locked.enter_context(run_locked(job.run, process))
-        state = state_to_go_on_with(job.run, config, shards, process)
+        locked.enter_context(run_locked(run, process))
+        kept, about_kept = keep_decoded(config, shards, process)
+        job = Job(config, split, order, process, run, kept)
+        state = state_to_go_on_with(run, config, shards, process, keeps_decoded=kept is not None)
         step = state["step"] if state else 0
         batches = locked.enter_context(closing(job.views(step)))
         if step < job.total_steps:
@@ -126,7 +128,7 @@ def main(arguments: argparse.Namespace) -> None:
             if process.rank == 0:
                 finished.unlink(missing_ok=True)  # of a run whose last checkpoint was damaged
                 write_durably(job.run / "config.json", (json.dumps(config.model_dump(mode="json"), indent=2)).encode())
-                announce(job, step)
+                announce(job, step, about_kept)
             last_step = min(job.total_steps, step + (arguments.stop_after_steps or job.total_steps))
             train(job, engine, optimizer, batches, stop, watchdog, step, last_step)
         else:
@@ -178,8 +180,8 @@ def refuse_damage(shards: ShardSet, process: Process) -> None:
         raise UserError(f"{found}; look with: simclr-dali verify --full {shards.folder.parent}")
 
 
-def announce(job: Job, step: int) -> None:
-    """What this run is, in a few lines."""
+def announce(job: Job, step: int, about_kept: str) -> None:
+    """What this run is, in a few lines. about_kept: where decoded pictures are."""
     config, shards, process = job.config, job.split.shards, job.process
     batch, micro_batch, passes = (
         config.train_batch_size,
@@ -222,6 +224,7 @@ def announce(job: Job, step: int) -> None:
             f"warning: BatchNorm sees {together} images at a time, whose statistics are noise; set {larger} to "
             f"{NOISY_BATCHNORM_IMAGES} or more where memory and data allow",
         )
+    print_rank_0(process, about_kept)
     if process.device.type == "cuda":
         announce_decoding(config, process)
     if step:

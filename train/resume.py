@@ -34,6 +34,7 @@ MAY_CHANGE_ON_RESUME = {
             "graph.conditionals",
             "graph.region",
             "graph.prefetch",
+            "keep_decoded",
             "log_every",
             "checkpoint_every",
             "keep_checkpoints",
@@ -46,18 +47,26 @@ MAY_CHANGE_ON_RESUME = {
 }
 
 
-def state_to_go_on_with(run: Path, config: Config, shards: ShardSet, process: Process) -> dict[str, Any] | None:
+def state_to_go_on_with(
+    run: Path, config: Config, shards: ShardSet, process: Process, *, keeps_decoded: bool
+) -> dict[str, Any] | None:
     """The newest sound checkpoint of ``run`` (:func:`state_of`); None where there is none.
 
     Rank 0 reads it and gives it to the others. Damaged ones that are newer are named and set aside.
     Raises UserError where the run was made with another data set or other settings, CheckpointError where all are
     damaged.
     """
-    return on_rank_0(process, lambda: _read(run, config, shards, computed_by(config, process)))
+    computed = computed_by(config, process, keeps_decoded=keeps_decoded)
+    return on_rank_0(process, lambda: _read(run, config, shards, computed))
 
 
-def computed_by(config: Config, process: Process, backend: Backend | None = None) -> dict[str, str]:
-    """What rounding depends on beside the numbers; ``backend`` knows whether compiling was possible."""
+def computed_by(
+    config: Config, process: Process, backend: Backend | None = None, *, keeps_decoded: bool
+) -> dict[str, str]:
+    """What rounding depends on beside the numbers; ``backend`` knows whether compiling was possible.
+
+    keeps_decoded: whether decoded pictures are kept, which are then whole.
+    """
     on_gpu, graph = process.device.type == "cuda", config.simclr.graph.on(process.device.type)
     compiled = "no" if backend and backend.failed else resolved(config.simclr.compile, process.device)
     return {
@@ -66,7 +75,7 @@ def computed_by(config: Config, process: Process, backend: Backend | None = None
         "simclr.compile": compiled,
         "simclr.deterministic": str(config.simclr.deterministic).lower(),
         "simclr.graph.conditionals": str(graph["conditionals"]).lower(),
-        "simclr.graph.region": str(graph["region"]).lower(),
+        "simclr.graph.region": str(graph["region"] and not keeps_decoded).lower(),
         "decoded by": "JPEG engine in part" if on_gpu and config.simclr.engine_share else "one decoder",
     }
 
