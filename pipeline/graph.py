@@ -150,7 +150,6 @@ def build(
     nobody = Draws.neutral(np.empty((0, 4)))
     names = list(view_inputs(nobody, steps, config.size, config.conditionals))
     region_names = list(region_inputs([nobody])) if config.region else []
-    halves = _Halves(source)
 
     @pipeline_def(
         batch_size=batch,
@@ -162,15 +161,8 @@ def build(
     def graph() -> tuple[Any, ...]:
         by_engine, on_gpu = config.engine_share > 0, config.device_id is not None
         count = (kept_on is not None) + 1 + by_engine + len(region_names) + views * len(names)
-        others = source if kept_on is None else halves.others
-        numbers = list(fn.external_source(source=others, num_outputs=count, batch=True, no_copy=True))
-        kept, pictures = None, None
-        if kept_on is not None:
-            where = "gpu" if kept_on.type == "cuda" else "cpu"
-            pictures = fn.external_source(source=halves.pictures, device=where, layout="HWC", batch=True, no_copy=True)
-            kept = numbers.pop(0)
-            if on_gpu:
-                pictures = pictures.gpu()
+        pictures, numbers = _fed(source, count, kept_on, on_gpu)
+        kept = None if kept_on is None else numbers.pop(0)
         encoded = numbers.pop(0)
         on_engine = numbers.pop(0) if by_engine else None
         region = (numbers.pop(0), numbers.pop(0)) if config.region else None
@@ -194,6 +186,18 @@ def build(
     pipeline = graph()
     pipeline.build()
     return pipeline
+
+
+def _fed(
+    source: Callable[[], list[Any]], count: int, kept_on: torch.device | None, on_gpu: bool
+) -> tuple[Any, list[Any]]:
+    """The nodes of what ``source`` gives: with ``kept_on`` first the pictures that lie there, then ``count`` others."""
+    if kept_on is None:
+        return None, list(fn.external_source(source=source, num_outputs=count, batch=True, no_copy=True))
+    halves, where = _Halves(source), "gpu" if kept_on.type == "cuda" else "cpu"
+    pictures = fn.external_source(source=halves.pictures, device=where, layout="HWC", batch=True, no_copy=True)
+    others = fn.external_source(source=halves.others, num_outputs=count, batch=True, no_copy=True)
+    return pictures.gpu() if on_gpu else pictures, list(others)
 
 
 class _Halves:
