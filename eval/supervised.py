@@ -62,17 +62,7 @@ def train(
     identity = identity_of(job, model, schedule, order, seed, micro)
     step = resume(process, state_path, identity, model, optimizer)
     total = schedule.epochs * order.steps_per_epoch
-    kept = None
-    if schedule.epochs > 1 and step < total:
-        kept, told = set_aside(
-            job.train.shards,
-            job.keep_decoded,
-            process.device,
-            ids=ids,
-            processes=Processes(process.rank, from_all_ranks),
-        )
-        print_rank_0(process, told)
-    batches = crops_and_flips(job, order, schedule, step, micro, kept)
+    batches = crops_and_flips(job, order, ids, schedule, step, micro)
     parameters = list(model.parameters())
     with tqdm(total=total, initial=step, desc="training", unit=" steps", disable=process.rank > 0 or None) as bar:
         while step < total:
@@ -117,9 +107,19 @@ def identity_of(
 
 
 def crops_and_flips(
-    job: Evaluation, order: Order | Subset, schedule: Schedule, step: int, micro: int, kept: KeptPictures | None
+    job: Evaluation, order: Order | Subset, ids: Ids | None, schedule: Schedule, step: int, micro: int
 ) -> TwoViews:
-    """This rank's micro-batches of one view each, from ``step`` on."""
+    """This rank's micro-batches of one view each, from ``step`` on. All ranks call it."""
+    kept = None
+    if schedule.epochs > 1:
+        kept, told = set_aside(
+            job.train.shards,
+            job.keep_decoded,
+            job.process.device,
+            ids=ids,
+            processes=Processes(job.process.rank, from_all_ranks),
+        )
+        print_rank_0(job.process, told)
     plan = BatchPlan(
         order,
         epochs=schedule.epochs,
