@@ -24,7 +24,6 @@ from simclr_dali.model.schedule import learning_rate
 from simclr_dali.pipeline.batch_plan import BatchPlan
 from simclr_dali.pipeline.draws import PROBE
 from simclr_dali.pipeline.kept_memory import Processes, set_aside
-from simclr_dali.pipeline.kept_pictures import KeptPictures
 from simclr_dali.pipeline.loader import TwoViews
 from simclr_dali.pipeline.order import Ids, Order
 from simclr_dali.pipeline.subset import Subset
