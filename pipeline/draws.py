@@ -149,7 +149,10 @@ def draw(
 
     A pure function: the row of a sample does not depend on the others in the call.
     """
-    u = _uniforms(seed, epoch, ids, view)
+    return _drawn(recipe, _uniforms(seed, epoch, ids, [view])[0], width, height)
+
+
+def _drawn(recipe: Recipe, u: Floats, width: npt.NDArray[np.int64], height: npt.NDArray[np.int64]) -> Draws:
     tries, word = u[:, : 2 * _CROP_TRIES].reshape(-1, _CROP_TRIES, 2), u[:, 2 * _CROP_TRIES :]
     spread = 0.8 * recipe.strength
     least = max(0.0, 1 - spread)  # at a strength over 1.25 the range would reach below 0; torchvision cuts it there
@@ -166,7 +169,7 @@ def draw(
         blur=word[:, _Word.BLUR] < recipe.blur,
         sigma=recipe.sigma[0] + (recipe.sigma[1] - recipe.sigma[0]) * word[:, _Word.SIGMA],
         solarize=word[:, _Word.SOLARIZE] < recipe.solarize,
-        threshold=np.full(len(ids), recipe.solarize_threshold),
+        threshold=np.full(len(u), recipe.solarize_threshold),
     )
 
 
@@ -179,7 +182,8 @@ def draw_views(
     height: npt.NDArray[np.int64],
 ) -> list[Draws]:
     """:func:`draw` of a view by each recipe."""
-    return [draw(recipe, seed, epoch, ids, view, width, height) for view, recipe in enumerate(recipes)]
+    uniforms = _uniforms(seed, epoch, ids, range(len(recipes)))
+    return [_drawn(recipe, u, width, height) for recipe, u in zip(recipes, uniforms, strict=True)]
 
 
 def center_fraction(size: int) -> float:
@@ -200,15 +204,15 @@ def center(width: npt.NDArray[np.int64], height: npt.NDArray[np.int64], fraction
     return Draws.neutral(np.stack([x0, y0, x0 + side, y0 + side], axis=1))
 
 
-def _uniforms(seed: int, epoch: int, ids: npt.NDArray[np.int64], view: int) -> Floats:
-    """Uniform numbers, float64 (n, at least as many as a view has words)."""
+def _uniforms(seed: int, epoch: int, ids: npt.NDArray[np.int64], views: Sequence[int]) -> Floats:
+    """Uniform numbers of each view, float64 (views, n, at least as many as a view has words)."""
     blocks = -(-(2 * _CROP_TRIES + len(_Word)) // 4)
-    counters = np.empty((len(ids), blocks, 4), np.uint32)
+    counters = np.empty((len(views), len(ids), blocks, 4), np.uint32)
     counters[..., 0] = ids[:, None]
-    counters[..., 1] = np.arange(blocks) | view << 16
+    counters[..., 1] = np.arange(blocks) | np.array(views)[:, None, None] << 16
     counters[..., 2] = epoch
     counters[..., 3] = VIEW
-    return uniform(philox(seed, counters.reshape(-1, 4))).reshape(len(ids), 4 * blocks)
+    return uniform(philox(seed, counters.reshape(-1, 4))).reshape(len(views), len(ids), 4 * blocks)
 
 
 def _crop(

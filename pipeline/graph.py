@@ -14,7 +14,7 @@ import torch
 from nvidia.dali import fn, math, pipeline_def, types
 from nvidia.dali.pipeline import Pipeline
 
-from simclr_dali.pipeline.color import compose
+from simclr_dali.pipeline.color import compose, compose_each
 from simclr_dali.pipeline.draws import Draws
 from simclr_dali.shards.decode import decoded
 
@@ -28,6 +28,9 @@ INTERPOLATIONS = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC
 # Pixels. At the border of a crop that is enlarged, resizing mixes in the pixel beside the box, unless the crop was cut
 # out before: an eighth of a view of 32 pixels is such a border, a fiftieth of one of 224, where cutting costs 5 %.
 CUT_OUT_BELOW = 128
+# Pixels. Deciding for each view whether it has colors costs more than mapping all of them by a matrix that changes
+# nothing; the colors of larger views cost more than the decision.
+MAP_ALL_BELOW = 64
 _BLACK, _WHITE = np.float32(0), np.float32(255)
 _NO_BLUR = 0.1  # pixels; the next pixel's weight is then exp(-50)
 _NO_SOLARIZE = 256.0  # levels; no value reaches it
@@ -71,8 +74,12 @@ def region_inputs(draws: Sequence[Draws]) -> dict[str, Array]:
     return {"start": starts.astype(np.int32), "end": ends.astype(np.int32)}
 
 
-def view_inputs(draws: Draws, steps: Steps, size: int, conditionals: bool = True) -> dict[str, Array]:
+def view_inputs(
+    draws: Draws, maps: tuple[Array, Array], steps: Steps, size: int, conditionals: bool = True
+) -> dict[str, Array]:
     """What the graph takes for one view, by name: the box as (y, x) start and end, mirror, and what ``steps`` need.
+
+    maps: the matrices of its colors (color.compose).
 
     A sample that did not draw a step has neutral values for it; conditionals: and is told by a flag, to skip it.
     """
@@ -84,8 +91,7 @@ def view_inputs(draws: Draws, steps: Steps, size: int, conditionals: bool = True
         start, end = start - first, end - first
     inputs |= {"start": start.astype(np.float32), "end": end.astype(np.float32)}
     if "color" in steps:
-        m, n = compose(draws)
-        inputs |= {"if color": draws.jitter | draws.gray, "m": m, "n": n}
+        inputs |= {"if color": draws.jitter | draws.gray, "m": maps[0], "n": maps[1]}
     if "blur" in steps:
         sigma = np.where(draws.blur, draws.sigma, _NO_BLUR).astype(np.float32)
         inputs |= {"if blur": draws.blur, "sigma": sigma, "taps": blur_taps(sigma, size)}
@@ -125,8 +131,8 @@ def graph_inputs(
     inputs = [] if kept is None else [kept[1], kept[0]]
     inputs += [encoded] if on_engine is None else [encoded, on_engine]
     inputs += region_inputs(draws).values() if config.region else []
-    for view in draws:
-        inputs += view_inputs(view, steps, config.size, config.conditionals).values()
+    for view, maps in zip(draws, compose_each(draws), strict=True):
+        inputs += view_inputs(view, maps, steps, config.size, config.conditionals).values()
     return inputs
 
 
@@ -148,7 +154,7 @@ def build(
     then one more output, the last. until: "decode" or "crop" ends the graph there, for measuring.
     """
     nobody = Draws.neutral(np.empty((0, 4)))
-    names = list(view_inputs(nobody, steps, config.size, config.conditionals))
+    names = list(view_inputs(nobody, compose(nobody), steps, config.size, config.conditionals))
     region_names = list(region_inputs([nobody])) if config.region else []
 
     @pipeline_def(
@@ -174,7 +180,7 @@ def build(
             image = decoded(encoded, on_gpu=on_gpu, region=region, on_engine=on_engine)
         if until == "decode":
             return (image,)
-        corner = region[0] if region else np.int32(0)  # of what is decoded
+        corner = region[0] if region else None  # of what is decoded
         first = [v * len(names) for v in range(views)]
         of_view = [{name: numbers[at + place] for place, name in enumerate(names)} for at in first]
         crops = [_cropped(image, corner, drawn, config) for drawn in of_view]
@@ -227,12 +233,17 @@ class _Halves:
 
 
 def _cropped(image: Any, corner: Any, drawn: dict[str, Any], config: LoaderConfig) -> Any:
-    """The drawn box at the size of a view, in bytes. corner: (y, x) in the stored picture of the decoded part."""
+    """The drawn box at the size of a view, in bytes. corner: (y, x) in the stored picture of the decoded part, or None
+    where all of it was decoded.
+    """
+    start, end = drawn["start"], drawn["end"]
     if config.size < CUT_OUT_BELOW:
-        image = fn.slice(image, start=drawn["first"] - corner, end=drawn["last"] - corner, axes=[0, 1])
-        start, end = drawn["start"], drawn["end"]
-    else:
-        start, end = drawn["start"] - corner, drawn["end"] - corner
+        first, last = drawn["first"], drawn["last"]
+        if corner is not None:
+            first, last = first - corner, last - corner
+        image = fn.slice(image, start=first, end=last, axes=[0, 1])
+    elif corner is not None:
+        start, end = start - corner, end - corner
     return fn.resize(
         image,
         size=[config.size, config.size],
@@ -265,7 +276,7 @@ def _view(x: Any, drawn: dict[str, Any], steps: Steps, config: LoaderConfig) -> 
 
 
 def _colored(x: Any, drawn: dict[str, Any], config: LoaderConfig) -> Any:
-    if not config.conditionals:
+    if not config.conditionals or config.size < MAP_ALL_BELOW:
         return _mapped(x, drawn["m"], drawn["n"], config)
     if drawn["if color"]:  # noqa: SIM108
         y = _mapped(x, drawn["m"], drawn["n"], config)
@@ -275,13 +286,12 @@ def _colored(x: Any, drawn: dict[str, Any], config: LoaderConfig) -> Any:
 
 
 def _mapped(x: Any, m: Any, n: Any, config: LoaderConfig) -> Any:
-    mean = fn.reshape(fn.reductions.mean(x, axes=[0, 1]), shape=[1, 3])
-    shift = fn.coord_transform(mean, M=n)
+    shift = fn.coord_transform(fn.reductions.mean(x, axes=[0, 1], keep_dims=True), M=n)
     if config.device_id is None:
         y = fn.coord_transform(x, M=m, T=fn.reshape(shift, shape=[3]))
-    else:
-        # Named arguments such as T must be on the CPU, where the mean is not.
-        y = fn.coord_transform(x, M=m) + fn.reshape(shift, shape=[1, 1, 3])
+        return math.min(math.max(y, _BLACK), _WHITE)
+    # Named arguments such as T must be on the CPU, where the mean is not.
+    y = fn.coord_transform(x, M=m) + fn.reshape(shift, shape=[1, 1, 3])
     return fn.reshape(math.min(math.max(y, _BLACK), _WHITE), layout="HWC")
 
 

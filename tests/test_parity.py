@@ -1,5 +1,6 @@
 """The parity report: our graph is within its limits of torchvision, and one that is not would be caught."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -35,11 +36,10 @@ def test_other_gray_weights_would_be_caught(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_contrast_around_another_level_would_be_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    def without_mean(draws: Draws) -> tuple[color.Matrices, color.Matrices]:
-        m, n = color.compose(draws)
-        return m, np.zeros_like(n)
+    def without_mean(draws: Sequence[Draws]) -> list[tuple[color.Matrices, color.Matrices]]:
+        return [(m, np.zeros_like(n)) for m, n in color.compose_each(draws)]
 
-    monkeypatch.setattr(graph, "compose", without_mean)
+    monkeypatch.setattr(graph, "compose_each", without_mean)
     assert "contrast" in exceeded()
 
 
