@@ -66,6 +66,13 @@ class LoaderConfig:
         """Of CUDA, or None for the CPU."""
         return (self.device.index or 0) if self.device.type == "cuda" else None
 
+    @property
+    def skipped(self) -> Steps:
+        """Steps that are not computed for samples that did not draw them."""
+        if not self.conditionals:
+            return frozenset()
+        return frozenset({"color", "blur", "solarize"} - ({"color"} if self.size < MAP_ALL_BELOW else set()))
+
 
 def region_inputs(draws: Sequence[Draws]) -> dict[str, Array]:
     """Corners (y, x), int32 (n, 2), of the smallest box around the boxes of all views."""
@@ -74,18 +81,15 @@ def region_inputs(draws: Sequence[Draws]) -> dict[str, Array]:
     return {"start": starts.astype(np.int32), "end": ends.astype(np.int32)}
 
 
-def view_inputs(
-    draws: Draws, maps: tuple[Array, Array], steps: Steps, size: int, conditionals: bool = True
-) -> dict[str, Array]:
+def view_inputs(draws: Draws, maps: tuple[Array, Array], steps: Steps, config: LoaderConfig) -> dict[str, Array]:
     """What the graph takes for one view, by name: the box as (y, x) start and end, mirror, and what ``steps`` need.
 
-    maps: the matrices of its colors (color.compose).
-
-    A sample that did not draw a step has neutral values for it; conditionals: and is told by a flag, to skip it.
+    maps: the matrices of its colors (color.compose). A sample that did not draw a step has neutral values for it, and a
+    flag to skip it where config.skipped has the step.
     """
     start, end = draws.box[:, [1, 0]], draws.box[:, [3, 2]]
     inputs: dict[str, Array] = {"mirror": draws.flip.astype(np.int32)}
-    if size < CUT_OUT_BELOW:
+    if config.size < CUT_OUT_BELOW:
         first, last = np.floor(start), np.ceil(end)
         inputs |= {"first": first.astype(np.int32), "last": last.astype(np.int32)}
         start, end = start - first, end - first
@@ -94,15 +98,13 @@ def view_inputs(
         inputs |= {"if color": draws.jitter | draws.gray, "m": maps[0], "n": maps[1]}
     if "blur" in steps:
         sigma = np.where(draws.blur, draws.sigma, _NO_BLUR).astype(np.float32)
-        inputs |= {"if blur": draws.blur, "sigma": sigma, "taps": blur_taps(sigma, size)}
+        inputs |= {"if blur": draws.blur, "sigma": sigma, "taps": blur_taps(sigma, config.size)}
     if "solarize" in steps:
         threshold = np.where(draws.solarize, draws.threshold, _NO_SOLARIZE).astype(np.float32)
         inputs |= {"if solarize": draws.solarize, "threshold": threshold}
-    return {
-        name: np.ascontiguousarray(array)
-        for name, array in inputs.items()
-        if conditionals or not name.startswith("if ")
-    }
+    for step in steps - config.skipped:
+        del inputs[f"if {step}"]
+    return {name: np.ascontiguousarray(array) for name, array in inputs.items()}
 
 
 def blur_taps(sigma: Array, size: int) -> Array:
@@ -132,7 +134,7 @@ def graph_inputs(
     inputs += [encoded] if on_engine is None else [encoded, on_engine]
     inputs += region_inputs(draws).values() if config.region else []
     for view, maps in zip(draws, compose_each(draws), strict=True):
-        inputs += view_inputs(view, maps, steps, config.size, config.conditionals).values()
+        inputs += view_inputs(view, maps, steps, config).values()
     return inputs
 
 
@@ -154,7 +156,7 @@ def build(
     then one more output, the last. until: "decode" or "crop" ends the graph there, for measuring.
     """
     nobody = Draws.neutral(np.empty((0, 4)))
-    names = list(view_inputs(nobody, compose(nobody), steps, config.size, config.conditionals))
+    names = list(view_inputs(nobody, compose(nobody), steps, config))
     region_names = list(region_inputs([nobody])) if config.region else []
 
     @pipeline_def(
@@ -276,7 +278,7 @@ def _view(x: Any, drawn: dict[str, Any], steps: Steps, config: LoaderConfig) -> 
 
 
 def _colored(x: Any, drawn: dict[str, Any], config: LoaderConfig) -> Any:
-    if not config.conditionals or config.size < MAP_ALL_BELOW:
+    if "color" not in config.skipped:
         return _mapped(x, drawn["m"], drawn["n"], config)
     if drawn["if color"]:  # noqa: SIM108
         y = _mapped(x, drawn["m"], drawn["n"], config)
@@ -296,7 +298,7 @@ def _mapped(x: Any, m: Any, n: Any, config: LoaderConfig) -> Any:
 
 
 def _blurred(x: Any, drawn: dict[str, Any], config: LoaderConfig) -> Any:
-    if not config.conditionals:
+    if "blur" not in config.skipped:
         return fn.gaussian_blur(x, sigma=drawn["sigma"], window_size=drawn["taps"])
     if drawn["if blur"]:
         x = fn.gaussian_blur(x, sigma=drawn["sigma"], window_size=drawn["taps"])
@@ -304,7 +306,7 @@ def _blurred(x: Any, drawn: dict[str, Any], config: LoaderConfig) -> Any:
 
 
 def _solarized(x: Any, drawn: dict[str, Any], config: LoaderConfig) -> Any:
-    if not config.conditionals:
+    if "solarize" not in config.skipped:
         return _inverted(x, drawn["threshold"], config)
     if drawn["if solarize"]:
         x = _inverted(x, drawn["threshold"], config)
