@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from scripts.bench.rivals import CONTENDERS, Given
 from scripts.bench.step import BEGIN, PHASES, Clock
 from tests.conftest import ROOT, assert_sentence, run_python
 from tests.runs import launch_script, tiny_config
@@ -100,3 +101,29 @@ def test_the_probe_benchmark_agrees_with_scikit_learn_and_lightly(trained: Path,
     assert found["fast"]["linear"] == pytest.approx(found["scikit-learn"]["linear"], abs=100 / 48 + 0.01)
     for k in ("k 20", "k 200"):
         assert found["knn"][k] == pytest.approx(found["lightly knn"][k], abs=100 / 48 + 0.01)
+
+
+def test_the_loader_benchmark_has_a_table_for_each_size_of_pictures(pictures: Path, tmp_path: Path) -> None:
+    out = tmp_path / "loader.json"
+    words = ["--only", "solo", "kept", "--stored", 32, "--batch", 8, "--seconds", 0.1, "--rounds", 1]
+    done = run_python(ROOT / "scripts/bench/loader.py", pictures, *words, "--json", out)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(out.read_text())
+    for table in (result, result["stored"]["32 px"]):
+        assert list(table["images_per_s"]) == ["ours", "solo-learn", "ours, decoded kept"]
+        assert all(rate["min"] > 0 for rate in table["images_per_s"].values())
+        assert "ours" not in table["ratios"] and len(table["ratios"]) == 2
+
+
+def test_the_loader_benchmark_names_its_rows_and_what_failed(pictures: Path, tmp_path: Path) -> None:
+    script = ROOT / "scripts/bench/loader.py"
+    assert_sentence(run_python(script, pictures, "--only", "nonsense"), "names none of the rows", "solo-learn")
+    words = ["--only", "ours", "--batch", 1000, "--seconds", 0.1, "--rounds", 1]
+    assert_sentence(run_python(script, pictures, *words), "--contender ours", "a global batch of 1000 does not fit")
+
+
+def test_contenders_deliver_views_of_the_size_that_is_asked(pictures: Path, packed: Path) -> None:
+    for name in ("ours", "torchvision-v1", "torchvision-v2", "solo-learn"):
+        asked = Given(pictures, packed, torch.device("cpu"), 8, 1, view=64)
+        assert next(CONTENDERS[name](asked)).shape == (16, 3, 64, 64)
+    assert [asked._replace(view=view).kernel for view in (32, 48, 64, 128, 224)] == [3, 5, 7, 13, 23]

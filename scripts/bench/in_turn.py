@@ -1,0 +1,57 @@
+"""Processes that start together and are measured one after the other."""
+
+import subprocess
+import sys
+import tempfile
+from typing import Any
+
+from simclr_dali.shards.errors import UserError
+
+_READY = "ready"
+
+
+class Waiting:
+    """A process that has imported what it needs, and waits for its turn."""
+
+    def __init__(self, command: list[Any]) -> None:
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115, closed by end()
+        self._process = subprocess.Popen(
+            [str(word) for word in command],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+        )
+
+    @staticmethod
+    def until_told() -> None:
+        """What such a process calls before it begins."""
+        print(_READY, flush=True)
+        sys.stdin.readline()
+
+    def wait_until_ready(self) -> None:
+        """Raises UserError where it ended before."""
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.strip() == _READY:
+                return
+        self._refuse()
+
+    def go(self) -> str:
+        """The last line that it prints. Raises UserError where it fails."""
+        out, _ = self._process.communicate("go\n")
+        if self._process.returncode:
+            self._refuse()
+        return out.splitlines()[-1]
+
+    def end(self) -> None:
+        """End it, if it has not ended."""
+        self._process.kill()
+        self._process.wait()
+        self._errors.close()
+
+    def _refuse(self) -> None:
+        self._process.wait()
+        self._errors.seek(0)
+        words = " ".join(self._process.args)  # type: ignore[arg-type]
+        raise UserError(f"{words} failed: {self._errors.read()[-1500:]}")
