@@ -31,6 +31,7 @@ CUT_OUT_BELOW = 128
 # Pixels. Deciding for each view whether it has colors costs more than mapping all of them by a matrix that changes
 # nothing; the colors of larger views cost more than the decision.
 MAP_ALL_BELOW = 64
+_PIXEL = np.zeros((1, 1, 3), np.uint8)
 _BLACK, _WHITE = np.float32(0), np.float32(255)
 _NO_BLUR = 0.1  # pixels; the next pixel's weight is then exp(-50)
 _NO_SOLARIZE = 256.0  # levels; no value reaches it
@@ -123,14 +124,14 @@ def graph_inputs(
     config: LoaderConfig,
     *,
     on_engine: Array | None = None,
-    kept: tuple[Array, Any] | None = None,
+    kept: tuple[Any, Array] | None = None,
 ) -> list[Any]:
     """What ``source`` of :func:`build` gives for a batch: encoded images, and what each view drew.
 
-    on_engine: bool (n,), whether the JPEG engine decodes each image, where config.engine_share is not 0. kept: bool
-    (n,), which images are decoded already, and these (KeptPictures.batch), where ``build`` is given ``kept_on``.
+    on_engine: bool (n,), whether the JPEG engine decodes each image, where config.engine_share is not 0. kept:
+    pictures that are decoded already (KeptPictures.batch), and bool (n,), which are, where ``build`` has ``kept_on``.
     """
-    inputs = [] if kept is None else [kept[1], kept[0]]
+    inputs = [] if kept is None else [*kept]
     inputs += [encoded] if on_engine is None else [encoded, on_engine]
     inputs += region_inputs(draws).values() if config.region else []
     for view, maps in zip(draws, compose_each(draws), strict=True):
@@ -151,9 +152,9 @@ def build(
     """Build the pipeline; ``run`` gives one batch per view, [batch, size, size, 3] float16 or float32.
 
     source: called for each batch, returns :func:`graph_inputs`, which stay as they are until the outputs of their batch
-    are there (on a GPU: computed); StopIteration ends it. steps: those that any view can
-    draw (Recipe.steps). kept_on: where pictures that are decoded already lie; the decoded pictures of the batch are
-    then one more output, the last. until: "decode" or "crop" ends the graph there, for measuring.
+    are there (on a GPU: computed); StopIteration ends it. steps: those that any view can draw (Recipe.steps). kept_on:
+    where pictures that are decoded already lie; those that the graph has decoded are then one more output, the last.
+    until: "decode" or "crop" ends the graph there, for measuring.
     """
     nobody = Draws.neutral(np.empty((0, 4)))
     names = list(view_inputs(nobody, compose(nobody), steps, config))
@@ -170,16 +171,19 @@ def build(
         by_engine, on_gpu = config.engine_share > 0, config.device_id is not None
         count = (kept_on is not None) + 1 + by_engine + len(region_names) + views * len(names)
         pictures, numbers = _fed(source, count, kept_on, on_gpu)
-        kept = None if kept_on is None else numbers.pop(0)
+        is_kept = None if kept_on is None else numbers.pop(0)
         encoded = numbers.pop(0)
         on_engine = numbers.pop(0) if by_engine else None
         region = (numbers.pop(0), numbers.pop(0)) if config.region else None
-        if kept is None:
+        fresh = None
+        if is_kept is None:
             image = decoded(encoded, on_gpu=on_gpu, region=region, on_engine=on_engine)
-        elif kept:
-            image = pictures
+        elif is_kept:
+            # Of those nothing is to be kept, and outputs are copied into one piece.
+            image, fresh = pictures, types.Constant(_PIXEL, layout="HWC", device="gpu" if on_gpu else "cpu")
         else:
             image = decoded(encoded, on_gpu=on_gpu, region=region, on_engine=on_engine)
+            fresh = image
         if until == "decode":
             return (image,)
         corner = region[0] if region else None  # of what is decoded
@@ -189,7 +193,7 @@ def build(
         if until == "crop":
             return tuple(crops)
         made = tuple(_view(crops[v], of_view[v], steps, config) for v in range(views))
-        return made if kept_on is None else (*made, image)
+        return made if kept_on is None else (*made, fresh)
 
     pipeline = graph()
     pipeline.build()
@@ -202,13 +206,13 @@ def _fed(
     """The nodes of what ``source`` gives: with ``kept_on`` first the pictures that lie there, then ``count`` others."""
     if kept_on is None:
         return None, list(fn.external_source(source=source, num_outputs=count, batch=True, no_copy=True))
-    halves, where = _Halves(source), "gpu" if kept_on.type == "cuda" else "cpu"
-    pictures = fn.external_source(source=halves.pictures, device=where, layout="HWC", batch=True, no_copy=True)
-    others = fn.external_source(source=halves.others, num_outputs=count, batch=True, no_copy=True)
+    both, where = _TwoSources(source), "gpu" if kept_on.type == "cuda" else "cpu"
+    pictures = fn.external_source(source=both.pictures, device=where, batch=True, no_copy=True)
+    others = fn.external_source(source=both.others, num_outputs=count, batch=True, no_copy=True)
     return pictures.gpu() if on_gpu else pictures, list(others)
 
 
-class _Halves:
+class _TwoSources:
     """The pictures of each batch, which may lie on a GPU, and its other inputs; DALI asks for either first."""
 
     def __init__(self, source: Callable[[], list[Any]]) -> None:

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 
-from simclr_dali.pipeline.kept_pictures import KeptPictures, Places
+from simclr_dali.pipeline.kept_pictures import KeptPictures, Places, bytes_to_keep
 from simclr_dali.pipeline.order import Ids
 from simclr_dali.shards.free_memory import free_memory
 from simclr_dali.shards.manifest import ShardSet
@@ -23,6 +23,7 @@ Place = Literal["auto", "no", "gpu", "host"]
 # that was named may take.
 SHARE, SHARE_IF_NAMED = 0.5, 0.9
 
+_HOST = torch.device("cpu")
 _log = logging.getLogger(__name__)
 
 
@@ -51,7 +52,7 @@ def set_aside(
     device: torch.device,
     *,
     ids: Ids | None = None,
-    beside: int | None = None,
+    beside: Callable[[], int] | None = None,
     processes: Processes = ALONE,
 ) -> tuple[KeptPictures | None, str]:
     """Memory for the decoded pictures of ``ids`` (default: of the set), and a sentence on what was decided.
@@ -62,35 +63,48 @@ def set_aside(
     """
     if place == "no":
         return None, "decoded pictures are not kept"
-    machines = processes.gather(_machine())
-    neighbours = [rank for rank, machine in enumerate(machines) if machine == machines[processes.rank]]
-    share = SHARE if place == "auto" else SHARE_IF_NAMED
+    machines: list[_Machine] = processes.gather(_machine())
+    own = machines[processes.rank]
+    neighbours = [rank for rank, machine in enumerate(machines) if machine == own]
     kept, words = None, ""
     alone_on_gpu = device.type == "cuda" and len(neighbours) == 1
     if place == "gpu" or (place == "auto" and alone_on_gpu and beside is not None):
-        kept, words = _on_gpu(shards, ids, device, share, beside or 0)
+        share = SHARE_IF_NAMED if place == "gpu" and beside else SHARE
+        kept, words = _on_gpu(shards, ids, device, share, beside() if beside else 0)
     # Who found no room on a GPU shares memory with the others of its machine, which the first of them makes.
     wanting = processes.gather(kept is None)
-    places = Places(shards, ids, torch.device("cpu"))
     offer = None
     if processes.rank == neighbours[0] and any(wanting[rank] for rank in neighbours):
-        offer = _offer(places, share, len(neighbours))
+        planners = len({machine for machine in machines if machine.kernel == own.kernel})
+        offer = _offer(shards, ids, SHARE_IF_NAMED if place == "host" else SHARE, planners, len(neighbours))
     offers = processes.gather(offer)
     if kept is None:
-        kept, of_host = _in_host_memory(places, offers[neighbours[0]], device)
+        kept, of_host = _in_host_memory(shards, ids, offers[neighbours[0]], device)
         words = "; ".join(filter(None, [words, of_host]))
-    processes.gather(None)  # all have opened it
+    said = processes.gather(words)  # all have opened it
     if offer and offer.descriptor >= 0:
         os.close(offer.descriptor)
+    different = dict.fromkeys(said)
+    if len(different) > 1:
+        words = "; ".join(f"rank {said.index(sentence)}: {sentence}" for sentence in different)
     return kept, words
 
 
-def _machine() -> tuple[str, ...]:
-    """The same for processes that can open each other's memory: one kernel and one table of processes."""
+class _Machine(NamedTuple):
+    """What processes that can open each other's memory have in common."""
+
+    kernel: str
+    """The same for all containers of a machine, which share its memory."""
+    processes: str
+    """The table of processes that a container sees."""
+
+
+def _machine() -> _Machine:
+    kernel, table = os.uname().nodename, str(os.getpid())
     with suppress(OSError):
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return boot, str(Path("/proc/self/ns/pid").readlink())
-    return os.uname().nodename, str(os.getpid())
+        kernel = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        table = str(Path("/proc/self/ns/pid").readlink())
+    return _Machine(kernel, table)
 
 
 def _on_gpu(
@@ -98,72 +112,78 @@ def _on_gpu(
 ) -> tuple[KeptPictures | None, str]:
     if device.type != "cuda":
         return None, "there is no GPU to keep decoded pictures"
-    places = Places(shards, ids, device)
-    free = max(0, torch.cuda.mem_get_info(device)[0] - beside)
-    if places.bytes <= share * free:
-        with suppress(torch.cuda.OutOfMemoryError):
-            memory = torch.empty(places.bytes, dtype=torch.uint8, device=device)
-            there = np.zeros(len(shards), np.uint8)
-            return KeptPictures(places, memory, there), _kept_words(places, "GPU", free)
-    return None, _too_large(places, "GPU", share, free)
-
-
-def _offer(places: Places, share: float, neighbours: int) -> _Offer:
-    free = free_memory()
-    size = _size(places)
+    size, free = bytes_to_keep(shards, ids, device), max(0, torch.cuda.mem_get_info(device)[0] - beside)
     if size > share * free:
-        return _Offer(_too_large(places, "host", share, free))
-    # Memory without a name: it needs no room in /dev/shm, and is gone with the last process, however that ends.
-    descriptor = os.memfd_create("decoded pictures")
-    os.ftruncate(descriptor, size)
+        return None, _too_large(size, "GPU", share, free)
+    try:
+        memory = torch.empty(size, dtype=torch.uint8, device=device)
+    except torch.cuda.OutOfMemoryError:
+        return None, f"the GPU has no {size_text(size)} in one piece for decoded pictures"
+    kept = KeptPictures(Places(shards, ids, device), memory, np.zeros(len(shards), np.uint8))
+    return kept, _kept_words(size, "GPU", free)
+
+
+def _offer(shards: ShardSet, ids: Ids | None, share: float, planners: int, neighbours: int) -> _Offer:
+    """planners: groups of processes that each take a copy of the same memory."""
+    size, free = _flags(shards) + bytes_to_keep(shards, ids, _HOST), free_memory() // planners
+    if size > share * free:
+        return _Offer(_too_large(size, "host", share, free))
+    descriptor = -1
+    try:
+        # Memory without a name: it needs no room in /dev/shm, and is gone with the last process, however that ends. It
+        # is taken now, so that whoever plans next sees what is left.
+        descriptor = os.memfd_create("decoded pictures")
+        os.posix_fallocate(descriptor, 0, size)
+    except OSError as error:
+        if descriptor >= 0:
+            os.close(descriptor)
+        return _Offer(f"decoded pictures are not kept, since the system gives no memory for them ({error.strerror})")
     copies = f", one copy for {neighbours} processes" if neighbours > 1 else ""
-    return _Offer(_kept_words(places, "host", free) + copies, os.getpid(), descriptor)
+    return _Offer(_kept_words(size, "host", free) + copies, os.getpid(), descriptor)
 
 
-def _in_host_memory(places: Places, offer: _Offer, device: torch.device) -> tuple[KeptPictures | None, str]:
+def _in_host_memory(
+    shards: ShardSet, ids: Ids | None, offer: _Offer, device: torch.device
+) -> tuple[KeptPictures | None, str]:
     if offer.descriptor < 0:
         return None, offer.words
     try:
         with Path(f"/proc/{offer.process}/fd/{offer.descriptor}").open("r+b") as file:
-            memory = np.frombuffer(mmap.mmap(file.fileno(), _size(places)), np.uint8)
+            memory = np.frombuffer(mmap.mmap(file.fileno(), 0), np.uint8)
     except OSError as error:
-        words = f"a process cannot open the decoded pictures of process {offer.process} ({error.strerror})"
-        _log.warning("%s; it decodes each picture in every epoch", words)
-        return None, words
-    there, pictures = memory[: len(places.start)], torch.from_numpy(memory[_begin(places) :])
+        return None, (
+            f"decoded pictures are not kept, since the memory of process {offer.process} cannot be opened "
+            f"({error.strerror})"
+        )
+    there, pictures = memory[: len(shards)], torch.from_numpy(memory[_flags(shards) :])
     if device.type == "cuda":
-        _pin(pictures)
-    return KeptPictures(places, pictures, there), offer.words
+        _pin(pictures, device)
+    return KeptPictures(Places(shards, ids, _HOST), pictures, there), offer.words
 
 
-def _begin(places: Places) -> int:
-    """Where the pictures begin, a page after the flags."""
-    return -(-len(places.start) // mmap.PAGESIZE) * mmap.PAGESIZE
+def _flags(shards: ShardSet) -> int:
+    """Bytes before the pictures: which of them are there, in whole pages."""
+    return -(-len(shards) // mmap.PAGESIZE) * mmap.PAGESIZE
 
 
-def _size(places: Places) -> int:
-    return _begin(places) + places.bytes
-
-
-def _pin(pictures: torch.Tensor) -> None:
+def _pin(pictures: torch.Tensor, device: torch.device) -> None:
     """Fix the memory in its place, so that copies to a GPU need no help of a processor."""
     cuda = torch.cuda.cudart()
     failed = int(cuda.cudaHostRegister(pictures.data_ptr(), pictures.numel(), 0))
-    if failed:
-        _log.warning("cannot pin the memory of decoded pictures (CUDA error %d); copies to the GPU are slower", failed)
-    else:
+    if not failed:
         weakref.finalize(pictures, cuda.cudaHostUnregister, pictures.data_ptr()).atexit = False
+        return
+    _log.warning("cannot pin the memory of decoded pictures (CUDA error %d); copies to the GPU are slower", failed)
+    with suppress(RuntimeError):  # which would else meet the next one who launches a kernel
+        torch.zeros(1, device=device)
 
 
-def _kept_words(places: Places, where: str, free: int) -> str:
+def _kept_words(size: int, where: str, free: int) -> str:
+    return f"decoded pictures are kept in {where} memory: {size_text(size)}, {size / free:.0%} of what is free"
+
+
+def _too_large(size: int, where: str, share: float, free: int) -> str:
     return (
-        f"decoded pictures are kept in {where} memory: {size_text(places.bytes)}, {places.bytes / free:.0%} of what is "
-        "free"
-    )
-
-
-def _too_large(places: Places, where: str, share: float, free: int) -> str:
-    return (
-        f"decoded pictures take {size_text(places.bytes)}, more than {share:.0%} of the {size_text(free)} of free "
-        f"{where} memory, and are not kept there"
+        f"decoded pictures take {size_text(size)}, more than {share:.0%} of the {size_text(free)} of free {where} "
+        "memory, and are not kept there"
     )

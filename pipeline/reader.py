@@ -31,7 +31,7 @@ class Found(NamedTuple):
     """uint8 (length,) each, of the samples that are not kept decoded, in their order."""
     ids: Ids
     """The samples that all images are of: those that were asked for, or what stands in for them."""
-    kept: npt.NDArray[np.bool_]
+    is_kept: npt.NDArray[np.bool_]
     """Which are kept decoded."""
 
 
@@ -60,6 +60,7 @@ class SampleReader:
         self._limit = max_bad_fraction * len(split.shards)
         self._ends = np.cumsum(split.shards.shard_sizes())
         self._damaged: set[int] = set()
+        self._differs: dict[int, str] = {}  # those that are not read again, and why; what could not be read may heal
         self._whole: set[int] = set()  # shards of which nothing needs to be read any more
         self._lock = threading.Lock()
 
@@ -69,21 +70,21 @@ class SampleReader:
         They are fetched in storage order, which is nearly sequential for a batch of one window.
         Raises UserError naming tar and sample where more are damaged than may be.
         """
-        shown, kept = ids.copy(), self._kept_among(ids)
+        shown, is_kept = ids.copy(), self._are_kept(ids)
         images: dict[int, Encoded] = {}
-        places = np.flatnonzero(~kept)
+        places = np.flatnonzero(~is_kept)
         places = places[np.argsort(ids[places], kind="stable")]
         of_shard = self._shards.samples["shard"][ids[places]]
         for some in np.split(places, np.flatnonzero(np.diff(of_shard)) + 1) if len(places) else []:
             for place, image in zip(some.tolist(), self._of_one_shard(ids[some]), strict=True):
-                while image is None and not kept[place]:
+                while image is None and not is_kept[place]:
                     shown[place] = (shown[place] + 1) % len(self._shards)
                     stand_in = shown[place : place + 1]
-                    kept[place] = self._kept_among(stand_in)[0]
-                    image = None if kept[place] else self._of_one_shard(stand_in)[0]
+                    is_kept[place] = self._are_kept(stand_in)[0]
+                    image = None if is_kept[place] else self._of_one_shard(stand_in)[0]
                 if image is not None:
                     images[place] = image
-        return Found([images[place] for place in sorted(images)], shown, kept)
+        return Found([images[place] for place in sorted(images)], shown, is_kept)
 
     def expect(self, current: Sequence[int], upcoming: Sequence[int]) -> None:
         """Name the shards that are read now and those that come next; fetching them begins in the background."""
@@ -102,14 +103,15 @@ class SampleReader:
         with self._lock:
             return sorted(self._damaged)
 
-    def _kept_among(self, ids: Ids) -> npt.NDArray[np.bool_]:
+    def _are_kept(self, ids: Ids) -> npt.NDArray[np.bool_]:
         return self._kept.has(ids) if self._kept else np.zeros(len(ids), np.bool_)
 
     def _is_read(self, shard: int) -> bool:
-        """Whether a shard holds what is neither kept nor known to be damaged."""
+        """Whether a shard holds what is to be kept, and neither is yet nor is known to be damaged."""
+        assert self._kept
         if shard not in self._whole:
             ids = np.arange(self._ends[shard] - self._shards.shards[shard].samples, self._ends[shard])
-            missing = ids[~self._kept_among(ids)]
+            missing = ids[self._kept.lacks(ids)]
             if len(missing) <= len(self._damaged) and self._damaged.issuperset(missing.tolist()):
                 self._whole.add(shard)
         return shard not in self._whole
@@ -122,7 +124,8 @@ class SampleReader:
             return [self._image(descriptor, *row) for row in zip(ids.tolist(), *columns, strict=True)]
 
     def _image(self, descriptor: int, sample: int, offset: int, length: int, crc32: int) -> Encoded | None:
-        if sample in self._damaged:
+        if sample in self._differs:
+            self._count(sample, self._differs[sample])
             return None
         try:
             data = os.pread(descriptor, length, offset)
@@ -130,7 +133,8 @@ class SampleReader:
             self._count(sample, f"cannot read the sample in {self._shards.where(sample)}: {error.strerror}")
             return None
         if len(data) != length or zlib.crc32(data) != crc32:
-            self._count(sample, f"damaged sample in {self._shards.where(sample)}: its crc32 differs")
+            self._differs[sample] = f"damaged sample in {self._shards.where(sample)}: its crc32 differs"
+            self._count(sample, self._differs[sample])
             return None
         return np.frombuffer(data, np.uint8)
 

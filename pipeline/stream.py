@@ -178,9 +178,10 @@ class _Making:
                     return
                 # The graph reads the inputs where they lie. On a GPU it may do so until the copies of its outputs are
                 # done, for which the next run waits; only then are those of this batch let go.
-                plan, (_, shown, kept), _held = in_flight.popleft()
-                if source.kept and not kept.all():
-                    outputs.keep(source.kept, shown[~kept], [made[-1][place] for place in np.flatnonzero(~kept)])
+                plan, (_, shown, is_kept), _held = in_flight.popleft()
+                if source.kept and not is_kept.all():
+                    decoded = [made[-1][row] for row in np.flatnonzero(~is_kept)]
+                    outputs.keep(source.kept, shown[~is_kept], decoded)
                 views = made[: source.views]
                 pixels, done = outputs.take(views, (source.views, len(shown), config.size, config.size, 3))
                 labels = torch.from_numpy(source.samples["label"][shown].astype(np.int64))
@@ -207,8 +208,8 @@ class _Making:
         encoded: Any = found.encoded
         on_engine, kept = None, None
         if source.kept:
-            encoded = _with_nothing(encoded, found.kept)
-            kept = found.kept, source.kept.batch(found.ids, found.kept)
+            encoded = _with_nothing(encoded, found.is_kept)
+            kept = source.kept.batch(found.ids, found.is_kept), found.is_kept
         if self._engine:
             on_engine = self._engine.of(found.ids, encoded)
         return (
@@ -218,12 +219,12 @@ class _Making:
         )
 
 
-def _with_nothing(encoded: list[Encoded], kept: npt.NDArray[np.bool_]) -> Any:
+def _with_nothing(encoded: list[Encoded], is_kept: npt.NDArray[np.bool_]) -> Any:
     """The encoded images of a batch, and a byte for each that is kept decoded."""
     if not encoded:
-        return np.zeros((len(kept), 1), np.uint8)
+        return np.zeros((len(is_kept), 1), np.uint8)
     read, nothing = iter(encoded), np.zeros(1, np.uint8)
-    return [nothing if is_kept else next(read) for is_kept in kept.tolist()]
+    return [nothing if not_read else next(read) for not_read in is_kept.tolist()]
 
 
 class _CPUOutputs:

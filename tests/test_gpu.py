@@ -1,8 +1,9 @@
 """Input path, loss, step and trainer on a GPU; skipped where there is none."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from simclr_dali.model.resnet import ResNet
 from simclr_dali.model.simclr import Architecture, build_model
 from simclr_dali.pipeline.draws import Recipe
 from simclr_dali.pipeline.graph import LoaderConfig
+from simclr_dali.pipeline.kept_memory import set_aside
 from simclr_dali.pipeline.order import Order
 from simclr_dali.pipeline.stream import Batch
 from simclr_dali.shards.manifest import ShardSet
@@ -60,6 +62,31 @@ def test_pixels_on_the_gpu_do_not_depend_on_how_the_batch_is_split(share: float,
         for view in range(2):
             together = torch.cat([part.views.chunk(2)[view] for part in parts])
             assert torch.equal(batch.views.chunk(2)[view], together)
+
+
+@pytest.mark.parametrize("place", ["gpu", "host"])
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_views_of_decoded_pictures_that_are_kept_are_the_same(
+    place: Literal["gpu", "host"], share: float, train_split: ShardSet
+) -> None:
+    """Without regions, since what is kept is whole. In the last epochs everything is there."""
+    setting = replace(GPU, engine_share=share, **{**Graph().on("cuda"), "region": False})
+    kept, words = set_aside(train_split, place, GPU.device)
+    assert kept and f"kept in {'GPU' if place == 'gpu' else 'host'} memory" in words
+    order = Order(train_split.shard_sizes(), 24, 4, 2, 9)
+    keeping = two_views(train_split, order, Recipe(), setting, epochs=4, kept=kept)
+    for ours, wanted in zip(keeping, two_views(train_split, order, Recipe(), setting, epochs=4), strict=True):
+        torch.cuda._sleep(2_000_000)
+        assert torch.equal(ours.views, wanted.views) and torch.equal(ours.ids, wanted.ids)
+    assert kept.has(np.arange(len(train_split))).mean() > 0.9
+
+
+def test_pictures_are_kept_on_the_gpu_only_beside_what_the_training_takes(train_split: ShardSet) -> None:
+    free, _ = torch.cuda.mem_get_info()
+    asked: list[tuple[Callable[[], int] | None, str]] = [(lambda: 0, "GPU"), (lambda: free, "host"), (None, "host")]
+    for beside, where in asked:
+        kept, words = set_aside(train_split, "auto", GPU.device, beside=beside)
+        assert kept and f"kept in {where} memory" in words and kept.device.type == ("cuda" if where == "GPU" else "cpu")
 
 
 def test_batches_on_the_gpu_that_are_kept_stay_as_they_were(train_split: ShardSet) -> None:

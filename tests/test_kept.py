@@ -1,11 +1,13 @@
 """Decoded pictures that are kept: the same views to the bit, nothing read twice, no more memory than planned."""
 
+import errno
+import mmap
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -14,9 +16,10 @@ import torch
 from simclr_dali.model.process import from_all_ranks
 from simclr_dali.pipeline import kept_memory
 from simclr_dali.pipeline.draws import Recipe
+from simclr_dali.pipeline.files import LocalFiles, Split
 from simclr_dali.pipeline.graph import LoaderConfig
 from simclr_dali.pipeline.kept_memory import Processes, set_aside
-from simclr_dali.pipeline.kept_pictures import KeptPictures, Places
+from simclr_dali.pipeline.kept_pictures import KeptPictures, Places, bytes_to_keep
 from simclr_dali.pipeline.loader import central_views
 from simclr_dali.pipeline.order import Order
 from simclr_dali.pipeline.stream import Batch
@@ -79,6 +82,28 @@ def test_what_is_kept_is_neither_fetched_nor_read_again(shards: ShardSet, tmp_pa
     assert rest.damaged() == []
 
 
+class _Watched(LocalFiles):
+    """Notes which shards it is told to fetch."""
+
+    expected: ClassVar[set[int]] = set()
+
+    def expect(self, current: Sequence[int], upcoming: Sequence[int]) -> None:
+        self.expected.update(current, upcoming)
+        super().expect(current, upcoming)
+
+
+def test_shards_of_which_all_is_kept_are_not_fetched(shards: ShardSet) -> None:
+    """Also where only a part of the set is to be kept, and nothing else is read."""
+    watched = Split(shards, lambda: _Watched(shards))
+    every = np.arange(len(shards))
+    for ids in (every, every[: len(shards) // 2]):
+        kept = memory_for(shards, ids=ids)
+        for expected in (set(shards.samples["shard"][ids].tolist()), set()):
+            _Watched.expected.clear()
+            list(central_views(watched, SETTING, batch=7, ids=ids, kept=kept))
+            assert _Watched.expected == expected
+
+
 def test_a_damaged_sample_is_replaced_as_without(shards: ShardSet, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(shards.folder, copy / "train")
@@ -137,10 +162,9 @@ def test_memory_is_planned_and_what_does_not_fit_is_not_kept(
 ) -> None:
     samples = shards.samples
     needed = int((3 * samples["width"].astype(np.int64) * samples["height"]).sum())
-    places = Places(shards, None, CPU)
-    assert places.bytes == needed
-    taken = needed + -(-len(shards) // 4096) * 4096  # with the flags
-    share = 0.5 if place == "auto" else 0.9
+    assert bytes_to_keep(shards, None, CPU) == Places(shards, None, CPU).bytes == needed
+    taken = needed + -(-len(shards) // mmap.PAGESIZE) * mmap.PAGESIZE  # with the flags
+    share = 0.9 if place == "host" else 0.5
     for free, fits in ((int(taken / share) + 2, True), (int(taken / share) - 2, False)):
         monkeypatch.setattr(kept_memory, "free_memory", lambda free=free: free)
         kept, words = set_aside(shards, place, CPU)
@@ -150,15 +174,14 @@ def test_memory_is_planned_and_what_does_not_fit_is_not_kept(
     assert set_aside(shards, "no", CPU)[0] is None
 
 
-def keep_together(rank: int, folder: str) -> tuple[str, list[int], list[int], bool]:
-    """Rank 0 decodes the first half of the pictures, rank 1 the second; what each finds then, and equal views."""
+def keep_together(rank: int, folder: str) -> tuple[str, list[int], bool]:
+    """Each of two ranks decodes every second picture; what it finds then, and whether views of all are right."""
     shards = load_split(folder, "train")
     kept, words = set_aside(shards, "auto", CPU, processes=Processes(rank, from_all_ranks))
     assert kept
     everything = np.arange(len(shards))
     own = everything[rank::2]
     list(central_views(local(shards), SETTING, batch=12, ids=own, kept=kept))
-    before = len(own)
     from_all_ranks(None)
     found = np.flatnonzero(kept.has(everything)).tolist()
     pairs = zip(
@@ -167,21 +190,59 @@ def keep_together(rank: int, folder: str) -> tuple[str, list[int], list[int], bo
         strict=True,
     )
     equal = all(torch.equal(ours.views, wanted.views) for ours, wanted in pairs)
-    return words, [before], found, equal
+    return words, found, equal
 
 
 def test_processes_of_a_machine_share_one_copy(shards: ShardSet, tmp_path: Path) -> None:
-    for words, (own,), found, equal in run_ranks(keep_together, 2, tmp_path, str(shards.folder.parent)):
-        assert "one copy for 2 processes" in words
-        assert own < len(shards) and found == list(range(len(shards))) and equal
+    for words, found, equal in run_ranks(keep_together, 2, tmp_path, str(shards.folder.parent)):
+        assert "one copy for 2 processes" in words and found == list(range(len(shards))) and equal
 
 
-def test_memory_that_another_process_does_not_open_is_told(
-    train_split: ShardSet, caplog: pytest.LogCaptureFixture
-) -> None:
+def plan_in_containers(rank: int, folder: str) -> str:
+    """Ranks that cannot open each other's memory, though they share the machine's."""
+    kernel = kept_memory._machine().kernel
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kept_memory, "_machine", lambda: kept_memory._Machine(kernel, f"container {rank}"))
+        patch.setattr(kept_memory, "free_memory", lambda: 40_000_000)
+        shards = load_split(folder, "train")
+        return set_aside(shards, "auto", CPU, processes=Processes(rank, from_all_ranks))[1]
+
+
+def test_containers_of_a_machine_do_not_plan_with_the_same_memory(train_split: ShardSet, tmp_path: Path) -> None:
+    size = bytes_to_keep(train_split, None, CPU) + mmap.PAGESIZE
+    for words in run_ranks(plan_in_containers, 2, tmp_path, str(train_split.folder.parent)):
+        assert f"{size / 20_000_000:.0%} of what is free" in words and "one copy" not in words
+
+
+def refuse_on_rank_1(rank: int, folder: str) -> str:
+    with pytest.MonkeyPatch.context() as patch:
+        if rank == 1:
+            patch.setattr(kept_memory, "_in_host_memory", lambda *_: (None, "rank 1 cannot"))
+        kept, words = set_aside(load_split(folder, "train"), "host", CPU, processes=Processes(rank, from_all_ranks))
+    assert (kept is None) == (rank == 1)
+    return words
+
+
+def test_what_ranks_decided_differently_is_told_by_rank(train_split: ShardSet, tmp_path: Path) -> None:
+    for words in run_ranks(refuse_on_rank_1, 2, tmp_path, str(train_split.folder.parent)):
+        assert words.startswith("rank 0: decoded pictures are kept") and words.endswith("rank 1: rank 1 cannot")
+
+
+def test_memory_that_the_system_does_not_give_is_told(train_split: ShardSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    opened = len(list(Path("/proc/self/fd").iterdir()))
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    kept, words = set_aside(train_split, "auto", CPU)
+    assert kept is None and "the system gives no memory for them (Cannot allocate memory)" in words
+    assert len(list(Path("/proc/self/fd").iterdir())) == opened
+
+
+def test_memory_that_another_process_does_not_open_is_told(train_split: ShardSet) -> None:
     offer = kept_memory._Offer("kept", 2**22 + 1, 5)  # beyond the largest number that a process can have
-    kept, words = kept_memory._in_host_memory(Places(train_split, None, CPU), offer, CPU)
-    assert kept is None and "cannot open" in words and "cannot open" in caplog.text
+    kept, words = kept_memory._in_host_memory(train_split, None, offer, CPU)
+    assert kept is None and "cannot be opened (No such file or directory)" in words
 
 
 @pytest.mark.launch

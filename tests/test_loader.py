@@ -1,6 +1,7 @@
 """The loaders: complete, ordered, the same for every number of processes, threads and depths, strict about damage."""
 
 import gc
+import os
 import resource
 import threading
 import time
@@ -128,6 +129,29 @@ def damaged_set(odd_pictures: Path, tmp_path: Path) -> ShardSet:
 def test_evaluation_stops_at_a_flipped_bit_with_the_name_of_the_sample(damaged_set: ShardSet) -> None:
     with pytest.raises(UserError, match=rf"offset {damaged_set.samples['offset'][7]}, member 00000007_"):
         list(central_views(local(damaged_set), SETTING, batch=4, center_fraction=1.0))
+
+
+def test_a_damaged_sample_is_an_error_each_time_it_is_met(damaged_set: ShardSet) -> None:
+    reader = SampleReader(local(damaged_set))
+    for _ in range(3):
+        with pytest.raises(UserError, match="member 00000007_"):
+            reader.read(np.array([7]))
+    reader.close()
+
+
+def test_what_could_not_be_read_is_tried_again(damaged_set: ShardSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network file system may fail for a moment."""
+
+    def fail(*_: int) -> bytes:
+        raise OSError(5, "Input/output error")
+
+    reader = SampleReader(local(damaged_set), 0.1)
+    with monkeypatch.context() as failing:
+        failing.setattr(os, "pread", fail)
+        with pytest.raises(UserError, match=r"cannot read the sample in .*: Input/output error.*number 3 of 24"):
+            reader.read(np.array([1]))
+    assert np.array_equal(reader.read(np.array([1])).ids, [1])
+    reader.close()
 
 
 def test_damaged_samples_are_replaced_named_and_counted_the_same_for_any_world(

@@ -124,12 +124,12 @@ class Graph(_Block):
     prefetch: int = Field(default=0, ge=0)
     """Batches that are inside the graph at a time; 0: 4 on a GPU, 2 on a CPU."""
 
-    def on(self, device: str) -> dict[str, Any]:
-        """Each field's value on ``device``, "cuda" or "cpu"."""
+    def on(self, device: str, *, whole: bool = False) -> dict[str, Any]:
+        """Each field's value on ``device``, "cuda" or "cpu"; whole: "auto" decodes whole pictures."""
         on_gpu = device == "cuda"
         return {
             "conditionals": not on_gpu if self.conditionals == "auto" else self.conditionals,
-            "region": on_gpu if self.region == "auto" else self.region,
+            "region": on_gpu and not whole if self.region == "auto" else self.region,
             "prefetch": self.prefetch or (4 if on_gpu else 2),
         }
 
@@ -190,7 +190,7 @@ class Simclr(_Block):
     engine_share: float = Field(default=0.75, ge=0, le=1)
     """Share of the baseline JPEGs that a GPU's JPEG engine decodes, the same pictures always (pipeline/engine.py)."""
     keep_decoded: Literal["auto", "no", "gpu", "host"] = "auto"
-    """Where decoded pictures stay, so that each is read and decoded once, with the same views to the bit
+    """Where decoded pictures stay, so that each is read and decoded once, with the same views to the bit as whole ones
     (pipeline/kept_memory.py): auto is the GPU for one process a machine, else the host's memory, where they take at
     most half of what is free."""
     max_bad_fraction: float = Field(default=MAX_BAD_FRACTION, ge=0, lt=1)

@@ -73,7 +73,7 @@ class Job:
             threads=simclr.loader_threads or self.process.cores,
             dtype=view_dtype(self.config, self.process.device),
             interpolation=simclr.views.interpolation,
-            **simclr.graph.on(self.process.device.type),
+            **simclr.graph.on(self.process.device.type, whole=simclr.deterministic),
             engine_share=simclr.engine_share if self.process.device.type == "cuda" else 0.0,
         )
 
@@ -102,14 +102,15 @@ def keep_decoded(config: Config, shards: ShardSet, process: Process) -> tuple[Ke
     """Memory for the run's decoded pictures, as simclr.keep_decoded says, and a sentence on it. All ranks call it."""
     if config.simclr.epochs == 1:
         return None, "decoded pictures are not kept, since each is used once"
-    step = 0
-    if process.device.type == "cuda":
-        step = bytes_of_step(
+
+    def step() -> int:
+        return bytes_of_step(
             config.architecture(),
             config.simclr.image_size,
             config.micro_batch(process.world),
             autocast=config.torch_autocast.enabled,
         )
+
     return set_aside(
         shards,
         config.simclr.keep_decoded,

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -113,11 +114,10 @@ class KnnMonitor:
         job = self._job
         own = ids[share(len(ids), job.process.rank, job.process.world)]
         simclr = job.config.simclr
-        # Decoded by the same decoders, since pictures that training keeps are taken, and those that it lacks are kept.
         training = job.loader_config()
-        config = LoaderConfig(
-            simclr.image_size, job.process.device, threads=training.threads, engine_share=training.engine_share
-        )
+        config = LoaderConfig(simclr.image_size, job.process.device, threads=training.threads)
+        if job.kept:  # pictures that training keeps are taken, and those that it lacks are kept: by the same decoders
+            config = replace(config, engine_share=training.engine_share)
         return extract(
             encoder,
             job.split,

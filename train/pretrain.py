@@ -79,7 +79,7 @@ from simclr_dali.train.job import Job, build_order, keep_decoded
 from simclr_dali.train.knn_monitor import KnnMonitor
 from simclr_dali.train.lock import lock_run
 from simclr_dali.train.loop import train, write_finished
-from simclr_dali.train.resume import PER_MACHINE, settings, state_to_go_on_with
+from simclr_dali.train.resume import PER_MACHINE, computed_by, settings, state_to_go_on_with, tell_other_rounding
 from simclr_dali.train.stopping import StopRequest
 from simclr_dali.train.watchdog import Watchdog
 
@@ -105,13 +105,18 @@ def main(arguments: argparse.Namespace) -> None:
 
     with ExitStack() as locked:
         locked.enter_context(run_locked(run, process))
-        kept, about_kept = keep_decoded(config, shards, process)
-        job = Job(config, split, order, process, run, kept)
-        state = state_to_go_on_with(run, config, shards, process, keeps_decoded=kept is not None)
+        job = Job(config, split, order, process, run)
+        state = state_to_go_on_with(run, config, shards, process)
         step = state["step"] if state else 0
+        about_kept = ""
+        if step < job.total_steps:
+            kept, about_kept = keep_decoded(config, shards, process)
+            job = replace(job, kept=kept)
         batches = locked.enter_context(closing(job.views(step)))
         if step < job.total_steps:
             batches.start()  # read, decoded and drawn while the network is built
+        if state and process.rank == 0:
+            tell_other_rounding(state, computed_by(config, process, keeps_decoded=job.kept is not None))
         network = build_model(config.architecture(), config.simclr.seed)
         if state:
             job = replace(job, begun_with=state.get("begun_with"))

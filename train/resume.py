@@ -47,17 +47,14 @@ MAY_CHANGE_ON_RESUME = {
 }
 
 
-def state_to_go_on_with(
-    run: Path, config: Config, shards: ShardSet, process: Process, *, keeps_decoded: bool
-) -> dict[str, Any] | None:
+def state_to_go_on_with(run: Path, config: Config, shards: ShardSet, process: Process) -> dict[str, Any] | None:
     """The newest sound checkpoint of ``run`` (:func:`state_of`); None where there is none.
 
     Rank 0 reads it and gives it to the others. Damaged ones that are newer are named and set aside.
     Raises UserError where the run was made with another data set or other settings, CheckpointError where all are
     damaged.
     """
-    computed = computed_by(config, process, keeps_decoded=keeps_decoded)
-    return on_rank_0(process, lambda: _read(run, config, shards, computed))
+    return on_rank_0(process, lambda: _read(run, config, shards))
 
 
 def computed_by(
@@ -67,7 +64,8 @@ def computed_by(
 
     keeps_decoded: whether decoded pictures are kept, which are then whole.
     """
-    on_gpu, graph = process.device.type == "cuda", config.simclr.graph.on(process.device.type)
+    on_gpu = process.device.type == "cuda"
+    graph = config.simclr.graph.on(process.device.type, whole=config.simclr.deterministic)
     compiled = "no" if backend and backend.failed else resolved(config.simclr.compile, process.device)
     return {
         "device": torch.cuda.get_device_name(process.device) if on_gpu else "CPU",
@@ -80,7 +78,17 @@ def computed_by(
     }
 
 
-def _read(run: Path, config: Config, shards: ShardSet, computed: dict[str, str]) -> dict[str, Any] | None:
+def tell_other_rounding(state: dict[str, Any], computed: dict[str, str]) -> None:
+    """Print a line for everything in which ``computed`` (computed_by) is not what it was in the run so far."""
+    for key, before in state.get("computed_by", {}).items():
+        if before != computed.get(key, before):
+            print_now(
+                f"warning: {key} was {before} until step {state['step']} and is {computed[key]} now; what follows is "
+                "the same up to rounding, not to the bit"
+            )
+
+
+def _read(run: Path, config: Config, shards: ShardSet) -> dict[str, Any] | None:
     found = checkpoint.newest(run)
     if found is None:
         return None
@@ -91,12 +99,6 @@ def _read(run: Path, config: Config, shards: ShardSet, computed: dict[str, str])
             f"or the same --data"
         )
     refuse_other_settings(run, found, config)
-    for key, before in state.get("computed_by", {}).items():
-        if before != computed.get(key, before):
-            print_now(
-                f"warning: {key} was {before} until step {state['step']} and is {computed[key]} now; what follows is "
-                "the same up to rounding, not to the bit"
-            )
     for folder, sentence in found.skipped:
         aside = folder.with_name(f"damaged-{folder.name}")
         while aside.exists():  # the same step was damaged before

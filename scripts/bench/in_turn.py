@@ -27,7 +27,8 @@ class Waiting:
     def until_told() -> None:
         """What such a process calls before it begins."""
         print(_READY, flush=True)
-        sys.stdin.readline()
+        if not sys.stdin.readline():  # who would tell is gone
+            sys.exit(1)
 
     def wait_until_ready(self) -> None:
         """Raises UserError where it ended before."""

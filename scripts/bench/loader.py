@@ -7,7 +7,7 @@
     python scripts/bench/loader.py /data/imagenet --only ours solo-learn
 
 FOLDER is an image folder with a train split; it is packed for our rows. Each round runs every contender (what each is:
-scripts/bench/rivals.py) as a process of its own, one after the other: all have started and imported what they need
+scripts/bench/rivals.py) as a process of its own, one after the other: all have started and imported torch and DALI
 before the first one begins, and each has warmed up before it is measured. It then counts the images of whole batches
 that it takes out of the endless stream in --seconds or a little more (on a GPU: until their pixels are there). Figures
 are medians over the rounds with the extremes; ratios ours/rival are taken within a round.
@@ -29,6 +29,13 @@ sys.path[:1] = [str(ROOT), str(ROOT / ".package")]
 from simclr_dali.shards.command_line import file_to_write, positive_int
 from simclr_dali.shards.errors import UserError, run_main
 
+
+def positive_seconds(text: str) -> float:
+    if not 0 < float(text) < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is no positive number")
+    return float(text)
+
+
 # Side of the views, by that of the stored pictures; 224 for larger ones.
 VIEWS = {32: 32, 64: 64, 144: 128}
 
@@ -39,7 +46,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--device", choices=["cpu", "gpu"], default="cpu", help="where views are made (default: cpu)")
     parser.add_argument("--batch", type=positive_int, default=64, metavar="N", help="images a batch (default: 64)")
     parser.add_argument(
-        "--seconds", type=float, default=8.0, metavar="S", help="that a row is measured in each round (default: 8)"
+        "--seconds",
+        type=positive_seconds,
+        default=8.0,
+        metavar="S",
+        help="that a row is measured in each round (default: 8)",
     )
     parser.add_argument("--rounds", type=positive_int, default=5, metavar="N", help="default: 5")
     parser.add_argument(
@@ -65,7 +76,7 @@ import torch
 
 from scripts.bench.figures import extremes, machine, spread
 from scripts.bench.in_turn import Waiting
-from scripts.bench.rivals import CONTENDERS, Given
+from scripts.bench.rivals import CONTENDERS, WAVE, Given
 from simclr_dali.pipeline.files import Split
 from simclr_dali.shards.image import ending_of_image
 from simclr_dali.shards.pack import pack
@@ -151,15 +162,15 @@ def one_round(
 ) -> dict[str, float]:
     """images/s of each row, in a process of its own."""
     waiting = {}
-    for row, (contender, tuning) in rows.items():
-        waiting[row] = Waiting(
-            [
-                sys.executable, __file__, images, "--contender", contender, "--shards", shards, "--tuning",
-                json.dumps(tuning), "--device", given.device, "--batch", given.batch, "--seconds", given.seconds,
-                "--view", view,
-            ]
-        )  # fmt: skip
     try:
+        for row, (contender, tuning) in rows.items():
+            waiting[row] = Waiting(
+                [
+                    sys.executable, __file__, images, "--contender", contender, "--shards", shards, "--tuning",
+                    json.dumps(tuning), "--device", given.device, "--batch", given.batch, "--seconds", given.seconds,
+                    "--view", view,
+                ]
+            )  # fmt: skip
         for process in waiting.values():
             process.wait_until_ready()
         return {row: float(json.loads(process.go())) for row, process in waiting.items()}
@@ -191,7 +202,8 @@ def images_per_s(given: argparse.Namespace) -> float:
 
 def check(views: torch.Tensor, given: argparse.Namespace) -> None:
     """The output that all have to deliver; a contender that does not would be measured for less work."""
-    assert len(views) <= 2 * given.batch and views.shape[1:] == (3, given.view, given.view), views.shape
+    assert len(views) in (2 * given.batch, 2 * min(given.batch, WAVE)), len(views)
+    assert views.shape[1:] == (3, given.view, given.view), views.shape
     assert views.dtype in (torch.float32, torch.float16) and views.is_cuda == (given.device == "gpu")
     assert abs(views.float().mean()) < 1 and 0.5 < views.float().std() < 2
 

@@ -70,7 +70,7 @@ def ours(given: Given, keep_decoded: Place = "no", **changes: Any) -> Stream:
     config = LoaderConfig(
         **{"size": given.view, "device": given.device, "threads": given.cores, **as_trained, **changes}
     )
-    kept, words = set_aside(split.shards, keep_decoded, given.device, beside=0)
+    kept, words = set_aside(split.shards, keep_decoded, given.device, beside=lambda: 0)
     if kept:
         for _ in central_views(split, replace(config, size=32), batch=given.batch, kept=kept):
             pass

@@ -5,7 +5,7 @@
 
 Reading is timed alone (from the page cache, if the shards are in it). The stages of the graph are timed by building it
 up to each of them, on images that are in memory already, and taking differences. The loader is timed as training uses
-it. Medians over the rounds; two views of each image.
+it, and once more with decoded pictures kept, where they fit. Medians over the rounds; two views of each image.
 """
 
 import argparse
@@ -54,7 +54,8 @@ from simclr_dali.pipeline.batch_plan import BatchPlan
 from simclr_dali.pipeline.draws import Recipe, draw_views
 from simclr_dali.pipeline.files import Split
 from simclr_dali.pipeline.graph import LoaderConfig
-from simclr_dali.pipeline.loader import TwoViews
+from simclr_dali.pipeline.kept_memory import set_aside
+from simclr_dali.pipeline.loader import TwoViews, central_views
 from simclr_dali.pipeline.order import Order
 from simclr_dali.pipeline.reader import SampleReader
 
@@ -72,7 +73,8 @@ STAGES: dict[str, tuple[str | None, frozenset[str]]] = {
 def measure(split: Split, config: LoaderConfig, *, batch: int, images: int, rounds: int) -> dict[str, float]:
     """Milliseconds per image: of reading (all threads), of each stage of the graph, and of the whole loader.
 
-    "take": of the thread that asks for a batch which lies ready, as a training does that computes longer than this.
+    "take": of the thread that asks for a batch which lies ready, as a training does that computes longer than this; of
+    decoded pictures that are kept, where they fit.
     """
     shards = split.shards
     order = Order(shards.shard_sizes(), batch, 1, 8, 0)
@@ -100,19 +102,31 @@ def measure(split: Split, config: LoaderConfig, *, batch: int, images: int, roun
         taken[stage], before = max(0.0, up_to - before), up_to
     taken["graph"] = before
 
-    loader = TwoViews(split, BatchPlan(order, epochs=10**6), Recipe(), config)
+    kept, _ = set_aside(shards, "auto", config.device, beside=lambda: 0)
+    for name, pictures in {"loader": None, "kept": kept}.items():
+        if pictures:
+            for _ in central_views(split, config, batch=batch, kept=pictures):
+                pass
+        elif name == "kept":
+            continue
+        loader = TwoViews(split, BatchPlan(order, epochs=10**6), Recipe(), config, kept=pictures)
+        taken[name] = _seconds(_load(loader, config, batches), rounds)
+        waiting = _take_ready(loader, 1.5 * taken[name] / batches, rounds * batches)
+        taken["take"] = batches * statistics.median(waiting)
+        loader.close()
+    return {name: 1e3 * seconds / (batches * batch) for name, seconds in taken.items()}
+
+
+def _load(loader: TwoViews, config: LoaderConfig, batches: int) -> Callable[[], None]:
     for _ in range(_WARM_UP):
         next(loader)
 
-    def load_all() -> None:
+    def load() -> None:
         for _ in range(batches):
             next(loader)
         _wait(config)
 
-    taken["loader"] = _seconds(load_all, rounds)
-    taken["take"] = batches * statistics.median(_take_ready(loader, 1.5 * taken["loader"] / batches, rounds * batches))
-    loader.close()
-    return {name: 1e3 * seconds / (batches * batch) for name, seconds in taken.items()}
+    return load
 
 
 def _graph_run(
