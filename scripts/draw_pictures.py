@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 Plane = npt.NDArray[np.float64]
 
-PICTURE_SIZE = 96  # pixels
+PICTURE_SIZE = (96, 96)  # width and height in pixels
 TRAIN_PER_CLASS, VAL_PER_CLASS = 200, 60
 
 
@@ -100,11 +100,12 @@ PATTERNS: dict[str, Callable[[Plane, Plane], Plane]] = {
 CLASSES = tuple(sorted(PATTERNS))
 
 
-def draw_picture(name: str, random: np.random.Generator) -> PIL.Image.Image:
-    """One picture of class ``name``."""
-    y, x = np.mgrid[:PICTURE_SIZE, :PICTURE_SIZE] + 0.5
-    x, y = x - PICTURE_SIZE * random.uniform(0.3, 0.7), y - PICTURE_SIZE * random.uniform(0.3, 0.7)
-    period = PICTURE_SIZE / random.uniform(3, 5)
+def draw_picture(name: str, random: np.random.Generator, size: tuple[int, int] = PICTURE_SIZE) -> PIL.Image.Image:
+    """One picture of class ``name``; size: width and height in pixels."""
+    wide, tall = size
+    y, x = np.mgrid[:tall, :wide] + 0.5
+    x, y = x - wide * random.uniform(0.3, 0.7), y - tall * random.uniform(0.3, 0.7)
+    period = min(size) / random.uniform(3, 5)
     angle = random.uniform(0, 2 * np.pi)
     height = PATTERNS[name](
         (x * np.cos(angle) + y * np.sin(angle)) / period, (y * np.cos(angle) - x * np.sin(angle)) / period
@@ -115,14 +116,18 @@ def draw_picture(name: str, random: np.random.Generator) -> PIL.Image.Image:
     tones = random.uniform(0, 255, (2, 3))
     while np.abs(tones[0] - tones[1]).mean() < 70:  # the pattern must be visible
         tones = random.uniform(0, 255, (2, 3))
-    slope = random.uniform(-40, 40, (2, 3)) / PICTURE_SIZE
-    light = x[..., None] * slope[0] + y[..., None] * slope[1] + random.normal(0, 6, (PICTURE_SIZE, PICTURE_SIZE, 1))
+    slope = random.uniform(-40, 40, (2, 3)) / min(size)
+    light = x[..., None] * slope[0] + y[..., None] * slope[1] + random.normal(0, 6, (*x.shape, 1))
     picture = np.where(on[..., None], tones[0], tones[1]) + light
     return PIL.Image.fromarray(np.clip(picture, 0, 255).astype(np.uint8))
 
 
 def draw_set(
-    out: Path, train_per_class: int = TRAIN_PER_CLASS, val_per_class: int = VAL_PER_CLASS, seed: int = 0
+    out: Path,
+    train_per_class: int = TRAIN_PER_CLASS,
+    val_per_class: int = VAL_PER_CLASS,
+    seed: int = 0,
+    size: tuple[int, int] = PICTURE_SIZE,
 ) -> None:
     """Write ``out/{train,val}/<class>/<number>.jpg``; the same seed draws the same pictures."""
     random = np.random.default_rng(seed)
@@ -131,7 +136,7 @@ def draw_set(
             folder = out / split / name
             folder.mkdir(parents=True, exist_ok=True)
             for number in range(count):
-                draw_picture(name, random).save(folder / f"{number:04d}.jpg", quality=92)
+                draw_picture(name, random, size).save(folder / f"{number:04d}.jpg", quality=92)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,14 @@ def positive_int(text: str) -> int:
     return number
 
 
+def positive_number(text: str) -> float:
+    """The type of an argument that is a finite number above 0."""
+    number = float(text)
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is no number above 0")
+    return number
+
+
 def file_to_write(text: str) -> Path:
     """The type of an argument that names a file which is written at the end of long work."""
     path = Path(text)

@@ -26,15 +26,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:1] = [str(ROOT), str(ROOT / ".package")]
 
-from simclr_dali.shards.command_line import file_to_write, positive_int
+from simclr_dali.shards.command_line import file_to_write, positive_int, positive_number
 from simclr_dali.shards.errors import UserError, run_main
-
-
-def positive_seconds(text: str) -> float:
-    if not 0 < float(text) < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is no positive number")
-    return float(text)
-
 
 # Side of the views, by that of the stored pictures; 224 for larger ones.
 VIEWS = {32: 32, 64: 64, 144: 128}
@@ -47,7 +40,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=positive_int, default=64, metavar="N", help="images a batch (default: 64)")
     parser.add_argument(
         "--seconds",
-        type=positive_seconds,
+        type=positive_number,
         default=8.0,
         metavar="S",
         help="that a row is measured in each round (default: 8)",

@@ -53,6 +53,8 @@ class Given(NamedTuple):
     cores: int
     view: int = 224
     """Side of a view, in pixels."""
+    wave: int = WAVE
+    """Largest batch of a DataLoader."""
 
     @property
     def kernel(self) -> int:
@@ -205,7 +207,7 @@ def _folder(images: Path, views: Callable[[Any], Any]) -> Dataset[Any]:
 
 
 def _from_data_loader(dataset: Dataset[Any], given: Given) -> Stream:
-    device, batch = given.device, min(given.batch, WAVE)
+    device, batch = given.device, min(given.batch, given.wave)
     sampler = RandomSampler(dataset, num_samples=ENDLESS * batch)  # type: ignore[arg-type]
     pinned = device.type == "cuda"
     loader = DataLoader(dataset, batch, sampler=sampler, num_workers=given.cores, drop_last=True, pin_memory=pinned)
