@@ -23,7 +23,7 @@ COMMANDS = [
     if line.strip()
 ]
 # They set up an environment and use it; other tests, and whoever runs this one, run them.
-ELSEWHERE = ("scripts/quickstart.sh", "scripts/test.sh")
+ELSEWHERE = ("scripts/quickstart.sh", "scripts/test.sh", "scripts/gpu_check.sh")
 # What is long or large at its own settings is asked for less.
 SMALLER = {
     "train/pretrain.py": "--stop-after-steps 2",
