@@ -1,6 +1,7 @@
 """Decoded pictures that are kept: the same views to the bit, nothing read twice, no more memory than planned."""
 
 import errno
+import json
 import mmap
 import os
 import shutil
@@ -27,7 +28,7 @@ from simclr_dali.shards.free_memory import free_memory
 from simclr_dali.shards.manifest import ShardSet, load_split
 from simclr_dali.shards.pack import pack
 from simclr_dali.shards.plan import Options
-from tests.conftest import run_ranks
+from tests.conftest import ROOT, assert_sentence, run_python, run_ranks
 from tests.loaders import local, two_views
 from tests.runs import launch, metrics, pretrain, tiny_config
 
@@ -265,6 +266,30 @@ def test_a_run_says_where_decoded_pictures_are_and_may_change_it(packed: Path, t
     assert rest.returncode == 0 and "decoded pictures are not kept" in rest.stdout
     once = pretrain(config, packed, tmp_path / "once", "--set", "simclr.epochs=1")
     assert "each is used once" in once.stdout
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "result"),
+    [
+        ("linear", ["--protocol", "mmpretrain-lars-90e", "--epochs", 3], "linear-mmpretrain-lars-90e"),
+        ("finetune", ["--fraction", 0.5, "--epochs", 3], "finetune-0.5"),
+    ],
+)
+def test_evaluations_are_the_same_with_and_without(
+    script: str, words: list[Any], result: str, run: Path, tmp_path: Path
+) -> None:
+    figures = []
+    for place in ("host", "no"):
+        out = tmp_path / place
+        given = ["--ckpt", run, *words, "--train-batch", 16, "--keep-decoded", place, "--out", out]
+        done = run_python(ROOT / f"eval/{script}.py", *given)
+        assert done.returncode == 0, done.stderr
+        assert ("kept in host memory" in done.stdout) == (place == "host")
+        found = json.loads((out / f"{result}.json").read_text())
+        figures.append({name: value for name, value in found.items() if "seconds" not in name})
+    assert figures[0] == figures[1]
+    fast = run_python(ROOT / "eval/linear.py", "--ckpt", run, "--keep-decoded", "host")
+    assert_sentence(fast, "--keep-decoded", "mean nothing to the protocol fast")
 
 
 @pytest.mark.parametrize(

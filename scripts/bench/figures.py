@@ -1,5 +1,6 @@
 """How the benchmarks summarise what they measured over the rounds, and say on what."""
 
+import datetime
 import importlib.metadata
 import os
 import platform
@@ -20,8 +21,9 @@ def spread(values: list[float], digits: int) -> str:
 
 
 def machine(device: str, packages: Iterable[str]) -> dict[str, Any]:
-    """Name of the processor or GPU, cores, and versions of ``packages``; device: cpu or gpu."""
+    """Name of the processor or GPU, cores, versions of ``packages``, and the day; device: cpu or gpu."""
     return {
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "device": device,
         "machine": torch.cuda.get_device_name() if device == "gpu" else _processor(),
         "cores": len(os.sched_getaffinity(0)),

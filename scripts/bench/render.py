@@ -1,0 +1,132 @@
+"""The figures in the texts, from the results: scripts/bench/README.md, and blocks of the README of the project.
+
+    python scripts/bench/render.py             # write them anew
+    python scripts/bench/render.py --check     # exit with 1 where a text says something else than its results
+
+A text is a Jinja template beside this script (``*.j2``); what it can name is in ``names`` below. In the README of the
+project the block between ``<!-- figures -->`` and ``<!-- end of figures -->`` has a template of its own, and so has the
+one between ``<!-- GPU -->`` and ``<!-- end of GPU -->``.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+FOLDER = Path(__file__).resolve().parent
+ROOT = FOLDER.parent.parent
+RESULTS = FOLDER / "results"
+BLOCKS = {"figures": "five_figures.md.j2", "GPU": "on_a_gpu.md.j2"}
+# What gpu_check.py does, in words, by the name of its result: results/gpu-check/STAGE.json, copied from its folder.
+STAGES = {
+    "smoke": "a training that is stopped and goes on, and a probe",
+    "tests": "the tests for a GPU",
+    "step": "the time of a step: compiled, not compiled, deterministic, with real input",
+    "loader": "the input path, with the JPEG engine and with decoded pictures kept",
+    "memory": "memory by images, over 300 steps, and of the loss up to 131,072 images",
+    "quality": "linear probe and kNN after a training",
+    "rivals": "whole training steps against others'",
+}
+Spread = dict[str, float]
+
+
+def number(value: float, digits: int = 0) -> str:
+    return f"{value:,.{digits}f}"
+
+
+def spread(value: Spread, digits: int = 0, unit: str = "") -> str:
+    """Median and extremes."""
+    middle, low, high = (number(value[name], digits) for name in ("median", "min", "max"))
+    return f"{middle}{f' {unit}' if unit else ''} ({low} .. {high})"
+
+
+def seconds(milliseconds: Spread, digits: int, unit: str) -> str:
+    return spread({name: value / 1e3 for name, value in milliseconds.items()}, digits, unit)
+
+
+def inverse(value: Spread, digits: int = 2) -> str:
+    """Of a ratio: the other one by this."""
+    return spread({"median": 1 / value["median"], "min": 1 / value["max"], "max": 1 / value["min"]}, digits)
+
+
+def of_list(values: list[float], digits: int = 2) -> str:
+    return spread({"median": statistics.median(values), "min": min(values), "max": max(values)}, digits)
+
+
+def megabytes(rows: dict[str, Any], *names: str) -> str:
+    return ", ".join(number(rows[name]["megabytes"]["median"]) for name in names) + " MB"
+
+
+def times(rows: dict[str, Any], row: str) -> str:
+    """How many times as fast as the first row."""
+    base, own = (rows[name]["synthetic"]["step"]["median"] for name in (next(iter(rows)), row))
+    return number(base / own, 2)
+
+
+def of_variant(row: dict[str, float]) -> str:
+    time = spread({"median": row["ms"], "min": row["min"], "max": row["max"]}, 1)
+    return f"{time} | {number(row['pairs/s'])} | {number(row['peak GB'], 1)} GB"
+
+
+def of_order(row: dict[str, float]) -> str:
+    pairs = number(row["pairs"], 1 if row["pairs"] < 10 else 0)
+    return f"{number(row['shards'])} | {pairs} | {number(row['classes'])} | {row['correlation']:.2f} |"
+
+
+def names() -> dict[str, Any]:
+    """What templates can name."""
+    results = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
+    checked = {path.stem: json.loads(path.read_text()) for path in sorted((RESULTS / "gpu-check").glob("*.json"))}
+    helpers = (number, spread, seconds, inverse, of_list, megabytes, times, of_variant, of_order)
+    return {
+        "r": results,
+        "loader": results["loader-cpu"],
+        "stored": results["loader-stored-cpu"],
+        "loss": results["loss-cpu"]["pairs"],
+        "compiled": results["step-compile-cpu"]["rows"],
+        "h200": results["step-variants-h200"],
+        "probe": results["probe-cpu"],
+        "orders": results["shuffle"]["orders"],
+        "stages": STAGES,
+        "checked": checked,
+        "middle": statistics.median,
+        **{helper.__name__: helper for helper in helpers},
+    }
+
+
+def rendered() -> dict[Path, str]:
+    """Each text as it is to be."""
+    loader = jinja2.FileSystemLoader(FOLDER)
+    environment = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+    known = names()
+    texts = {FOLDER / "README.md": environment.get_template("README.md.j2").render(known)}
+    readme = (ROOT / "README.md").read_text()
+    for mark, template in BLOCKS.items():
+        before, begin, rest = readme.partition(f"<!-- {mark} -->\n")
+        _, end, after = rest.partition(f"<!-- end of {mark} -->\n")
+        if not (begin and end):
+            raise ValueError(f"README.md has no block between <!-- {mark} --> and <!-- end of {mark} -->")
+        readme = before + begin + environment.get_template(template).render(known) + end + after
+    return {**texts, ROOT / "README.md": readme}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; tell which texts differ")
+    check = parser.parse_args().check
+    different = [path for path, text in rendered().items() if path.read_text() != text]
+    for path in different:
+        if check:
+            print(f"{path.relative_to(ROOT)} differs from its results; run: python scripts/bench/render.py")
+        else:
+            path.write_text(rendered()[path])
+            print(f"written: {path.relative_to(ROOT)}")
+    sys.exit(1 if check and different else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,39 @@
+"""Figures in the texts are those of the result files."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from scripts.bench import render
+from scripts.gpu_check import STAGES
+from tests.conftest import ROOT
+
+
+def test_texts_say_what_the_results_say() -> None:
+    for path, text in render.rendered().items():
+        assert path.read_text() == text, f"{path.relative_to(ROOT)}: run python scripts/bench/render.py"
+
+
+def test_a_result_that_changes_is_seen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for path in render.RESULTS.glob("*.json"):
+        (tmp_path / path.name).write_text(path.read_text())
+    changed = json.loads((tmp_path / "soak.json").read_text())
+    (tmp_path / "soak.json").write_text(json.dumps({**changed, "kills": 78}))
+    monkeypatch.setattr(render, "RESULTS", tmp_path)
+    (different,) = (text for path, text in render.rendered().items() if path.read_text() != text)
+    assert "78 kills" in different
+
+
+def test_what_ran_on_a_gpu_is_a_list_by_stage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert list(render.STAGES) == [stage.name for stage in STAGES]
+    (tmp_path / "gpu-check").mkdir()
+    for path in render.RESULTS.glob("*.json"):
+        (tmp_path / path.name).write_text(path.read_text())
+    for stage, outcome in (("tests", "done"), ("step", "cut")):
+        result = {"stage": stage, "outcome": outcome, "date": "2030-01-02", "words": "9 passed"}
+        (tmp_path / f"gpu-check/{stage}.json").write_text(json.dumps(result))
+    monkeypatch.setattr(render, "RESULTS", tmp_path)
+    readme = render.rendered()[ROOT / "README.md"]
+    assert "- the tests for a GPU: **run** (2030-01-02): 9 passed\n" in readme
+    assert "deterministic, with real input: **cut** (2030-01-02)\n" in readme and "and a probe: **not run**\n" in readme
