@@ -1,13 +1,16 @@
 """The benchmarks run, agree on what they compute, and their parts add up; nothing here looks at how long it took."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from scripts.bench.in_turn import in_turn
 from scripts.bench.rivals import CONTENDERS, Given
 from scripts.bench.step import BEGIN, PHASES, Clock
+from simclr_dali.shards.errors import UserError
 from tests.conftest import ROOT, assert_sentence, run_python
 from tests.runs import launch_script, tiny_config
 
@@ -127,3 +130,46 @@ def test_contenders_deliver_views_of_the_size_that_is_asked(pictures: Path, pack
         asked = Given(pictures, packed, torch.device("cpu"), 8, 1, view=64)
         assert next(CONTENDERS[name](asked)).shape == (16, 3, 64, 64)
     assert [asked._replace(view=view).kernel for view in (32, 48, 64, 128, 224)] == [3, 5, 7, 13, 23]
+
+
+def test_processes_are_measured_in_turn_and_all_end(tmp_path: Path) -> None:
+    """None begins before all have started; the others do not outlive one that fails."""
+
+    def code(number: int, then: str = "") -> list[str]:
+        began = f"open({str(tmp_path / str(number))!r}, 'w').close()"
+        return [sys.executable, "-c", f"print('ready', flush=True); input(); {began}; {then or f'print({number})'}"]
+
+    found = []
+    for row, rate in in_turn({"a": code(1), "b": code(2)}):
+        found.append((row, rate))
+        assert (tmp_path / "2").exists() == (row == "b")
+    assert found == [("a", 1.0), ("b", 2.0)]
+    with pytest.raises(UserError, match=r"(?s)failed: .*ZeroDivisionError"):
+        list(in_turn({"c": code(3), "d": code(4, "1 / 0"), "e": code(5)}))
+    assert (tmp_path / "3").exists() and not (tmp_path / "5").exists()
+    with pytest.raises(UserError, match="failed"):
+        list(in_turn({"f": [sys.executable, "-c", "1 / 0"], "g": code(7)}))
+
+
+def test_trainers_are_compared_on_the_same_network(pictures: Path, tmp_path: Path) -> None:
+    out = tmp_path / "trainers.json"
+    words = ["--width", 0.125, "--image-size", 32, "--batch", 8, "--seconds", 0.1, "--rounds", 1, "--json", out]
+    done = run_python(ROOT / "scripts/bench/trainers.py", pictures, *words, "--only", "plain", "solo-learn")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(out.read_text())
+    assert list(result["images_per_s"]) == ["ours", "solo-learn", "plain"] and list(result["ratios"]) == [
+        "solo-learn",
+        "plain",
+    ]
+    assert result["batch"] == 8 and result["versions"]["torch"]
+
+
+def test_memory_is_measured_by_batch_and_over_steps(tmp_path: Path) -> None:
+    out = tmp_path / "memory.json"
+    words = ["--config", tiny_config(tmp_path), "--batches", 4, 16, "--steps", 10, "--json", out]
+    done = run_python(ROOT / "scripts/bench/memory.py", *words)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(out.read_text())["batches"]
+    for row in rows.values():
+        assert len(row["held"]) == 10 and 0 < row["held"][-1] <= 1.01 * row["peak"] and row["kept_of_an_image"] > 0
+    assert_sentence(run_python(ROOT / "scripts/bench/memory.py", *words[:2], "--batches", 1), "batch 1 failed")

@@ -20,6 +20,25 @@ def spread(values: list[float], digits: int) -> str:
     return f"{statistics.median(values):,.{digits}f} ({min(values):,.{digits}f} .. {max(values):,.{digits}f})"
 
 
+def against_ours(measured: dict[str, list[float]]) -> dict[str, Any]:
+    """Rates of each row that has some, and how many times as fast the row "ours" is, by the rounds that both have."""
+    rated = {row: rates for row, rates in measured.items() if rates}
+    ratios = {
+        row: extremes([own / rate for own, rate in zip(measured["ours"], rates, strict=False)])
+        for row, rates in rated.items()
+        if row != "ours"
+    }
+    return {"ratios": ratios, "images_per_s": {row: extremes(rates) for row, rates in rated.items()}}
+
+
+def print_against_ours(measured: dict[str, list[float]]) -> None:
+    """The same as a table."""
+    print(f"{'':28} {'images/s':>26} {'ours is faster by':>22}")
+    for row, rates in measured.items():
+        against = [own / rate for own, rate in zip(measured["ours"], rates, strict=True)]
+        print(f"{row:28} {spread(rates, 1):>26} {'' if row == 'ours' else spread(against, 2):>22}", flush=True)
+
+
 def machine(device: str, packages: Iterable[str]) -> dict[str, Any]:
     """Name of the processor or GPU, cores, versions of ``packages``, and the day; device: cpu or gpu."""
     return {

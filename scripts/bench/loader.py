@@ -67,8 +67,8 @@ if __name__ == "__main__":
 
 import torch
 
-from scripts.bench.figures import extremes, machine, spread
-from scripts.bench.in_turn import Waiting
+from scripts.bench.figures import against_ours, machine, print_against_ours
+from scripts.bench.in_turn import Waiting, in_turn
 from scripts.bench.rivals import CONTENDERS, WAVE, Given
 from simclr_dali.pipeline.files import Split
 from simclr_dali.shards.image import ending_of_image
@@ -87,7 +87,6 @@ GPU_TUNINGS: dict[str, dict[str, Any]] = {
     "half the threads": {"threads": max(1, (os.cpu_count() or 2) // 2)},
 }
 PACKAGES = ("torch", "torchvision", "nvidia-dali-cuda120", "lightly", "Pillow")
-Rates = dict[str, list[float]]
 
 
 def main(given: argparse.Namespace) -> None:
@@ -104,11 +103,16 @@ def main(given: argparse.Namespace) -> None:
             images, shards = pictures(given.images, stored, Path(scratch) / name)
             view = VIEWS.get(stored or 0, 224)
             print(f"{given.images}, {name}, views of {view} px")
-            measured: Rates = {row: [] for row in rows}
+            measured: dict[str, list[float]] = {row: [] for row in rows}
             for _ in range(given.rounds):
-                for row, rate in one_round(given, images, shards, view, rows).items():
+                for row, rate in in_turn(commands(given, images, shards, view, rows)):
                     measured[row].append(rate)
-            tables[name] = report(measured)
+                    tables[name] = against_ours(measured)
+                    write(given, tables, on)  # after each, since the next may take long
+            print_against_ours(measured)
+
+
+def write(given: argparse.Namespace, tables: dict[str, dict[str, Any]], on: dict[str, Any]) -> None:
     if given.json:
         first, *others = tables
         result = {**tables[first], "stored": {name: tables[name] for name in others}}
@@ -150,26 +154,18 @@ def pictures(images: Path, stored: int | None, scratch: Path) -> tuple[Path, Pat
     return smaller, shards
 
 
-def one_round(
+def commands(
     given: argparse.Namespace, images: Path, shards: Path, view: int, rows: dict[str, tuple[str, dict[str, Any]]]
-) -> dict[str, float]:
-    """images/s of each row, in a process of its own."""
-    waiting = {}
-    try:
-        for row, (contender, tuning) in rows.items():
-            waiting[row] = Waiting(
-                [
-                    sys.executable, __file__, images, "--contender", contender, "--shards", shards, "--tuning",
-                    json.dumps(tuning), "--device", given.device, "--batch", given.batch, "--seconds", given.seconds,
-                    "--view", view,
-                ]
-            )  # fmt: skip
-        for process in waiting.values():
-            process.wait_until_ready()
-        return {row: float(json.loads(process.go())) for row, process in waiting.items()}
-    finally:
-        for process in waiting.values():
-            process.end()
+) -> dict[str, list[Any]]:
+    """What measures each row."""
+    return {
+        row: [
+            sys.executable, __file__, images, "--contender", contender, "--shards", shards, "--tuning",
+            json.dumps(tuning), "--device", given.device, "--batch", given.batch, "--seconds", given.seconds,
+            "--view", view,
+        ]
+        for row, (contender, tuning) in rows.items()
+    }  # fmt: skip
 
 
 def images_per_s(given: argparse.Namespace) -> float:
@@ -199,21 +195,6 @@ def check(views: torch.Tensor, given: argparse.Namespace) -> None:
     assert views.shape[1:] == (3, given.view, given.view), views.shape
     assert views.dtype in (torch.float32, torch.float16) and views.is_cuda == (given.device == "gpu")
     assert abs(views.float().mean()) < 1 and 0.5 < views.float().std() < 2
-
-
-def report(measured: Rates) -> dict[str, Any]:
-    """Print the table; return it."""
-    ratios = {}
-    print(f"{'':28} {'images/s':>24} {'ours is faster by':>22}")
-    for name, rates in measured.items():
-        against = [ours / rate for ours, rate in zip(measured["ours"], rates, strict=True)]
-        ratios[name] = extremes(against)
-        faster = "" if name == "ours" else spread(against, 2)
-        print(f"{name:28} {spread(rates, 1):>24} {faster:>22}", flush=True)
-    return {
-        "ratios": {name: ratio for name, ratio in ratios.items() if name != "ours"},
-        "images_per_s": {name: extremes(rates) for name, rates in measured.items()},
-    }
 
 
 if __name__ == "__main__":

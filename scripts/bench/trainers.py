@@ -69,8 +69,8 @@ from torch import Tensor, nn
 
 from scripts.bench import loss as losses
 from scripts.bench import rivals
-from scripts.bench.figures import extremes, machine, spread
-from scripts.bench.in_turn import Waiting
+from scripts.bench.figures import against_ours, machine, print_against_ours
+from scripts.bench.in_turn import Waiting, in_turn
 from scripts.bench.loader import pictures
 from simclr_dali.model.ntxent import NTXent
 from simclr_dali.model.simclr import build_model
@@ -85,6 +85,7 @@ from simclr_dali.train.step import train_step
 PACKAGES = ("torch", "torchvision", "nvidia-dali-cuda120", "deepspeed", "lightly")
 ENDLESS = 10**6  # epochs
 WARM_UP = 3  # steps
+SETTINGS = ("encoder", "width", "image_size", "batch", "seconds")
 Step = Callable[[], int]
 """One training step; how many images it took."""
 
@@ -173,37 +174,21 @@ def main(given: argparse.Namespace) -> None:
             f"batch {given.batch}, {given.rounds} rounds of {given.seconds:g} s"
         )
         for _ in range(given.rounds):
-            for row, rate in one_round(given, images, shards, rows).items():
+            for row, rate in in_turn({row: command(given, images, shards, row) for row in rows}):
                 measured[row].append(rate)
-    ratios = {row: [own / rate for own, rate in zip(measured["ours"], measured[row], strict=True)] for row in rows}
-    print(f"{'':14} {'images/s':>28} {'ours is faster by':>22}")
-    for row in rows:
-        print(f"{row:14} {spread(measured[row], 1):>28} {spread(ratios[row], 2) if row != 'ours' else '':>22}")
-    if given.json:
-        result: dict[str, Any] = {
-            "ratios": {row: extremes(ratios[row]) for row in rows if row != "ours"},
-            "images_per_s": {row: extremes(measured[row]) for row in rows},
-        }
-        for name in ("encoder", "width", "image_size", "batch", "seconds", "rounds"):
-            result[name] = getattr(given, name)
-        given.json.write_text(json.dumps({**result, **on}, indent=1) + "\n")
+                if given.json:  # after each, since the next may take long
+                    about = {name: getattr(given, name) for name in (*SETTINGS, "rounds")}
+                    result = {**against_ours(measured), **about, **on}
+                    given.json.write_text(json.dumps(result, indent=1) + "\n")
+    print_against_ours(measured)
 
 
-def one_round(given: argparse.Namespace, images: Path, shards: Path, rows: list[str]) -> dict[str, float]:
-    """images/s of each row, in a process of its own."""
-    waiting: dict[str, Waiting] = {}
-    try:
-        for row in rows:
-            words = [sys.executable, __file__, images, "--contender", row, "--shards", shards]
-            for name in ("device", "encoder", "width", "image_size", "batch", "seconds"):
-                words += [f"--{name.replace('_', '-')}", getattr(given, name)]
-            waiting[row] = Waiting(words)
-        for process in waiting.values():
-            process.wait_until_ready()
-        return {row: float(json.loads(process.go())) for row, process in waiting.items()}
-    finally:
-        for process in waiting.values():
-            process.end()
+def command(given: argparse.Namespace, images: Path, shards: Path, row: str) -> list[Any]:
+    """What measures a row."""
+    words = [sys.executable, __file__, images, "--contender", row, "--shards", shards]
+    for name in ("device", *SETTINGS):
+        words += [f"--{name.replace('_', '-')}", getattr(given, name)]
+    return words
 
 
 def images_per_s(given: argparse.Namespace) -> float:
