@@ -113,8 +113,8 @@ def add_keep_decoded_argument(parser: argparse.ArgumentParser) -> None:
     """For those that train on pictures."""
     parser.add_argument(
         "--keep-decoded", choices=["auto", "no", "gpu", "host"],
-        help="where decoded pictures stay from epoch to epoch (default: auto, the host's memory if they take at most "
-        "half of what is free)",
+        help="where decoded pictures stay from epoch to epoch: auto (default) is the host's memory where they take at "
+        "most half of what is free, host up to nine tenths, gpu half of the GPU's or else the host's, no nowhere",
     )  # fmt: skip
 
 

@@ -110,7 +110,7 @@ def crops_and_flips(
 ) -> TwoViews:
     """This rank's micro-batches of one view each, from ``step`` on. All ranks call it."""
     kept = None
-    if schedule.epochs > 1 and step < schedule.epochs * order.steps_per_epoch:
+    if step < (schedule.epochs - 1) * order.steps_per_epoch:
         kept, told = set_aside(
             job.train.shards,
             job.keep_decoded,

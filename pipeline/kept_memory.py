@@ -3,6 +3,7 @@
 import logging
 import mmap
 import os
+import tempfile
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
@@ -44,6 +45,8 @@ class _Offer(NamedTuple):
     words: str
     process: int = 0
     descriptor: int = -1
+    file: tuple[int, int] = (0, 0)
+    """Device and inode, by which it is known again."""
 
 
 def set_aside(
@@ -130,16 +133,28 @@ def _offer(shards: ShardSet, ids: Ids | None, share: float, planners: int, neigh
         return _Offer(_too_large(size, "host", share, free))
     descriptor = -1
     try:
-        # Memory without a name: it needs no room in /dev/shm, and is gone with the last process, however that ends. It
-        # is taken now, so that whoever plans next sees what is left.
-        descriptor = os.memfd_create("decoded pictures")
-        os.posix_fallocate(descriptor, 0, size)
+        descriptor = _without_name()
+        os.posix_fallocate(descriptor, 0, size)  # taken now, so that whoever plans next sees what is left
     except OSError as error:
         if descriptor >= 0:
             os.close(descriptor)
         return _Offer(f"decoded pictures are not kept, since the system gives no memory for them ({error.strerror})")
     copies = f", one copy for {neighbours} processes" if neighbours > 1 else ""
-    return _Offer(_kept_words(size, "host", free) + copies, os.getpid(), descriptor)
+    return _Offer(_kept_words(size, "host", free) + copies, os.getpid(), descriptor, _identity(descriptor))
+
+
+def _without_name() -> int:
+    """A descriptor of memory that is gone with the last process, however that ends."""
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create("decoded pictures")
+    # Some builds of Python lack it; this needs room in /dev/shm.
+    with tempfile.TemporaryFile(dir="/dev/shm") as file:
+        return os.dup(file.fileno())
+
+
+def _identity(descriptor: int) -> tuple[int, int]:
+    status = os.fstat(descriptor)
+    return status.st_dev, status.st_ino
 
 
 def _in_host_memory(
@@ -148,11 +163,13 @@ def _in_host_memory(
     if offer.descriptor < 0:
         return None, offer.words
     try:
-        with Path(f"/proc/{offer.process}/fd/{offer.descriptor}").open("r+b") as file:
+        with Path(f"/proc/{offer.process}/fd/{offer.descriptor}").open("r+b", buffering=0) as file:
+            if _identity(file.fileno()) != offer.file:
+                return None, f"decoded pictures are not kept, since process {offer.process} is another one's here"
             memory = np.frombuffer(mmap.mmap(file.fileno(), 0), np.uint8)
     except OSError as error:
         return None, (
-            f"decoded pictures are not kept, since the memory of process {offer.process} cannot be opened "
+            f"decoded pictures are not kept, since the memory that process {offer.process} set aside cannot be mapped "
             f"({error.strerror})"
         )
     there, pictures = memory[: len(shards)], torch.from_numpy(memory[_flags(shards) :])
@@ -179,7 +196,7 @@ def _pin(pictures: torch.Tensor, device: torch.device) -> None:
 
 
 def _kept_words(size: int, where: str, free: int) -> str:
-    return f"decoded pictures are kept in {where} memory: {size_text(size)}, {size / free:.0%} of what is free"
+    return f"decoded pictures are kept in {where} memory: {size_text(size)}, {size / free:.1%} of what is free"
 
 
 def _too_large(size: int, where: str, share: float, free: int) -> str:

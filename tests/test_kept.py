@@ -212,7 +212,7 @@ def plan_in_containers(rank: int, folder: str) -> str:
 def test_containers_of_a_machine_do_not_plan_with_the_same_memory(train_split: ShardSet, tmp_path: Path) -> None:
     size = bytes_to_keep(train_split, None, CPU) + mmap.PAGESIZE
     for words in run_ranks(plan_in_containers, 2, tmp_path, str(train_split.folder.parent)):
-        assert f"{size / 20_000_000:.0%} of what is free" in words and "one copy" not in words
+        assert f"{size / 20_000_000:.1%} of what is free" in words and "one copy" not in words
 
 
 def refuse_on_rank_1(rank: int, folder: str) -> str:
@@ -240,10 +240,30 @@ def test_memory_that_the_system_does_not_give_is_told(train_split: ShardSet, mon
     assert len(list(Path("/proc/self/fd").iterdir())) == opened
 
 
+def test_memory_without_a_name_where_python_has_no_call_for_it(
+    train_split: ShardSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(os, "memfd_create")
+    before = set(Path("/dev/shm").iterdir())
+    kept = memory_for(train_split)
+    assert set(Path("/dev/shm").iterdir()) == before
+    plain = two_views(train_split, order_of(train_split), Recipe(), SETTING, epochs=2)
+    assert_equal(two_views(train_split, order_of(train_split), Recipe(), SETTING, epochs=2, kept=kept), plain)
+
+
+def test_what_is_not_the_memory_that_was_offered_is_not_taken(train_split: ShardSet, tmp_path: Path) -> None:
+    """As where another process has the number that one on another machine has there."""
+    (tmp_path / "other").write_bytes(b"x" * 10_000_000)
+    with (tmp_path / "other").open("r+b") as file:
+        offer = kept_memory._Offer("kept", os.getpid(), file.fileno(), (1, 2))
+        kept, words = kept_memory._in_host_memory(train_split, None, offer, CPU)
+    assert kept is None and "is another one's here" in words
+
+
 def test_memory_that_another_process_does_not_open_is_told(train_split: ShardSet) -> None:
     offer = kept_memory._Offer("kept", 2**22 + 1, 5)  # beyond the largest number that a process can have
     kept, words = kept_memory._in_host_memory(train_split, None, offer, CPU)
-    assert kept is None and "cannot be opened (No such file or directory)" in words
+    assert kept is None and "cannot be mapped (No such file or directory)" in words
 
 
 @pytest.mark.launch
@@ -266,6 +286,9 @@ def test_a_run_says_where_decoded_pictures_are_and_may_change_it(packed: Path, t
     assert rest.returncode == 0 and "decoded pictures are not kept" in rest.stdout
     once = pretrain(config, packed, tmp_path / "once", "--set", "simclr.epochs=1")
     assert "each is used once" in once.stdout
+    last = pretrain(config, packed, tmp_path / "last", "--stop-after-steps", "15")
+    assert "kept in host memory" in last.stdout
+    assert "each is used once" in pretrain(config, packed, tmp_path / "last").stdout  # of two epochs, one is left
 
 
 @pytest.mark.parametrize(

@@ -98,9 +98,12 @@ class Job:
         return [int(sample) for sample in replay.ids]
 
 
-def keep_decoded(config: Config, shards: ShardSet, process: Process) -> tuple[KeptPictures | None, str]:
-    """Memory for the run's decoded pictures, as simclr.keep_decoded says, and a sentence on it. All ranks call it."""
-    if config.simclr.epochs == 1:
+def keep_decoded(config: Config, shards: ShardSet, process: Process, epochs: float) -> tuple[KeptPictures | None, str]:
+    """Memory for the run's decoded pictures, as simclr.keep_decoded says, and a sentence on it. All ranks call it.
+
+    epochs: how many are left.
+    """
+    if epochs <= 1:
         return None, "decoded pictures are not kept, since each is used once"
 
     def step() -> int:

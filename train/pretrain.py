@@ -110,7 +110,8 @@ def main(arguments: argparse.Namespace) -> None:
         step = state["step"] if state else 0
         about_kept = ""
         if step < job.total_steps:
-            kept, about_kept = keep_decoded(config, shards, process)
+            epochs_left = (job.total_steps - step) / order.steps_per_epoch
+            kept, about_kept = keep_decoded(config, shards, process, epochs_left)
             job = replace(job, kept=kept)
         batches = locked.enter_context(closing(job.views(step)))
         if step < job.total_steps:

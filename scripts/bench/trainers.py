@@ -110,7 +110,7 @@ def ours(given: argparse.Namespace, **settings: Any) -> Step:
     process = start(timedelta(minutes=30))
     engine, _ = build_engine(build_model(config.architecture(), 0), config, process)
     split = Split.local(given.shards, "train")
-    kept, _ = keep_decoded(config, split.shards, process)
+    kept, _ = keep_decoded(config, split.shards, process, ENDLESS)
     job = Job(config, split, build_order(config, split.shards), process, Path("unused"), kept)
     if kept:  # what the first epoch does
         for _ in central_views(split, replace(job.loader_config(), size=32), batch=given.batch, kept=kept):
