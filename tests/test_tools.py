@@ -41,7 +41,7 @@ def test_the_bench_times_every_stage_and_names_the_bottleneck(packed: Path, tmp_
     done = run_python("-m", "scripts.bench.stages", packed, *words)
     assert done.returncode == 0, done.stderr
     taken = json.loads(out.read_text())["ms_per_image"]
-    assert set(taken) == {"read", "decode", "crop", "color", "blur", "output", "graph", "loader", "take"}
+    assert set(taken) == {"read", "decode", "crop", "color", "blur", "output", "graph", "loader", "kept", "take"}
     assert min(taken["read"], taken["graph"], taken["loader"]) > 0
     assert "bottleneck: " in done.stdout
 
