@@ -77,11 +77,17 @@ def of_order(row: dict[str, float]) -> str:
     return f"{number(row['shards'])} | {pairs} | {number(row['classes'])} | {row['correlation']:.2f} |"
 
 
+def of_machine(name: str, found: dict[str, Any]) -> str:
+    """Processor or GPU, and how many cores, where the result says so."""
+    machine = found.get("machine") or (found.get("device") if "h200" in name else None)
+    return f"{machine}, {found['cores']} cores" if machine else "no figure of time"
+
+
 def names() -> dict[str, Any]:
     """What templates can name."""
     results = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
     checked = {path.stem: json.loads(path.read_text()) for path in sorted((RESULTS / "gpu-check").glob("*.json"))}
-    helpers = (number, spread, seconds, inverse, of_list, megabytes, times, of_variant, of_order)
+    helpers = (number, spread, seconds, inverse, of_list, megabytes, times, of_variant, of_order, of_machine)
     return {
         "r": results,
         "loader": results["loader-cpu"],
