@@ -272,6 +272,9 @@ def main() -> None:
         raise UserError(
             f"{setting.given} has no folder 'val', which the probes need; give train/ and val/ in one folder"
         )
+    sees_gpu = "import sys, torch; sys.exit(not torch.cuda.is_available())"
+    if setting.on_gpu and subprocess.run([sys.executable, "-c", sees_gpu], check=False).returncode:
+        raise UserError("torch sees no GPU here; --device cpu tries the check at small sizes")
     (setting.out / "raw").mkdir(parents=True, exist_ok=True)
     wanted = [PREPARE, *(stage for stage in STAGES if not arguments.only or stage.name in arguments.only)]
     for number, stage in enumerate(wanted):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from scripts import gpu_check
 from scripts.gpu_check import STAGES, Setting, Stage
@@ -60,6 +61,12 @@ def test_a_stage_that_fails_says_so_and_keeps_what_it_printed(tmp_path: Path) ->
 def test_mistakes_are_sentences(tmp_path: Path) -> None:
     (tmp_path / "train").mkdir()
     assert_sentence(run_python(SCRIPT, "--data", tmp_path, tmp_path / "out"), "has no folder 'val'")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
+    assert_sentence(run_python(SCRIPT, tmp_path / "out"), "torch sees no GPU", "--device cpu")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.launch
