@@ -3,8 +3,9 @@
 import argparse
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import get_args
 
+from simclr_dali.pipeline.kept_place import Place
 from simclr_dali.shards.command_line import positive_int
 
 # What eval/export.py writes, and the ending that timm and torch.export tell a file's kind by.
@@ -46,12 +47,12 @@ class DataChoice:
     """Folder or address; None: what the run was trained on."""
     cache: Path = Path("~/.cache/simclr-dali")
     cache_gb: float = 200.0
-    keep_decoded: Literal["auto", "no", "gpu", "host"] = "auto"
+    keep_decoded: Place = "auto"
     """Where decoded pictures stay while a training goes over them (pipeline.kept_memory)."""
 
     @staticmethod
     def of(given: argparse.Namespace) -> "DataChoice":
-        keep_decoded: Any = getattr(given, "keep_decoded", None) or "auto"
+        keep_decoded: Place = getattr(given, "keep_decoded", None) or "auto"
         return DataChoice(given.data, given.cache, given.cache_gb, keep_decoded)
 
 
@@ -112,7 +113,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
 def add_keep_decoded_argument(parser: argparse.ArgumentParser) -> None:
     """For those that train on pictures."""
     parser.add_argument(
-        "--keep-decoded", choices=["auto", "no", "gpu", "host"],
+        "--keep-decoded", choices=get_args(Place),
         help="where decoded pictures stay from epoch to epoch: auto (default) is the host's memory where they take at "
         "most half of what is free, host up to nine tenths, gpu half of the GPU's or else the host's, no nowhere",
     )  # fmt: skip

@@ -5,7 +5,7 @@ import os
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -22,6 +22,7 @@ from simclr_dali.pipeline.draws import center_fraction
 from simclr_dali.pipeline.features import Features, extract, share
 from simclr_dali.pipeline.files import Split
 from simclr_dali.pipeline.graph import LoaderConfig
+from simclr_dali.pipeline.kept_place import Place
 from simclr_dali.pipeline.remote import is_remote, open_split
 from simclr_dali.shards.cores import usable_cores
 from simclr_dali.shards.durable import refusals_named, refuse_read_only, write_durably
@@ -54,7 +55,7 @@ class Evaluation:
     features: Path | None
     """Folder that keeps extracted features."""
     given_out: Path | None
-    keep_decoded: Literal["auto", "no", "gpu", "host"] = "auto"
+    keep_decoded: Place = "auto"
     """Where decoded pictures stay while a training goes over them."""
 
     @property

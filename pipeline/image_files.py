@@ -41,6 +41,8 @@ class FileViews(NamedTuple):
 class ImageFiles:
     """Reads files by their place, in many threads. failures: why a file could not be used, by place."""
 
+    kept = None
+
     def __init__(self, paths: Sequence[Path]) -> None:
         self._paths = paths
         self.samples = np.zeros(len(paths), SAMPLE)

@@ -8,18 +8,18 @@ import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from simclr_dali.pipeline.kept_pictures import KeptPictures, Places, bytes_to_keep
+from simclr_dali.pipeline.kept_place import Place
 from simclr_dali.pipeline.order import Ids
 from simclr_dali.shards.free_memory import free_memory
 from simclr_dali.shards.manifest import ShardSet
 from simclr_dali.shards.wording import size_text
 
-Place = Literal["auto", "no", "gpu", "host"]
 # Of the memory that is free: what "auto" takes at most, since the rest of the machine has its needs, and what a place
 # that was named may take.
 SHARE, SHARE_IF_NAMED = 0.5, 0.9

@@ -56,7 +56,7 @@ class TwoViews(Iterator[Batch]):
         if self._stream is None:
             self._reader = SampleReader(self._split, self._max_bad_fraction, self._kept)
             source = ViewSource.augmented(
-                self._split.shards.samples, self._reader, self._recipes, self._plan.order.seed, self._kept
+                self._split.shards.samples, self._reader, self._recipes, self._plan.order.seed
             )
             rest = replace(self._plan, start=self._position)
             self._stream = Stream(source, rest.batches(), self._config, batch=self._plan.images)
@@ -123,7 +123,7 @@ def central_views(
     if not len(wanted):
         return _nothing()
     reader = SampleReader(split, max_bad_fraction, kept)
-    source = ViewSource.centered(split.shards.samples, reader, config.size, center_fraction, kept)
+    source = ViewSource.centered(split.shards.samples, reader, config.size, center_fraction)
     planned = in_storage_order(split.shards, wanted, batch)
     return _in_turn(lambda: Stream(source, planned, config, batch=min(batch, len(wanted))))
 

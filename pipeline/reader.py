@@ -38,6 +38,10 @@ class Found(NamedTuple):
 class Reader(Protocol):
     """Where encoded images come from; safe to use from many threads."""
 
+    @property
+    def kept(self) -> KeptPictures | None:
+        """Decoded pictures, which it leaves out."""
+
     def expect(self, current: Sequence[int], upcoming: Sequence[int]) -> None: ...
 
     def read(self, ids: Ids) -> Found: ...
@@ -56,7 +60,7 @@ class SampleReader:
     """
 
     def __init__(self, split: Split, max_bad_fraction: float = 0.0, kept: KeptPictures | None = None) -> None:
-        self._shards, self._files, self._kept = split.shards, split.open_files(), kept
+        self._shards, self._files, self.kept = split.shards, split.open_files(), kept
         self._limit = max_bad_fraction * len(split.shards)
         self._ends = np.cumsum(split.shards.shard_sizes())
         self._damaged: set[int] = set()
@@ -88,7 +92,7 @@ class SampleReader:
 
     def expect(self, current: Sequence[int], upcoming: Sequence[int]) -> None:
         """Name the shards that are read now and those that come next; fetching them begins in the background."""
-        if self._kept:
+        if self.kept:
             current, upcoming = ([shard for shard in shards if self._is_read(shard)] for shards in (current, upcoming))
         self._files.expect(current, upcoming)
 
@@ -104,14 +108,14 @@ class SampleReader:
             return sorted(self._damaged)
 
     def _are_kept(self, ids: Ids) -> npt.NDArray[np.bool_]:
-        return self._kept.has(ids) if self._kept else np.zeros(len(ids), np.bool_)
+        return self.kept.has(ids) if self.kept else np.zeros(len(ids), np.bool_)
 
     def _is_read(self, shard: int) -> bool:
         """Whether a shard holds what is to be kept, and neither is yet nor is known to be damaged."""
-        assert self._kept
+        assert self.kept
         if shard not in self._whole:
             ids = np.arange(self._ends[shard] - self._shards.shards[shard].samples, self._ends[shard])
-            missing = ids[self._kept.lacks(ids)]
+            missing = ids[self.kept.lacks(ids)]
             if len(missing) <= len(self._damaged) and self._damaged.issuperset(missing.tolist()):
                 self._whole.add(shard)
         return shard not in self._whole

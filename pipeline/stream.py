@@ -54,36 +54,22 @@ class ViewSource:
     views: int = 1
     steps: Steps = frozenset()
     """What any view can draw (Recipe.steps)."""
-    kept: KeptPictures | None = None
-    """Those that the reader leaves out, and where the others go."""
 
     @staticmethod
-    def augmented(
-        samples: npt.NDArray[Any],
-        reader: Reader,
-        recipes: Sequence[Recipe],
-        seed: int,
-        kept: KeptPictures | None = None,
-    ) -> "ViewSource":
+    def augmented(samples: npt.NDArray[Any], reader: Reader, recipes: Sequence[Recipe], seed: int) -> "ViewSource":
         """A view by each recipe, as a run with ``seed`` draws them."""
 
         def drawn(plan: PlannedBatch, width: Ids, height: Ids) -> list[Draws]:
             return draw_views(recipes, seed, plan.epoch, plan.ids, width, height)
 
         steps = frozenset[str]().union(*(recipe.steps() for recipe in recipes))
-        return ViewSource(samples, reader, drawn, len(recipes), steps, kept)
+        return ViewSource(samples, reader, drawn, len(recipes), steps)
 
     @staticmethod
-    def centered(
-        samples: npt.NDArray[Any],
-        reader: Reader,
-        size: int,
-        fraction: float | None,
-        kept: KeptPictures | None = None,
-    ) -> "ViewSource":
+    def centered(samples: npt.NDArray[Any], reader: Reader, size: int, fraction: float | None) -> "ViewSource":
         """The central view of ``size`` pixels; fraction: None for the usual one (draws.center_fraction)."""
         seen = fraction or center_fraction(size)
-        return ViewSource(samples, reader, lambda plan, width, height: [center(width, height, seen)], kept=kept)
+        return ViewSource(samples, reader, lambda plan, width, height: [center(width, height, seen)])
 
 
 class Stream(Iterator[tuple[PlannedBatch, Batch]]):
@@ -113,7 +99,8 @@ class _Making:
     """The thread that runs the graph, and the batches that it has ready."""
 
     def __init__(self, source: ViewSource, planned: Iterable[PlannedBatch], config: LoaderConfig, batch: int) -> None:
-        if source.kept:  # what is kept is whole
+        self._kept = source.reader.kept
+        if self._kept:  # what is kept is whole
             config = replace(config, region=False)
         self._source, self._planned, self._config, self._batch = source, planned, config, batch
         self._engine = EngineChoice(len(source.samples), config.engine_share) if config.engine_share else None
@@ -168,7 +155,7 @@ class _Making:
             batch=self._batch,
             views=source.views,
             steps=source.steps,
-            kept_on=source.kept.device if source.kept else None,
+            kept_on=self._kept.device if self._kept else None,
         )
         try:
             while not self._stopped.is_set():
@@ -179,9 +166,9 @@ class _Making:
                 # The graph reads the inputs where they lie. On a GPU it may do so until the copies of its outputs are
                 # done, for which the next run waits; only then are those of this batch let go.
                 plan, (_, shown, is_kept), _held = in_flight.popleft()
-                if source.kept and not is_kept.all():
+                if self._kept and not is_kept.all():
                     decoded = [made[-1][row] for row in np.flatnonzero(~is_kept)]
-                    outputs.keep(source.kept, shown[~is_kept], decoded)
+                    outputs.keep(self._kept, shown[~is_kept], decoded)
                 views = made[: source.views]
                 pixels, done = outputs.take(views, (source.views, len(shown), config.size, config.size, 3))
                 labels = torch.from_numpy(source.samples["label"][shown].astype(np.int64))
@@ -207,9 +194,9 @@ class _Making:
         drawn = source.draw(plan, rows["width"].astype(np.int64), rows["height"].astype(np.int64))
         encoded: Any = found.encoded
         on_engine, kept = None, None
-        if source.kept:
+        if self._kept:
             encoded = _with_nothing(encoded, found.is_kept)
-            kept = source.kept.batch(found.ids, found.is_kept), found.is_kept
+            kept = self._kept.batch(found.ids, found.is_kept), found.is_kept
         if self._engine:
             on_engine = self._engine.of(found.ids, encoded)
         return (

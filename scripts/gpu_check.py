@@ -7,13 +7,7 @@
 
 Stages, the most important first:
 
-    smoke     a training that is stopped and goes on, and a probe
-    tests     tests/test_gpu.py and tests/test_kernels.py
-    step      a step of ResNet-50: compiled with real input, not compiled, deterministic
-    loader    the input path and its settings, against solo-learn's manner
-    memory    of a step by its images, over many steps, and of the loss
-    quality   as many epochs as the time allows, linear probe and kNN
-    rivals    whole training steps against lightly's, solo-learn's manner and a plain loop
+{stages}
 
 Each stage gets its share of the time that is left, and writes OUT/STAGE.json as soon as it is over, also where it
 failed or was cut, with the results that it has; OUT/STAGE.log has what it printed. A table follows each. The same
@@ -39,9 +33,20 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:1] = [str(ROOT), str(ROOT / ".package")]
 
 from simclr_dali.shards.command_line import positive_number
+from simclr_dali.shards.durable import write_durably
 from simclr_dali.shards.errors import UserError, run_main
 
 SECONDS_TO_END = 5  # for a command that is told to, before it is killed
+# What each stage does, for --help and for the list of what ran on a GPU.
+WORDS = {
+    "smoke": "a training that is stopped and goes on, and a probe",
+    "tests": "the tests for a GPU",
+    "step": "the time of a step: compiled, not compiled, deterministic, with real input",
+    "loader": "the input path, with the JPEG engine and with decoded pictures kept",
+    "memory": "memory by images, over 300 steps, and of the loss up to 131,072 images",
+    "quality": "linear probe and kNN after a training",
+    "rivals": "whole training steps against others'",
+}
 IMAGENET_SIZE, SMALL_SIZE = (500, 375), (96, 96)
 
 
@@ -252,8 +257,11 @@ PREPARE = Stage("prepare", 40, prepare, (), lambda _: "pictures and shards")
 
 
 def parse_arguments() -> argparse.Namespace:
+    stages = "\n".join(f"    {name:9} {words}" for name, words in WORDS.items())
     parser = argparse.ArgumentParser(
-        prog="gpu_check.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="gpu_check.sh",
+        description=(__doc__ or "").format(stages=stages),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("out", type=Path, metavar="OUT", help="folder of results; what is there is not done again")
     parser.add_argument("--minutes", type=positive_number, default=8.0, metavar="M", help="for all of it (default: 8)")
@@ -320,9 +328,7 @@ def do(stage: Stage, setting: Setting, seconds: float) -> None:
         "commands": [" ".join(str(word) for word in command).replace(str(setting.out), "OUT") for command in commands],
         "results": found,
     }
-    path = setting.out / f"{stage.name}.json"
-    path.with_suffix(".tmp").write_text(json.dumps(result, indent=1) + "\n")
-    path.with_suffix(".tmp").replace(path)
+    write_durably(setting.out / f"{stage.name}.json", (json.dumps(result, indent=1) + "\n").encode())
 
 
 def run(command: list[Any], setting: Setting, log: Any, seconds: float) -> int | None:

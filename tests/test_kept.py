@@ -21,6 +21,7 @@ from simclr_dali.pipeline.files import LocalFiles, Split
 from simclr_dali.pipeline.graph import LoaderConfig
 from simclr_dali.pipeline.kept_memory import Processes, set_aside
 from simclr_dali.pipeline.kept_pictures import KeptPictures, Places, bytes_to_keep
+from simclr_dali.pipeline.kept_place import Place
 from simclr_dali.pipeline.loader import central_views
 from simclr_dali.pipeline.order import Order
 from simclr_dali.pipeline.stream import Batch
@@ -159,7 +160,7 @@ def test_a_picture_of_another_size_than_its_row_says_is_not_kept(train_split: Sh
 
 @pytest.mark.parametrize("place", ["auto", "host", "gpu"])
 def test_memory_is_planned_and_what_does_not_fit_is_not_kept(
-    place: kept_memory.Place, shards: ShardSet, monkeypatch: pytest.MonkeyPatch
+    place: Place, shards: ShardSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     samples = shards.samples
     needed = int((3 * samples["width"].astype(np.int64) * samples["height"]).sum())

@@ -18,6 +18,7 @@ from simclr_dali.model.ntxent import SMALLEST_TEMPERATURE
 from simclr_dali.model.simclr import ENCODERS, Architecture, describe
 from simclr_dali.pipeline.cache import Cache
 from simclr_dali.pipeline.draws import Recipe
+from simclr_dali.pipeline.kept_place import Place
 from simclr_dali.pipeline.loader import MAX_BAD_FRACTION
 from simclr_dali.shards.errors import UserError
 
@@ -189,7 +190,7 @@ class Simclr(_Block):
     graph: Graph = Graph()
     engine_share: float = Field(default=0.75, ge=0, le=1)
     """Share of the baseline JPEGs that a GPU's JPEG engine decodes, the same pictures always (pipeline/engine.py)."""
-    keep_decoded: Literal["auto", "no", "gpu", "host"] = "auto"
+    keep_decoded: Place = "auto"
     """Where decoded pictures stay, so that each is read and decoded once, with the same views to the bit as whole ones
     (pipeline/kept_memory.py): auto is the GPU for one process a machine, else the host's memory, where they take at
     most half of what is free."""

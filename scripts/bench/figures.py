@@ -9,15 +9,19 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 
 def extremes(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
 def spread(values: list[float], digits: int) -> str:
-    return f"{statistics.median(values):,.{digits}f} ({min(values):,.{digits}f} .. {max(values):,.{digits}f})"
+    return in_words(extremes(values), digits)
+
+
+def in_words(found: dict[str, float], digits: int, unit: str = "") -> str:
+    """What :func:`extremes` gives: the median, with its unit, and the extremes."""
+    middle, low, high = (f"{found[name]:,.{digits}f}" for name in ("median", "min", "max"))
+    return f"{middle}{f' {unit}' if unit else ''} ({low} .. {high})"
 
 
 def against_ours(measured: dict[str, list[float]]) -> dict[str, Any]:
@@ -41,6 +45,8 @@ def print_against_ours(measured: dict[str, list[float]]) -> None:
 
 def machine(device: str, packages: Iterable[str]) -> dict[str, Any]:
     """Name of the processor or GPU, cores, versions of ``packages``, and the day; device: cpu or gpu."""
+    import torch  # seconds, which whoever only wants words need not wait for
+
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "device": device,

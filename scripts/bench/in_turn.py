@@ -1,4 +1,4 @@
-"""Processes that start together and are measured one after the other."""
+"""Processes that are measured: alone, or started together and then one after the other."""
 
 import json
 import subprocess
@@ -10,6 +10,18 @@ from typing import Any
 from simclr_dali.shards.errors import UserError
 
 _READY = "ready"
+
+
+def output_of(command: list[Any], name: str) -> str:
+    """What a command prints. Raises UserError, by ``name`` and with the end of its errors, where it fails."""
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise failed(name, done.stderr)
+    return done.stdout
+
+
+def failed(name: str, errors: str) -> UserError:
+    return UserError(f"{name} failed: {errors[-1500:]}")
 
 
 class Waiting:
@@ -56,8 +68,7 @@ class Waiting:
     def _refuse(self) -> None:
         self._process.wait()
         self._errors.seek(0)
-        words = " ".join(self._process.args)  # type: ignore[arg-type]
-        raise UserError(f"{words} failed: {self._errors.read()[-1500:]}")
+        raise failed(" ".join(self._process.args), self._errors.read())  # type: ignore[arg-type]
 
 
 def in_turn(commands: dict[str, list[Any]]) -> Iterator[tuple[str, float]]:

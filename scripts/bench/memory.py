@@ -12,7 +12,6 @@ holds; on a CPU what the process has of the machine's memory).
 import argparse
 import json
 import resource
-import subprocess
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -22,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:1] = [str(ROOT), str(ROOT / ".package")]
 
 from simclr_dali.shards.command_line import file_to_write, positive_int
-from simclr_dali.shards.errors import UserError, run_main
+from simclr_dali.shards.errors import run_main
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -42,6 +41,7 @@ if __name__ == "__main__":
 import torch
 
 from scripts.bench.figures import machine
+from scripts.bench.in_turn import output_of
 from scripts.bench.step import peak_memory, random_views
 from simclr_dali.model.ntxent import NTXent
 from simclr_dali.model.process import Process
@@ -77,10 +77,7 @@ def main(given: argparse.Namespace) -> None:
 def in_own_process(given: argparse.Namespace, batch: int) -> dict[str, Any]:
     words = [sys.executable, __file__, "--config", given.config, "--batch", batch, "--steps", given.steps]
     words += [word for one in given.set for word in ("--set", one)]
-    done = subprocess.run([str(word) for word in words], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise UserError(f"batch {batch} failed: {done.stderr[-1500:]}")
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    found: dict[str, Any] = json.loads(output_of(words, f"batch {batch}").splitlines()[-1])
     return found
 
 

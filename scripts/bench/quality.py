@@ -8,7 +8,6 @@ A first run of two epochs tells how long an epoch takes; the second one is as lo
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -18,8 +17,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:1] = [str(ROOT), str(ROOT / ".package")]
 
+from scripts.bench.in_turn import output_of
 from simclr_dali.shards.command_line import file_to_write, positive_int, positive_number
-from simclr_dali.shards.errors import UserError, run_main
+from simclr_dali.shards.errors import run_main
 
 PROBES = 0.2  # share of the time that is left to them
 
@@ -81,10 +81,7 @@ def measure(given: argparse.Namespace, runs: Path, started: float) -> dict[str, 
 
 def call(words: list[Any]) -> None:
     """Run a script of ours as a user does. Raises UserError where it fails."""
-    command = [sys.executable, *map(str, words)]
-    done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
-    if done.returncode:
-        raise UserError(f"{' '.join(map(str, words))} failed: {done.stderr[-1500:]}")
+    output_of([sys.executable, *words], " ".join(map(str, words)))
 
 
 if __name__ == "__main__":

@@ -19,18 +19,15 @@ import jinja2
 
 FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parent.parent
+sys.path[:1] = [str(ROOT), str(ROOT / ".package")]
+
+from scripts import gpu_check
+from scripts.bench.figures import extremes, in_words
+
 RESULTS = FOLDER / "results"
 BLOCKS = {"figures": "five_figures.md.j2", "GPU": "on_a_gpu.md.j2"}
-# What gpu_check.py does, in words, by the name of its result: results/gpu-check/STAGE.json, copied from its folder.
-STAGES = {
-    "smoke": "a training that is stopped and goes on, and a probe",
-    "tests": "the tests for a GPU",
-    "step": "the time of a step: compiled, not compiled, deterministic, with real input",
-    "loader": "the input path, with the JPEG engine and with decoded pictures kept",
-    "memory": "memory by images, over 300 steps, and of the loss up to 131,072 images",
-    "quality": "linear probe and kNN after a training",
-    "rivals": "whole training steps against others'",
-}
+# What ran of the check: results/gpu-check/STAGE.json, copied from its folder.
+STAGES = gpu_check.WORDS
 Spread = dict[str, float]
 
 
@@ -39,9 +36,7 @@ def number(value: float, digits: int = 0) -> str:
 
 
 def spread(value: Spread, digits: int = 0, unit: str = "") -> str:
-    """Median and extremes."""
-    middle, low, high = (number(value[name], digits) for name in ("median", "min", "max"))
-    return f"{middle}{f' {unit}' if unit else ''} ({low} .. {high})"
+    return in_words(value, digits, unit)
 
 
 def seconds(milliseconds: Spread, digits: int, unit: str) -> str:
@@ -54,7 +49,7 @@ def inverse(value: Spread, digits: int = 2) -> str:
 
 
 def of_list(values: list[float], digits: int = 2) -> str:
-    return spread({"median": statistics.median(values), "min": min(values), "max": max(values)}, digits)
+    return spread(extremes(values), digits)
 
 
 def megabytes(rows: dict[str, Any], *names: str) -> str:
@@ -124,12 +119,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; tell which texts differ")
     check = parser.parse_args().check
-    different = [path for path, text in rendered().items() if path.read_text() != text]
-    for path in different:
+    different = {path: text for path, text in rendered().items() if path.read_text() != text}
+    for path, text in different.items():
         if check:
             print(f"{path.relative_to(ROOT)} differs from its results; run: python scripts/bench/render.py")
         else:
-            path.write_text(rendered()[path])
+            path.write_text(text)
             print(f"written: {path.relative_to(ROOT)}")
     sys.exit(1 if check and different else 0)
 

@@ -30,7 +30,8 @@ from simclr_dali.pipeline.batch_plan import BatchPlan
 from simclr_dali.pipeline.draws import Recipe
 from simclr_dali.pipeline.files import Split
 from simclr_dali.pipeline.graph import MEAN, STD, LoaderConfig
-from simclr_dali.pipeline.kept_memory import Place, set_aside
+from simclr_dali.pipeline.kept_memory import set_aside
+from simclr_dali.pipeline.kept_place import Place
 from simclr_dali.pipeline.loader import TwoViews, central_views
 from simclr_dali.pipeline.order import Order
 from simclr_dali.shards.errors import UserError

@@ -76,7 +76,7 @@ from simclr_dali.model.ntxent import NTXent
 from simclr_dali.model.simclr import build_model
 from simclr_dali.pipeline.files import Split
 from simclr_dali.pipeline.loader import central_views
-from simclr_dali.train.config import Config
+from simclr_dali.train.config import LR_RULES, Config
 from simclr_dali.train.engine import build_engine, start
 from simclr_dali.train.job import Job, build_order, keep_decoded
 from simclr_dali.train.micro_batches import MicroBatches
@@ -99,7 +99,7 @@ def config_of(given: argparse.Namespace, **settings: Any) -> Config:
         {
             "train_batch_size": given.batch,
             "torch_autocast": {"enabled": True},
-            "optimizer": {"type": "LARS", "params": {"lr": 0.3 * given.batch / 256}},
+            "optimizer": {"type": "LARS", "params": {"lr": LR_RULES["linear"](given.batch)}},
             "simclr": simclr,
         }
     )
