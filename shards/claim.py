@@ -165,8 +165,8 @@ def _take_report(partial: Path, out: Path) -> None:
 
 
 def _remove_claims(folder: Path) -> None:
-    """Remove what is needed only while packing."""
+    """Remove what is needed only while packing, and what a killed pack's workers left half-written."""
     with refusals_named(folder):
-        for pattern in (f"*/*{RECORD}", "plan-*.json", "part-*.lock"):
+        for pattern in (f"*/*{RECORD}", "plan-*.json", "part-*.lock", "*/*.tmp"):
             for path in folder.glob(pattern):
                 path.unlink(missing_ok=True)  # the same command may be doing it too

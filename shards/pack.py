@@ -32,7 +32,15 @@ from simclr_dali.shards.errors import UserError, run_main
 from simclr_dali.shards.image import MAX_PIXELS, REENCODE
 from simclr_dali.shards.manifest import MANIFEST, read_split, unseal, write_split
 from simclr_dali.shards.pack_report import describe, print_summary, write_report
-from simclr_dali.shards.pack_shard import PackedShard, ShardTask, is_done, pack_shard, read_record, record_of
+from simclr_dali.shards.pack_shard import (
+    PackedShard,
+    ShardTask,
+    is_done,
+    pack_shard,
+    read_record,
+    record_of,
+    remove_cut,
+)
 from simclr_dali.shards.parallel import map_unordered
 from simclr_dali.shards.plan import DECODERS, Options, describe_pack, split_into_shards, tar_bytes
 from simclr_dali.shards.sources.find import find_sources, limited, refuse_val_without_labels, relabelled
@@ -194,6 +202,7 @@ def _write(
             bad += len(read_record(record_of(task.tar)).changes.left_out)
         else:
             todo.append(task)
+    remove_cut(todo)
     _check_space(todo, partial)
     for tasks in splits:
         if tasks:

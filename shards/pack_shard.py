@@ -1,6 +1,7 @@
 """One shard from its list of images: read, prepare, ask the decoder, write. Runs in a worker process."""
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -72,6 +73,15 @@ def read_record(path: Path) -> PackedShard:
     return PackedShard(Shard(**shard), rows, Changes(resized=changes["resized"], **pairs))
 
 
+def remove_cut(tasks: list[ShardTask]) -> None:
+    """Remove what killed processes left half-written of these shards, and of no others: other machines write those."""
+    stems = {task.tar.stem for task in tasks}
+    for folder in {task.tar.parent for task in tasks}:
+        for path in folder.glob("*.tmp"):
+            if path.name.partition(".")[0] in stems:
+                path.unlink(missing_ok=True)
+
+
 def pack_shard(task: ShardTask) -> tuple[int, int]:
     """Write the shard and then its record; returns how many images it was given and how many it had to leave out.
 
@@ -86,7 +96,7 @@ def pack_shard(task: ShardTask) -> tuple[int, int]:
                 f"{task.tar} would be empty: none of its {len(task.items)} images can be decoded, the first is "
                 f"{changes.left_out[0][0]} ({changes.left_out[0][1]}); repair them or choose larger shards"
             )
-        with writing(record_of(task.tar)) as file:
+        with writing(record_of(task.tar), f".{os.getpid()}") as file:
             np.savez(file, rows=rows, rest=np.array(json.dumps([asdict(shard), asdict(changes)])))
     return len(task.items), len(changes.left_out)
 

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from simclr_dali.shards.durable import unreadable_named, write_durably
+from simclr_dali.shards.durable import unreadable_named, write_durably, writing
 from simclr_dali.shards.errors import UserError
 from simclr_dali.shards.image import ending_of_image
 from simclr_dali.shards.left_out import LeftOut
@@ -82,16 +82,17 @@ def write_shard(path: Path, shard_number: int, images: Iterable[Image]) -> tuple
     """Write ``path`` and ``path.with_suffix('.idx')``; return the shard's description and its rows of SAMPLE.
 
     Both files appear under their names only when complete and on disk (temporary name, fsync, rename), so a
-    kill at any instant leaves no half-written shard. Member headers carry no time, owner or host, so the same
-    images give the same bytes. The index is DALI's v1.2: per sample, extension, offset, size and member name of
-    each component.
+    kill at any instant leaves no half-written shard. The temporary names are those of this process: a worker whose
+    parent was killed may still be writing when the next pack comes to the same shard. Member headers carry no time,
+    owner or host, so the same images give the same bytes. The index is DALI's v1.2: per sample, extension, offset,
+    size and member name of each component.
     """
     rows: list[tuple[int, ...]] = []
     index: list[str] = []
     digest = hashlib.sha256()
     position = 0
-    temporary = path.with_suffix(".tar.tmp")
-    with temporary.open("wb") as tar:
+    tag = f".{os.getpid()}"
+    with writing(path, tag) as tar:
 
         def put(data: bytes) -> None:
             nonlocal position
@@ -123,10 +124,8 @@ def write_shard(path: Path, shard_number: int, images: Iterable[Image]) -> tuple
                 )
             )
         put(END_OF_ARCHIVE)
-        tar.flush()
-        os.fsync(tar.fileno())
-    write_durably(path.with_suffix(".idx"), f"v1.2 {len(rows)}\n{''.join(index)}".encode("ascii"))
-    temporary.replace(path)
+        index_bytes = f"v1.2 {len(rows)}\n{''.join(index)}".encode("ascii")
+        write_durably(path.with_suffix(".idx"), index_bytes, tag)
     return Shard(path.name, len(rows), position, digest.hexdigest()), np.array(rows, SAMPLE)
 
 

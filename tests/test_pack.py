@@ -63,6 +63,67 @@ def test_killed_pack_goes_on_and_ends_byte_identical(pictures: Path, tmp_path: P
     assert tree(tmp_path / "killed") == tree(tmp_path / "whole")
 
 
+def test_a_worker_of_a_killed_pack_may_still_write_when_the_next_comes_to_its_shard(tmp_path: Path) -> None:
+    """Two processes at one shard, each halfway when the other begins or ends, leave one whole shard."""
+    code = """
+import sys
+from pathlib import Path
+from simclr_dali.shards.tar import Image, write_shard
+
+def images():
+    for number in range(6):
+        if number in (2, 4):
+            print(number, flush=True)
+            sys.stdin.readline()
+        yield Image(f"{number:06d}", b"\\x89PNG" + bytes([number]) * 70_000, 8, 8, number)
+
+write_shard(Path(sys.argv[1]), 0, images())
+"""
+    shared, alone = tmp_path / "shared", tmp_path / "alone"
+    shared.mkdir()
+    alone.mkdir()
+
+    def writer(folder: Path) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", code, str(folder / "train-000000.tar")]
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+
+    def go_on(process: subprocess.Popen[str]) -> None:
+        assert process.stdin is not None
+        process.stdin.write("\n")
+        process.stdin.flush()
+
+    with writer(alone) as one:
+        one.communicate("\n\n")
+    with writer(shared) as orphan, writer(shared) as next_one:
+        assert orphan.stdout is not None
+        assert next_one.stdout is not None
+        orphan.stdout.readline()
+        next_one.stdout.readline()
+        go_on(next_one)
+        next_one.stdout.readline()
+        orphan.kill()
+        go_on(next_one)
+        assert next_one.wait() == 0
+    leftovers = [path for path in shared.iterdir() if path.suffix == ".tmp"]
+    assert [path.name for path in leftovers] == [f"train-000000.tar.{orphan.pid}.tmp"]
+    leftovers[0].unlink()
+    assert tree(shared) == tree(alone)
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["of a finished shard", "of a shard to be made"])
+def test_what_a_killed_worker_left_half_written_is_removed(kept: bool, pictures: Path, tmp_path: Path) -> None:
+    """Beside a shard that was finished since, or of one that is made now."""
+    options = Options(samples_per_shard=6, decoder="none")
+    pack(pictures, tmp_path / "whole", options)
+    pack(pictures, tmp_path / "killed", options, part=(1, 2))
+    number = 0 if kept else 1
+    for name in (f"train-{number:06d}.tar.77.tmp", f"train-{number:06d}.tar.part.npz.77.tmp"):
+        (tmp_path / "killed.partial" / "train" / name).write_bytes(b"half")
+    pack(pictures, tmp_path / "killed", options, part=(2, 2))
+    pack(pictures, tmp_path / "killed", options, merge=True)
+    assert tree(tmp_path / "killed") == tree(tmp_path / "whole")
+
+
 def _files(folder: Path) -> set[tuple[str, int]]:
     """Names and times of all in a folder that a process moves and removes meanwhile, where Path.rglob may raise."""
     found = set()
