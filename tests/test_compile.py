@@ -13,7 +13,7 @@ from simclr_dali.model.process import Process
 from simclr_dali.model.resnet import ResNet
 from simclr_dali.model.simclr import Architecture, build_model
 from simclr_dali.train.compilation import Backend, compile_network, resolved
-from simclr_dali.train.config import Simclr
+from simclr_dali.train.simclr_block import Simclr
 from simclr_dali.train.step import train_step
 from tests.conftest import ROOT, run_python
 from tests.runs import environment, metrics, pretrain, tiny_config

@@ -10,8 +10,9 @@ from simclr_dali.model.resnet import ResNet
 from simclr_dali.pipeline.draws import Recipe
 from simclr_dali.pipeline.remote import open_split
 from simclr_dali.shards.errors import UserError
-from simclr_dali.train.config import Config, Graph, LARSParams
+from simclr_dali.train.config import Config, LARSParams
 from simclr_dali.train.config_file import PRESETS, load_config
+from simclr_dali.train.simclr_block import Graph
 
 MINIMAL: dict[str, Any] = {
     "train_batch_size": 64,

@@ -22,8 +22,8 @@ from simclr_dali.pipeline.kept_memory import set_aside
 from simclr_dali.pipeline.order import Order
 from simclr_dali.pipeline.stream import Batch
 from simclr_dali.shards.manifest import ShardSet
-from simclr_dali.train.config import Graph
 from simclr_dali.train.micro_batches import MicroBatches
+from simclr_dali.train.simclr_block import Graph
 from simclr_dali.train.step import train_step
 from tests.conftest import ROOT, run_python
 from tests.loaders import two_views

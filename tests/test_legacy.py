@@ -21,9 +21,10 @@ from simclr_dali.model.resnet import ResNet
 from simclr_dali.model.simclr import ENCODERS
 from simclr_dali.shards.errors import UserError
 from simclr_dali.shards.manifest import ShardSet
-from simclr_dali.train.config import Config, Simclr
+from simclr_dali.train.config import Config
 from simclr_dali.train.config_file import load_config
 from simclr_dali.train.resume import refuse_other_settings
+from simclr_dali.train.simclr_block import Simclr
 from tests.runs import metrics, pretrain
 
 LEGACY = Path(__file__).parent / "legacy"

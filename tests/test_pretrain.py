@@ -57,6 +57,20 @@ def test_two_processes_give_the_losses_of_one(undisturbed: Path, packed: Path, t
         assert two["lr"] == one["lr"]
 
 
+def test_a_cpu_computes_in_bfloat16_when_it_is_told_to(undisturbed: Path, packed: Path, tmp_path: Path) -> None:
+    """Nearly the losses of float32, in other bits; weights and what is saved stay float32."""
+    words = ["--set", "torch_autocast.enabled=true", "--set", "torch_autocast.on_cpu=true", "--stop-after-steps", 4]
+    done = pretrain(tiny_config(tmp_path), packed, tmp_path / "run", *words)
+    assert done.returncode == 0, done.stderr
+    pairs = zip(metrics(tmp_path / "run"), metrics(undisturbed), strict=False)
+    ours, expected = zip(*((one["loss"], other["loss"]) for one, other in pairs), strict=True)
+    assert ours == pytest.approx(expected, rel=0.02) and ours != expected
+    found = checkpoint.newest(tmp_path / "run")
+    assert found is not None
+    weights = [value for value in found.state["model"].values() if value.is_floating_point()]
+    assert weights and all(value.dtype == torch.float32 for value in weights)
+
+
 def test_a_stopped_run_goes_on_bit_for_bit(undisturbed: Path, packed: Path, tmp_path: Path) -> None:
     """Also with other threads, intervals and checkpoints, which must not reach a number."""
     config = tiny_config(tmp_path)

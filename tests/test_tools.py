@@ -55,3 +55,17 @@ def test_the_verdict_follows_the_figures() -> None:
     stages = {"decode": 1.0, "crop": 3.0, "color": 2.0, "blur": 1.0, "output": 1.0, "graph": 8.0}
     assert verdict({"read": 0.5, **stages, "loader": 8.8}).startswith("bottleneck: crop, 38% of the graph; the loader")
     assert verdict({"read": 16.0, **stages, "loader": 16.0}) == "bottleneck: reading, 2.0 times as long as the graph"
+
+
+def test_a_part_of_train_is_held_out_and_val_is_left_alone(pictures: Path, tmp_path: Path) -> None:
+    out = tmp_path / "held"
+    done = run_python("scripts/bench/hold_out.py", pictures, out, "--every", 4)
+    assert done.returncode == 0, done.stderr
+    halves = [{path.resolve() for path in (out / split).rglob("*") if path.is_file()} for split in ("train", "val")]
+    assert not halves[0] & halves[1]
+    assert halves[0] | halves[1] == {path for path in (pictures / "train").rglob("*") if path.is_file()}
+    for one in (pictures / "train").iterdir():
+        images = len(list(one.iterdir()))
+        assert len(list((out / "val" / one.name).iterdir())) == -(-images // 4)
+    assert_sentence(run_python("scripts/bench/hold_out.py", pictures, out), f"{out} exists")
+    assert_sentence(run_python("scripts/bench/hold_out.py", tmp_path, tmp_path / "other"), "no train/CLASS folders")

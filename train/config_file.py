@@ -13,7 +13,8 @@ import pydantic
 
 from simclr_dali.model import migrations
 from simclr_dali.shards.errors import UserError
-from simclr_dali.train.config import LR_RULES, Config, wrong_value
+from simclr_dali.train.config import LR_RULES, Config
+from simclr_dali.train.simclr_block import wrong_value
 
 PRESETS = Path(__file__).resolve().parent / "configs"
 
@@ -172,7 +173,7 @@ def _nearest(key: str) -> str:
     same = [path for path in known if path.rpartition(".")[2] == last]
     near = same or difflib.get_close_matches(key, known, 1, 0.8)
     near = near or [by_last[name] for name in difflib.get_close_matches(last, by_last, 1)]
-    return f"did you mean {near[0]!r}?" if near else "see train/config.py for the known ones"
+    return f"did you mean {near[0]!r}?" if near else "see train/config.py and train/simclr_block.py for the known ones"
 
 
 def _known_keys(block: type[pydantic.BaseModel], prefix: str = "") -> Iterator[str]:

@@ -59,7 +59,7 @@ def deepspeed_config(config: Config, process: Process) -> dict[str, Any]:
         "communication_data_type": CONSTANTS["communication_data_type"],
         "zero_optimization": {"stage": CONSTANTS["zero_optimization.stage"]},
         "torch_autocast": {
-            "enabled": config.torch_autocast.enabled and process.device.type == "cuda",
+            "enabled": config.torch_autocast.on(process.device.type),
             "dtype": CONSTANTS["torch_autocast.dtype"],
         },
         # The timer would wait for the device twice a step; we time on the host.

@@ -111,7 +111,7 @@ def keep_decoded(config: Config, shards: ShardSet, process: Process, epochs: flo
             config.architecture(),
             config.simclr.image_size,
             config.micro_batch(process.world),
-            autocast=config.torch_autocast.enabled,
+            autocast=config.torch_autocast.on(process.device.type),
         )
 
     return set_aside(
@@ -146,4 +146,4 @@ def build_order(config: Config, shards: ShardSet) -> Order:
 
 def view_dtype(config: Config, device: torch.device) -> torch.dtype:
     """float16 where the first convolution computes in half precision anyway."""
-    return torch.float16 if device.type == "cuda" and config.torch_autocast.enabled else torch.float32
+    return torch.float16 if device.type == "cuda" and config.torch_autocast.on(device.type) else torch.float32

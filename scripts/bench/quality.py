@@ -3,7 +3,8 @@
     python scripts/bench/quality.py SHARDS --config imagenette.json --set simclr.image_size=128 --seconds 300
 
 A first run of two epochs tells how long an epoch takes; the second one is as long as the rest of the time allows (and
---most-epochs), with its whole schedule, and is probed. SHARDS needs labels and a val split.
+--most-epochs), with its whole schedule, and is probed. With --epochs there is only that second run, of so many epochs.
+SHARDS needs labels and a val split.
 """
 
 import argparse
@@ -14,13 +15,17 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:1] = [str(ROOT), str(ROOT / ".package")]
 
+from scripts.bench.figures import machine
 from scripts.bench.in_turn import output_of
 from simclr_dali.shards.command_line import file_to_write, positive_int, positive_number
 from simclr_dali.shards.errors import run_main
 
+PACKAGES = ("torch", "nvidia-dali-cuda120", "deepspeed")
 PROBES = 0.2  # share of the time that is left to them
 
 
@@ -31,6 +36,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one key")
     parser.add_argument("--seconds", type=positive_number, default=300.0, metavar="S", help="for all of it (300)")
     parser.add_argument("--most-epochs", type=positive_int, default=10**6, metavar="N", help="of the second run")
+    parser.add_argument("--epochs", type=positive_int, metavar="N", help="so many, in whatever time they take")
     parser.add_argument("--runs", type=Path, metavar="FOLDER", help="where its runs stay (default: removed at the end)")
     parser.add_argument("--json", type=file_to_write, metavar="FILE", help="write the figures there too")
     given = parser.parse_args()
@@ -47,7 +53,7 @@ def main() -> None:
 
 
 def measure(given: argparse.Namespace, runs: Path, started: float) -> dict[str, Any]:
-    pilot, run = runs / "pilot", runs / "run"
+    run = runs / "run"
     images = json.loads((given.data / "train" / "manifest.json").read_text())["samples"]
     pretrain = [ROOT / "train/pretrain.py", "--config", given.config, "--data", given.data]
     pretrain += [word for one in given.set for word in ("--set", one)]
@@ -55,10 +61,11 @@ def measure(given: argparse.Namespace, runs: Path, started: float) -> dict[str, 
     def length(epochs: int) -> list[Any]:
         return ["--set", f"simclr.epochs={epochs}", "--set", f"simclr.warmup_epochs={epochs / 20:g}"]
 
-    call([*pretrain, "--run", pilot, *length(2)])
-    rate = json.loads((pilot / "speed.jsonl").read_text().splitlines()[-1])["images_per_s"]
-    left = (1 - PROBES) * (given.seconds - (time.monotonic() - started))
-    epochs = min(given.most_epochs, max(2, int(left * rate / images)))
+    if (epochs := given.epochs) is None:
+        call([*pretrain, "--run", runs / "pilot", *length(2)])
+        rate = json.loads((runs / "pilot" / "speed.jsonl").read_text().splitlines()[-1])["images_per_s"]
+        left = (1 - PROBES) * (given.seconds - (time.monotonic() - started))
+        epochs = min(given.most_epochs, max(2, int(left * rate / images)))
     call([*pretrain, "--run", run, *length(epochs)])
     finished = json.loads((run / "finished.json").read_text())
     call([ROOT / "eval/linear.py", "--ckpt", run])
@@ -76,6 +83,7 @@ def measure(given: argparse.Namespace, runs: Path, started: float) -> dict[str, 
         "protocol": linear["protocol"],
         "knn": {str(k): knn[f"k{k}"]["top1"] for k in knn["k"]},
         "val_images": linear["val_images"],
+        **machine("gpu" if torch.cuda.is_available() else "cpu", PACKAGES),
     }
 
 

@@ -35,7 +35,7 @@ from simclr_dali.pipeline.kept_place import Place
 from simclr_dali.pipeline.loader import TwoViews, central_views
 from simclr_dali.pipeline.order import Order
 from simclr_dali.shards.errors import UserError
-from simclr_dali.train.config import Graph, Simclr
+from simclr_dali.train.simclr_block import Graph, Simclr
 
 ENDLESS = 10**6
 WAVE = 32
