@@ -133,10 +133,14 @@ def draw_set(
     random = np.random.default_rng(seed)
     for split, count in (("train", train_per_class), ("val", val_per_class)):
         for name in tqdm(CLASSES, f"draw {split}", disable=None, leave=False):
-            folder = out / split / name
-            folder.mkdir(parents=True, exist_ok=True)
-            for number in range(count):
-                draw_picture(name, random, size).save(folder / f"{number:04d}.jpg", quality=92)
+            draw_class(out / split / name, count, random, size)
+
+
+def draw_class(folder: Path, count: int, random: np.random.Generator, size: tuple[int, int]) -> None:
+    """Write ``folder/<number>.jpg``, pictures of the class that the folder is named after."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(count):
+        draw_picture(folder.name, random, size).save(folder / f"{number:04d}.jpg", quality=92)
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ def test_the_step_benchmark_compares_ways_to_compute_a_step(tmp_path: Path) -> N
     words = ["--steps", 2, "--warm-up", 1, "--rounds", 1, "--synthetic-only", "--json", out]
     rows = ["eager", *(() if torch.cuda.is_available() else ("kernels",)), "eager"]
     done = run_python(ROOT / "scripts/bench/step.py", "--config", tiny_config(tmp_path), *words, "--compile", *rows)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == ("kernels" in rows), done.stderr  # which a script that calls this should hear of
     result = json.loads(out.read_text())["rows"]
     assert result["eager"]["synthetic"]["step"]["median"] > 0 and result["eager"]["first step, s"] > 0
     assert "simclr.compile=no" in result["eager"]["set"] and "x eager" in done.stdout
@@ -91,7 +91,7 @@ def test_a_result_that_could_not_be_written_is_refused_before_anything_is_measur
 def test_the_step_benchmark_refuses_more_steps_than_a_run_has(packed: Path, tmp_path: Path) -> None:
     words = ["--config", tiny_config(tmp_path), "--data", packed, "--steps", 30]
     done = run_python(ROOT / "scripts/bench/step.py", *words)
-    assert_sentence(done, "99 steps", "the run has 30")
+    assert_sentence(done, "114 steps", "the run has 30")
 
 
 @pytest.mark.launch
@@ -122,7 +122,9 @@ def test_the_loader_benchmark_names_its_rows_and_what_failed(pictures: Path, tmp
     script = ROOT / "scripts/bench/loader.py"
     assert_sentence(run_python(script, pictures, "--only", "nonsense"), "names none of the rows", "solo-learn")
     words = ["--only", "ours", "--batch", 1000, "--seconds", 0.1, "--rounds", 1]
-    assert_sentence(run_python(script, pictures, *words), "--contender ours", "a global batch of 1000 does not fit")
+    done = run_python(script, pictures, *words)
+    assert "a global batch of 1000 does not fit" in done.stderr
+    assert_sentence(done, "ours, decoded kept could not be measured, as said above")
 
 
 def test_contenders_deliver_views_of_the_size_that_is_asked(pictures: Path, packed: Path) -> None:
@@ -133,7 +135,7 @@ def test_contenders_deliver_views_of_the_size_that_is_asked(pictures: Path, pack
 
 
 def test_processes_are_measured_in_turn_and_all_end(tmp_path: Path) -> None:
-    """None begins before all have started; the others do not outlive one that fails."""
+    """None begins before all have started; one that fails costs the others nothing."""
 
     def code(number: int, then: str = "") -> list[str]:
         began = f"open({str(tmp_path / str(number))!r}, 'w').close()"
@@ -144,11 +146,10 @@ def test_processes_are_measured_in_turn_and_all_end(tmp_path: Path) -> None:
         found.append((row, rate))
         assert (tmp_path / "2").exists() == (row == "b")
     assert found == [("a", 1.0), ("b", 2.0)]
-    with pytest.raises(UserError, match=r"(?s)failed: .*ZeroDivisionError"):
-        list(in_turn({"c": code(3), "d": code(4, "1 / 0"), "e": code(5)}))
-    assert (tmp_path / "3").exists() and not (tmp_path / "5").exists()
-    with pytest.raises(UserError, match="failed"):
-        list(in_turn({"f": [sys.executable, "-c", "1 / 0"], "g": code(7)}))
+    turns = dict(in_turn({"c": code(3), "d": code(4, "1 / 0"), "e": code(5)}))
+    assert (turns["c"], turns["e"]) == (3.0, 5.0) and "ZeroDivisionError" in str(turns["d"])
+    turns = dict(in_turn({"f": [sys.executable, "-c", "1 / 0"], "g": code(7)}))
+    assert isinstance(turns["f"], UserError) and turns["g"] == 7.0
 
 
 def test_trainers_are_compared_on_the_same_network(pictures: Path, tmp_path: Path) -> None:

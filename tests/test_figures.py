@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from scripts.bench import render
-from scripts.gpu_check import STAGES
+from scripts.gpu_stages import STAGES, WORDS
 from tests.conftest import ROOT
 
 
@@ -26,14 +26,20 @@ def test_a_result_that_changes_is_seen(monkeypatch: pytest.MonkeyPatch, tmp_path
 
 
 def test_what_ran_on_a_gpu_is_a_list_by_stage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert list(render.STAGES) == [stage.name for stage in STAGES]
+    assert list(WORDS) == [stage.name for stage in STAGES]
     (tmp_path / "gpu-check").mkdir()
     for path in render.RESULTS.glob("*.json"):
         (tmp_path / path.name).write_text(path.read_text())
     for stage, outcome in (("tests", "done"), ("step", "cut")):
-        result = {"stage": stage, "outcome": outcome, "date": "2030-01-02", "words": "9 passed"}
+        on = {"device": "gpu", "machine": "A GPU", "version": "9.1"}
+        result = {"stage": stage, "outcome": outcome, "date": "2030-01-02", "words": "9 passed", "on": on}
         (tmp_path / f"gpu-check/{stage}.json").write_text(json.dumps(result))
     monkeypatch.setattr(render, "RESULTS", tmp_path)
     readme = render.rendered()[ROOT / "README.md"]
-    assert "- the tests for a GPU: **run** (2030-01-02): 9 passed\n" in readme
-    assert "deterministic, with real input: **cut** (2030-01-02)\n" in readme and "and a probe: **not run**\n" in readme
+    assert "- the tests for a GPU: **run** (A GPU, version 9.1, 2030-01-02): 9 passed\n" in readme
+    assert "real input: **cut** (A GPU, version 9.1, 2030-01-02): 9 passed\n" in readme
+    assert "and a probe: **not run**\n" in readme
+    result["on"] = {**on, "device": "cpu"}
+    (tmp_path / "gpu-check/step.json").write_text(json.dumps(result))
+    with pytest.raises(ValueError, match="was made on a CPU"):
+        render.rendered()

@@ -71,19 +71,24 @@ class Waiting:
         raise failed(" ".join(self._process.args), self._errors.read())  # type: ignore[arg-type]
 
 
-def in_turn(commands: dict[str, list[Any]]) -> Iterator[tuple[str, float]]:
-    """The number that each command prints last, as soon as it is there; all have started before the first begins.
-
-    Raises UserError where one fails.
-    """
+def in_turn(commands: dict[str, list[Any]]) -> Iterator[tuple[str, float | UserError]]:
+    """The number that each command prints last, as soon as it is there, or why there is none; all have started before
+    the first begins."""
     waiting: dict[str, Waiting] = {}
+    refused: dict[str, UserError] = {}
     try:
         for row, command in commands.items():
             waiting[row] = Waiting(command)
-        for process in waiting.values():
-            process.wait_until_ready()
         for row, process in waiting.items():
-            yield row, float(json.loads(process.go()))
+            try:
+                process.wait_until_ready()
+            except UserError as error:
+                refused[row] = error
+        for row, process in waiting.items():
+            try:
+                yield row, refused.get(row) or float(json.loads(process.go()))
+            except UserError as error:
+                yield row, error
     finally:
         for process in waiting.values():
             process.end()

@@ -67,7 +67,7 @@ if __name__ == "__main__":
 
 import torch
 
-from scripts.bench.figures import against_ours, machine, print_against_ours
+from scripts.bench.figures import Table, machine
 from scripts.bench.in_turn import Waiting, in_turn
 from scripts.bench.rivals import CONTENDERS, WAVE, Given
 from simclr_dali.pipeline.files import Split
@@ -103,13 +103,13 @@ def main(given: argparse.Namespace) -> None:
             images, shards = pictures(given.images, stored, Path(scratch) / name)
             view = VIEWS.get(stored or 0, 224)
             print(f"{given.images}, {name}, views of {view} px")
-            measured: dict[str, list[float]] = {row: [] for row in rows}
+            table = Table(rows)
             for _ in range(given.rounds):
-                for row, rate in in_turn(commands(given, images, shards, view, rows)):
-                    measured[row].append(rate)
-                    tables[name] = against_ours(measured)
+                for row, found in in_turn(commands(given, images, shards, view, rows)):
+                    table.add(row, found)
+                    tables[name] = table.result()
                     write(given, tables, on)  # after each, since the next may take long
-            print_against_ours(measured)
+            table.print()
 
 
 def write(given: argparse.Namespace, tables: dict[str, dict[str, Any]], on: dict[str, Any]) -> None:

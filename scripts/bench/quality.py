@@ -9,6 +9,7 @@ SHARDS needs labels and a val split.
 
 import argparse
 import json
+import statistics
 import sys
 import tempfile
 import time
@@ -62,8 +63,10 @@ def measure(given: argparse.Namespace, runs: Path, started: float) -> dict[str, 
         return ["--set", f"simclr.epochs={epochs}", "--set", f"simclr.warmup_epochs={epochs / 20:g}"]
 
     if (epochs := given.epochs) is None:
-        call([*pretrain, "--run", runs / "pilot", *length(2)])
-        rate = json.loads((runs / "pilot" / "speed.jsonl").read_text().splitlines()[-1])["images_per_s"]
+        call([*pretrain, "--run", runs / "pilot", *length(2), "--set", "simclr.log_every=1"])
+        lines = (runs / "pilot" / "speed.jsonl").read_text().splitlines()
+        # The first steps compile, and wait for the first batches.
+        rate = statistics.median(json.loads(line)["images_per_s"] for line in lines[len(lines) // 2 :])
         left = (1 - PROBES) * (given.seconds - (time.monotonic() - started))
         epochs = min(given.most_epochs, max(2, int(left * rate / images)))
     call([*pretrain, "--run", run, *length(epochs)])

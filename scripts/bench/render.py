@@ -1,4 +1,4 @@
-"""The figures in the texts, from the results: scripts/bench/README.md, and blocks of the README of the project.
+"""The figures in the texts, from the results: README.md and rivals.md here, and blocks of the README of the project.
 
     python scripts/bench/render.py             # write them anew
     python scripts/bench/render.py --check     # exit with 1 where a text says something else than its results
@@ -21,13 +21,11 @@ FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parent.parent
 sys.path[:1] = [str(ROOT), str(ROOT / ".package")]
 
-from scripts import gpu_check
 from scripts.bench.figures import extremes, in_words
+from scripts.gpu_stages import WORDS
 
 RESULTS = FOLDER / "results"
 BLOCKS = {"figures": "five_figures.md.j2", "GPU": "on_a_gpu.md.j2"}
-# What ran of the check: results/gpu-check/STAGE.json, copied from its folder.
-STAGES = gpu_check.WORDS
 Spread = dict[str, float]
 
 
@@ -81,7 +79,10 @@ def of_machine(name: str, found: dict[str, Any]) -> str:
 def names() -> dict[str, Any]:
     """What templates can name."""
     results = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
+    # What ran of the check: STAGE.json, copied from the folder of its results.
     checked = {path.stem: json.loads(path.read_text()) for path in sorted((RESULTS / "gpu-check").glob("*.json"))}
+    if tried := [stage for stage, found in checked.items() if found["on"]["device"] != "gpu"]:
+        raise ValueError(f"results/gpu-check/{tried[0]}.json was made on a CPU; only results of a GPU belong there")
     helpers = (number, spread, seconds, inverse, of_list, megabytes, times, of_variant, of_order, of_machine)
     return {
         "r": results,
@@ -92,7 +93,7 @@ def names() -> dict[str, Any]:
         "h200": results["step-variants-h200"],
         "probe": results["probe-cpu"],
         "orders": results["shuffle"]["orders"],
-        "stages": STAGES,
+        "stages": WORDS,
         "checked": checked,
         "middle": statistics.median,
         **{helper.__name__: helper for helper in helpers},
@@ -104,7 +105,7 @@ def rendered() -> dict[Path, str]:
     loader = jinja2.FileSystemLoader(FOLDER)
     environment = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     known = names()
-    texts = {FOLDER / "README.md": environment.get_template("README.md.j2").render(known)}
+    texts = {FOLDER / name: environment.get_template(f"{name}.j2").render(known) for name in ("README.md", "rivals.md")}
     readme = (ROOT / "README.md").read_text()
     for mark, template in BLOCKS.items():
         before, begin, rest = readme.partition(f"<!-- {mark} -->\n")
@@ -119,7 +120,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; tell which texts differ")
     check = parser.parse_args().check
-    different = {path: text for path, text in rendered().items() if path.read_text() != text}
+    different = {path: text for path, text in rendered().items() if not path.exists() or path.read_text() != text}
     for path, text in different.items():
         if check:
             print(f"{path.relative_to(ROOT)} differs from its results; run: python scripts/bench/render.py")

@@ -176,6 +176,9 @@ def solo_learn(given: Given) -> Stream:
     pipeline = graph()
     pipeline.build()
     while True:
+        # DALI gives the memory of these outputs away at the next run, so the copy has to be done by then.
+        if on_gpu:
+            torch.cuda.current_stream().synchronize()
         outputs = pipeline.run()
         yield torch.cat([torch.utils.dlpack.from_dlpack(output.as_tensor()) for output in outputs])
 

@@ -7,8 +7,9 @@
 
 Model, engine, loss and input are those that train/pretrain.py builds from the same config (--set works too). Each round
 runs --steps steps on random views that lie on the device, then --steps steps on the views of the shards, after
---warm-up steps each. The phases of a step are the time from one mark to the next: on a GPU by events in its stream, so
-that nothing waits while measuring and "data wait" is time in which the GPU had nothing to do; on a CPU by the clock.
+--warm-up steps each, and before real views as many more as batches lie ready. The phases of a step are the time from
+one mark to the next: on a GPU by events in its stream, so that nothing waits while measuring and "data wait" is time in
+which the GPU had nothing to do; on a CPU by the clock.
 
     data wait   until the views are there
     forward     encoder and projector; with several micro-batches both passes, and bringing their views back
@@ -186,13 +187,15 @@ def main(given: argparse.Namespace) -> None:
     clock = Clock(process.device)
     timed = TimedEngine(engine, clock)
     inputs: dict[str, Iterator[Tensor]] = {"synthetic": random_views(config, process)}
-    loader = None
+    loader, ready = None, 0
     if not given.synthetic_only:
         split = open_split(config.simclr.data, "train", config.shard_cache())
         loader = Job(config, split, build_order(config, split.shards), process, Path(config.simclr.run)).views()
         inputs["real"] = (batch.views for batch in loader)
         passes = config.passes(process.world)
-        steps = given.rounds * (given.warm_up + given.steps)
+        # Batches that lie ready, in the graph and in hand, were made while something else was measured.
+        ready = -(-(config.simclr.graph.on(process.device.type)["prefetch"] + 3) // passes)
+        steps = given.rounds * (given.warm_up + ready + given.steps)
         if steps * passes > len(loader):
             raise UserError(
                 f"{steps} steps are asked for, but the run has {len(loader) // passes}; lower --steps or --rounds, or "
@@ -200,12 +203,14 @@ def main(given: argparse.Namespace) -> None:
             )
     engine.train()
     run(timed, clock, config, process, inputs["synthetic"], 1)
+    if engine.compiled_by and engine.compiled_by.failed:
+        raise UserError("the network could not be compiled, as the warning above says, so there is nothing to measure")
     first_step = time.monotonic() - STARTED
     rounds: dict[str, list[list[dict[str, float]]]] = {name: [] for name in inputs}
     for _ in range(given.rounds):
         for name, views in inputs.items():
-            steps = run(timed, clock, config, process, views, given.warm_up + given.steps)
-            rounds[name].append(steps[given.warm_up :])
+            before = given.warm_up + (ready if name == "real" else 0)
+            rounds[name].append(run(timed, clock, config, process, views, before + given.steps)[before:])
     if loader is not None:
         loader.close()
     if process.rank == 0:
@@ -255,7 +260,8 @@ def report(
         f"global batch {config.train_batch_size} = {process.world} x {passes} x {micro_batch}, {given.rounds} rounds "
         f"of {given.steps} steps"
     )
-    result: dict[str, Any] = {"config": given.config, "set": given.set, "processes": process.world, **on}
+    about = {name: getattr(given, name) for name in ("config", "set", "rounds", "steps", "warm_up")}
+    result: dict[str, Any] = {**about, "processes": process.world, **on}
     whole: dict[str, list[float]] = {}
     for name, found in rounds.items():
         whole[name] = [statistics.mean(sum(step.values()) for step in steps) for steps in found]
@@ -325,6 +331,8 @@ def compare(given: argparse.Namespace, words: list[str]) -> None:
             f"{result['peak memory, MB']:9,.0f} MB  first step after {result['first step, s']:.0f} s  "
             f"({' '.join(ROWS[row])})"
         )
+    if len(measured) < len(found):
+        sys.exit(1)
 
 
 def without_rows(words: list[str]) -> list[str]:

@@ -7,16 +7,20 @@
 FOLDER is an image folder with a train split; it is packed for our rows, with a short side of at most 9/8 of the views
 where that is smaller, and all get the stored pictures. Contenders:
 
-    ours            train/pretrain.py's engine (DeepSpeed, LARS, NT-Xent in tiles), compiled on a GPU, decoded pictures
-                    kept where they fit
-    ours, plain     the same, not compiled and with nothing kept
-    lightly         lightly's documented SimCLR: its SimCLRTransform in a DataLoader, its NTXentLoss, SGD
-    solo-learn      solo-learn's manner: its DALI pipeline (scripts/bench/rivals.py), a loss over the full matrix, SGD
-    plain           torchvision's transforms in a DataLoader, a loss over the full matrix, SGD
+    ours                 train/pretrain.py's engine (DeepSpeed, LARS, NT-Xent in tiles) as it comes: compiled on a GPU,
+                         decoded pictures kept where they fit
+    ours, nothing kept   the same for sets that do not fit; only on a GPU, since on a CPU it is the next one
+    ours, plain          the same, not compiled either
+    lightly              lightly's documented SimCLR: its SimCLRTransform in a DataLoader, its NTXentLoss, SGD
+    solo-learn           solo-learn's manner: its DALI pipeline (scripts/bench/rivals.py), a loss over the full matrix,
+                         SGD; no rival's documentation compiles its network, so none is compiled
+    solo-learn, compiled the same with its network compiled, only on a GPU
+    plain                torchvision's transforms in a DataLoader, a loss over the full matrix, SGD
 
 All train the same network (--encoder with a projector of 512 and 128) with bfloat16 autocast on a GPU and float32 on a
 CPU, channels_last. Each round runs every contender as a process of its own, one after the other; all have started and
-imported torch before the first one begins. After a warm-up each trains for --seconds or a little more, in whole waves
+imported torch before the first one begins. Each makes a step on random views before its input begins, so that no batch
+lies ready because the first step took long. After a warm-up each trains for --seconds or a little more, in whole waves
 of a DataLoader's workers. Figures are medians over the rounds with the extremes; ratios ours/rival are within a round.
 """
 
@@ -38,7 +42,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:1] = [str(ROOT), str(ROOT / ".package")]
 
 from simclr_dali.shards.command_line import file_to_write, positive_int, positive_number
-from simclr_dali.shards.errors import run_main
+from simclr_dali.shards.errors import UserError, run_main
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -69,7 +73,7 @@ from torch import Tensor, nn
 
 from scripts.bench import loss as losses
 from scripts.bench import rivals
-from scripts.bench.figures import against_ours, machine, print_against_ours
+from scripts.bench.figures import Table, machine
 from scripts.bench.in_turn import Waiting, in_turn
 from scripts.bench.loader import pictures
 from simclr_dali.model.ntxent import NTXent
@@ -78,7 +82,7 @@ from simclr_dali.pipeline.files import Split
 from simclr_dali.pipeline.loader import central_views
 from simclr_dali.train.config import LR_RULES, Config
 from simclr_dali.train.engine import build_engine, start
-from simclr_dali.train.job import Job, build_order, keep_decoded
+from simclr_dali.train.job import Job, build_order, keep_decoded, view_dtype
 from simclr_dali.train.micro_batches import MicroBatches
 from simclr_dali.train.step import train_step
 
@@ -119,23 +123,35 @@ def ours(given: argparse.Namespace, **settings: Any) -> Step:
     micro_batches = MicroBatches(process.device, 1)
     engine.train()
 
-    def step() -> int:
+    def step(views: Iterator[Tensor] = views) -> int:
         micro_batches.begin(views)
         train_step(engine, micro_batches, loss)
         return int(given.batch)
 
+    step(iter([random_views(given, process.device, view_dtype(config, process.device))]))
+    if engine.compiled_by and engine.compiled_by.failed:
+        raise UserError("the network could not be compiled, as the warning above says")
+
     return step
 
 
-def rival(given: argparse.Namespace, views: Iterator[Tensor], loss: losses.Loss) -> Step:
-    """The loop of a tutorial, with the precision and the memory format that ours has."""
+def random_views(given: argparse.Namespace, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    size = given.image_size
+    return torch.randn(2 * given.batch, size, size, 3, device=device, dtype=dtype).permute(0, 3, 1, 2)
+
+
+def rival(given: argparse.Namespace, views: Iterator[Tensor], loss: losses.Loss, *, compiled: bool = False) -> Step:
+    """The loop of a tutorial, with the precision and the memory format that ours has. ``views`` begin when the first
+    is asked for."""
     device = torch.device("cuda", 0) if given.device == "gpu" else torch.device("cpu")
     network: nn.Module = build_model(config_of(given).architecture(), 0)
     network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.SGD(network.parameters(), lr=0.06, momentum=0.9, weight_decay=5e-4)
     network.train()
+    if compiled:
+        network.compile(dynamic=False)
 
-    def step() -> int:
+    def step(views: Iterator[Tensor] = views) -> int:
         images = next(views).to(memory_format=torch.channels_last)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             z = network(images)
@@ -145,27 +161,38 @@ def rival(given: argparse.Namespace, views: Iterator[Tensor], loss: losses.Loss)
         optimizer.step()
         return len(images) // 2
 
+    step(iter([random_views(given, device)]))
     return step
 
 
 CONTENDERS: dict[str, Callable[[argparse.Namespace, rivals.Given], Step]] = {
     "ours": lambda given, _: ours(given),
+    "ours, nothing kept": lambda given, _: ours(given, keep_decoded="no"),
     "ours, plain": lambda given, _: ours(given, compile="no", keep_decoded="no"),
     "lightly": lambda given, asked: rival(given, rivals.lightly(asked), losses.lightly()),
     "solo-learn": lambda given, asked: rival(given, rivals.solo_learn(asked), losses.full_matrix()),
+    "solo-learn, compiled": lambda given, asked: rival(
+        given, rivals.solo_learn(asked), losses.full_matrix(), compiled=True
+    ),
     "plain": lambda given, asked: rival(given, rivals.torchvision_v1(asked), losses.full_matrix()),
 }
+ON_A_GPU = ("ours, nothing kept", "solo-learn, compiled")
 
 
 def main(given: argparse.Namespace) -> None:
     if given.contender:
         print(json.dumps(images_per_s(given)))
         return
-    rows = [row for row in CONTENDERS if not given.only or row == "ours" or row in given.only]
+    if given.device == "gpu" and not torch.cuda.is_available():
+        raise UserError("--device is gpu, and torch sees no GPU here; give --device cpu")
+    rows = [row for row in CONTENDERS if given.device == "gpu" or row not in ON_A_GPU]
+    if unknown := [row for row in given.only or [] if row not in rows]:
+        raise UserError(f"--only {unknown[0]} is none of the rows: {'; '.join(rows)}")
+    rows = [row for row in rows if not given.only or row == "ours" or row in given.only]
     if not importlib.util.find_spec("lightly") and "lightly" in rows:
         rows.remove("lightly")
         print("lightly is not installed, so its row is left out: pip install -e '.[bench]'", file=sys.stderr)
-    measured: dict[str, list[float]] = {row: [] for row in rows}
+    table = Table(rows)
     on = machine(given.device, PACKAGES)
     with tempfile.TemporaryDirectory(dir=given.scratch) as scratch:
         images, shards = pictures(given.images, 9 * given.image_size // 8, Path(scratch))
@@ -173,14 +200,18 @@ def main(given: argparse.Namespace) -> None:
             f"{on['machine']}, {on['cores']} cores, {given.encoder} of width {given.width:g} at {given.image_size} px, "
             f"batch {given.batch}, {given.rounds} rounds of {given.seconds:g} s"
         )
+        about = {name: getattr(given, name) for name in (*SETTINGS, "rounds")}
+        about |= {
+            "stored": 9 * given.image_size // 8,
+            "images": len(Split.local(shards, "train").shards),
+            "precision": "bfloat16 autocast" if given.device == "gpu" else "float32",
+        }
         for _ in range(given.rounds):
-            for row, rate in in_turn({row: command(given, images, shards, row) for row in rows}):
-                measured[row].append(rate)
+            for row, found in in_turn({row: command(given, images, shards, row) for row in rows}):
+                table.add(row, found)
                 if given.json:  # after each, since the next may take long
-                    about = {name: getattr(given, name) for name in (*SETTINGS, "rounds")}
-                    result = {**against_ours(measured), **about, **on}
-                    given.json.write_text(json.dumps(result, indent=1) + "\n")
-    print_against_ours(measured)
+                    given.json.write_text(json.dumps({**table.result(), **about, **on}, indent=1) + "\n")
+    table.print()
 
 
 def command(given: argparse.Namespace, images: Path, shards: Path, row: str) -> list[Any]:
