@@ -95,6 +95,10 @@ class TwoViews(Iterator[Batch]):
         """Ids of the damaged samples that this process met and replaced so far."""
         return self._reader.damaged() if self._reader else []
 
+    def spent(self) -> dict[str, float]:
+        """Seconds that went into making batches since this was last asked, by stage (pipeline.stream.Pace)."""
+        return self._stream.spent() if self._stream else {}
+
     def close(self) -> None:
         """End threads, files and graph; iterating again goes on at the position."""
         if self._stream is not None:

@@ -5,8 +5,9 @@ Legend: n = images per batch of this process, V = views.
 
 import queue
 import threading
+import time
 import weakref
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -72,6 +73,28 @@ class ViewSource:
         return ViewSource(samples, reader, lambda plan, width, height: [center(width, height, seen)])
 
 
+class Pace:
+    """The seconds that making batches took, by stage; safe to use from many threads.
+
+    "reading" and "drawing" are of all threads that prepare batches ahead. "inputs" is what the graph's thread waited
+    for those, "decoding" what it spent in the graph, which crops, colors and blurs as well.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._seconds: Counter[str] = Counter()
+
+    def add(self, stage: str, seconds: float) -> None:
+        with self._lock:
+            self._seconds[stage] += seconds  # type: ignore[assignment]
+
+    def spent(self) -> dict[str, float]:
+        """Seconds by stage since this was last asked."""
+        with self._lock:
+            seconds, self._seconds = self._seconds, Counter()
+        return {stage: float(seconds[stage]) for stage in ("reading", "drawing", "inputs", "decoding")}
+
+
 class Stream(Iterator[tuple[PlannedBatch, Batch]]):
     """The planned batches, each with its plan, made in threads of their own from the moment it is created.
 
@@ -90,6 +113,10 @@ class Stream(Iterator[tuple[PlannedBatch, Batch]]):
     def __next__(self) -> tuple[PlannedBatch, Batch]:
         return self._making.take()
 
+    def spent(self) -> dict[str, float]:
+        """See :class:`Pace`."""
+        return self._making.pace.spent()
+
     def close(self) -> None:
         """End threads, files and graph."""
         self._finalizer()
@@ -106,6 +133,7 @@ class _Making:
         self._engine = EngineChoice(len(source.samples), config.engine_share) if config.engine_share else None
         self._outputs: Any = _GPUOutputs(config) if config.device_id is not None else _CPUOutputs(config)
         self._ready: queue.Queue[tuple[PlannedBatch, Batch, Any] | BaseException] = queue.Queue(_READY)
+        self.pace = Pace()
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._make, name="graph", daemon=True)
         self._thread.start()
@@ -145,8 +173,13 @@ class _Making:
         in_flight: deque[tuple[PlannedBatch, Found, list[Any]]] = deque()  # batches inside the graph
         prepared = map_ahead(self._announced(), self._prepare, config.threads, config.read_ahead)
 
+        waited = 0.0  # for inputs, of the run that is being made
+
         def next_inputs() -> list[Any]:
+            nonlocal waited
+            asked = time.perf_counter()
             in_flight.append(next(prepared))
+            waited += time.perf_counter() - asked
             return in_flight[-1][2]
 
         pipeline = graph.build(
@@ -159,10 +192,13 @@ class _Making:
         )
         try:
             while not self._stopped.is_set():
+                began, waited = time.perf_counter(), 0.0
                 try:
                     made = outputs.run(pipeline)
                 except StopIteration:
                     return
+                self.pace.add("inputs", waited)
+                self.pace.add("decoding", time.perf_counter() - began - waited)
                 # The graph reads the inputs where they lie. On a GPU it may do so until the copies of its outputs are
                 # done, for which the next run waits; only then are those of this batch let go.
                 plan, (_, shown, is_kept), _held = in_flight.popleft()
@@ -188,7 +224,10 @@ class _Making:
 
     def _prepare(self, plan: PlannedBatch) -> tuple[PlannedBatch, Found, list[Any]]:
         source = self._source
+        began = time.perf_counter()
         found = source.reader.read(plan.ids)
+        read = time.perf_counter()
+        self.pace.add("reading", read - began)
         rows = source.samples[found.ids]
         # Keyed by the planned ids: a sample that also stands in for a damaged one is drawn twice, differently.
         drawn = source.draw(plan, rows["width"].astype(np.int64), rows["height"].astype(np.int64))
@@ -199,11 +238,9 @@ class _Making:
             kept = self._kept.batch(found.ids, found.is_kept), found.is_kept
         if self._engine:
             on_engine = self._engine.of(found.ids, encoded)
-        return (
-            plan,
-            found,
-            graph.graph_inputs(encoded, drawn, source.steps, self._config, on_engine=on_engine, kept=kept),
-        )
+        inputs = graph.graph_inputs(encoded, drawn, source.steps, self._config, on_engine=on_engine, kept=kept)
+        self.pace.add("drawing", time.perf_counter() - read)
+        return plan, found, inputs
 
 
 def _with_nothing(encoded: list[Encoded], is_kept: npt.NDArray[np.bool_]) -> Any:

@@ -1,13 +1,15 @@
 """What a run is made of."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from simclr_dali.model.process import Process, from_all_ranks
+from simclr_dali.model.process import Process, from_all_ranks, on_rank_0
 from simclr_dali.pipeline.batch_plan import BatchPlan
 from simclr_dali.pipeline.files import Split
 from simclr_dali.pipeline.graph import LoaderConfig
@@ -16,6 +18,7 @@ from simclr_dali.pipeline.kept_pictures import KeptPictures
 from simclr_dali.pipeline.loader import TwoViews
 from simclr_dali.pipeline.order import Order
 from simclr_dali.pipeline.replay import Replay, write
+from simclr_dali.pipeline.views import sheet
 from simclr_dali.shards.durable import refusals_named
 from simclr_dali.shards.errors import UserError
 from simclr_dali.shards.manifest import ShardSet
@@ -24,6 +27,9 @@ from simclr_dali.train.config import Config
 from simclr_dali.train.footprint import bytes_of_step
 from simclr_dali.train.metrics import batch_file
 from simclr_dali.train.resume import data_address
+from simclr_dali.train.trackers import Pixels, Trackers, chosen
+
+_VIEWS_SHOWN = 8  # images
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,8 @@ class Job:
     run: Path
     kept: KeptPictures | None = None
     """Where decoded pictures are (keep_decoded)."""
+    trackers: Trackers = field(default_factory=Trackers)
+    """Who is told of the run on this rank, beside its own files."""
     begun_with: dict[str, Any] | None = None
     """Whose weights it began with (train.initial_weights); None: random ones."""
 
@@ -79,11 +87,19 @@ class Job:
 
     def keep_batch(self, step: int, reason: str) -> list[int]:
         """Write what this rank saw at ``step`` into the run folder (batch_file), and return the ids of its samples."""
+        replay = self.replay(step, reason)
+        with refusals_named(self.run):
+            self.run.mkdir(parents=True, exist_ok=True)  # another machine's, where the folder is not shared
+        write(batch_file(self.run, step, self.process.rank), replay, self.split.shards)
+        return [int(sample) for sample in replay.ids]
+
+    def replay(self, step: int, reason: str) -> Replay:
+        """What this rank sees at ``step``, to be looked at."""
         epoch, step_of_epoch = divmod(step, self.order.steps_per_epoch)
-        simclr, process, shards = self.config.simclr, self.process, self.split.shards
-        replay = Replay(
+        simclr, process = self.config.simclr, self.process
+        return Replay(
             data=data_address(self.config),
-            manifest=shards.fingerprint,
+            manifest=self.split.shards.fingerprint,
             about={"step": step, "rank": process.rank, "processes": process.world, "reason": reason},
             seed=simclr.seed,
             epoch=epoch,
@@ -92,10 +108,6 @@ class Job:
             recipes=simclr.views.recipes(),
             ids=self.order.batch(epoch, step_of_epoch, process.rank, process.world),
         )
-        with refusals_named(self.run):
-            self.run.mkdir(parents=True, exist_ok=True)  # another machine's, where the folder is not shared
-        write(batch_file(self.run, step, process.rank), replay, shards)
-        return [int(sample) for sample in replay.ids]
 
 
 def keep_decoded(config: Config, shards: ShardSet, process: Process, epochs: float) -> tuple[KeptPictures | None, str]:
@@ -121,6 +133,27 @@ def keep_decoded(config: Config, shards: ShardSet, process: Process, epochs: flo
         beside=step,
         processes=Processes(process.rank, from_all_ranks),
     )
+
+
+def begin_tracking(job: Job, first_step: int) -> Trackers:
+    """The trackers of a run that begins or goes on at ``first_step``, which work on rank 0 only. All ranks call it.
+
+    A run that begins shows them its first views. Raises UserError where one that is named is not installed.
+    """
+    names = on_rank_0(job.process, lambda: chosen(job.config.simclr.track))
+    if job.process.rank:
+        return Trackers()
+    trackers = Trackers(names, job.run, job.config.model_dump(mode="json"), first_step)
+
+    @cache  # several trackers show the same
+    def first_views() -> Pixels:
+        first = job.replay(0, "the first views")
+        picture, _ = sheet(job.split, replace(first, ids=first.ids[:_VIEWS_SHOWN]))
+        return np.asarray(picture)
+
+    if first_step == 0:
+        trackers.picture("views", first_views)
+    return trackers
 
 
 def build_order(config: Config, shards: ShardSet) -> Order:

@@ -105,6 +105,7 @@ class KnnMonitor:
         }
         if job.process.rank == 0:
             _append(job.run / "knn.jsonl", line)
+            job.trackers.knn(line)
             print_now(
                 f"kNN after epoch {line['epoch'] + 1}: {line['top1']:.2f} % of {line['queries']:,} images of train "
                 f"(k {k}, against {line['bank']:,} others)",

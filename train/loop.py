@@ -39,7 +39,7 @@ def train(
     warmup_steps = round(simclr.warmup_epochs * steps_per_epoch)
     views = MicroBatches(process.device, config.passes(process.world))
     loss: Loss = NTXent(simclr.temperature)
-    reporter = reporter_of(job, loss, first_step)
+    reporter = reporter_of(job, loss, first_step, batches)
     vote = StopVote(process)
     knn = KnnMonitor(job, watchdog)
     engine.train()
@@ -95,7 +95,7 @@ def report_end(job: Job, first_step: int, done: int, seconds: float) -> None:
         write_finished(job)
 
 
-def reporter_of(job: Job, loss: Loss, first_step: int) -> Reporter:
+def reporter_of(job: Job, loss: Loss, first_step: int, batches: TwoViews) -> Reporter:
     """What writes the metrics of a run from ``first_step`` on."""
     return Reporter(
         job.run,
@@ -106,6 +106,8 @@ def reporter_of(job: Job, loss: Loss, first_step: int) -> Reporter:
         first_step=first_step,
         keep_batch=job.keep_batch,
         derived=getattr(loss, "derived", dict),
+        spent=batches.spent,
+        listeners=[job.trackers.progress],
     )
 
 

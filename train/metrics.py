@@ -5,7 +5,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,10 @@ from torch import Tensor
 from simclr_dali.model.process import Process, print_now
 from simclr_dali.shards.durable import refusals_named, write_durably
 from simclr_dali.shards.errors import UserError
-from simclr_dali.train.collapse import CollapseWatch
+from simclr_dali.train.progress import Progress
 from simclr_dali.train.step import StepResult
+
+Listener = Callable[[Sequence[Mapping[str, float]], Mapping[str, float]], None]
 
 
 class Reporter:
@@ -26,8 +28,9 @@ class Reporter:
 
     metrics.jsonl has one line per step: step, epoch, lr, loss, what the loss reports by name (of NT-Xent: model.ntxent,
     Contrast and NTXent.derived), and gradient_norm, of all parameters together, after averaging. speed.jsonl has one
-    per drain: step, images_per_s (images, each of which gives two views) and wait_share (share of the host's time spent
-    waiting for input, which on a GPU leaves out what the device itself waits).
+    per drain: step, images_per_s (images, each of which gives two views), wait_share (share of the host's time spent
+    waiting for input, which on a GPU leaves out what the device itself waits) and, on a GPU, gpu_memory_gb (the most
+    that torch has held of rank 0's so far, in 1e9 bytes).
     """
 
     def __init__(
@@ -41,18 +44,23 @@ class Reporter:
         first_step: int,
         keep_batch: Callable[[int, str], list[int]],
         derived: Callable[[dict[str, float]], dict[str, float]] = dict,
+        spent: Callable[[], dict[str, float]] = dict,
+        listeners: Sequence[Listener] = (),
     ) -> None:
         """``keep_batch(step, reason)`` writes this rank's samples into the run folder and returns their ids.
 
-        ``derived`` turns the means over ranks of what the loss reports into what is written.
+        ``derived`` turns the means over ranks of what the loss reports into what is written. ``spent`` gives the
+        seconds that went into making batches since it was last asked, by stage. ``listeners`` hear, on rank 0, of the
+        lines that were written: those of metrics.jsonl, and that of speed.jsonl.
         """
         self._run, self._process, self._keep_batch, self._derived = run, process, keep_batch, derived
-        self._batch, self._steps_per_epoch, self._total_steps = batch, steps_per_epoch, total_steps
+        self._batch, self._steps_per_epoch = batch, steps_per_epoch
+        self._progress = Progress(batch=batch, steps_per_epoch=steps_per_epoch, total_steps=total_steps)
+        self._spent, self._listeners = spent, listeners
         self._names: list[str] = []
         self._pending: list[tuple[int, float, Tensor]] = []
         self._waited = 0.0
         self._since = time.perf_counter()
-        self._collapse = CollapseWatch()
         if process.rank == 0:
             for name in ("metrics.jsonl", "speed.jsonl", "knn.jsonl"):
                 _drop_lines_from(run / name, first_step)
@@ -90,7 +98,7 @@ class Reporter:
         sound = next((n for n, row in enumerate(rows) if not _is_finite(row)), len(rows))
         if self._process.rank == 0 and sound:
             with refusals_named(self._run / "metrics.jsonl"):
-                self._write(rows[:sound], len(rows) * self._batch / seconds, self._waited / seconds, durably)
+                self._write(rows[:sound], self._speed(seconds), durably)
         if sound < len(rows):
             self._refuse_numbers(self._pending[sound][0], self._named(own[sound].tolist()), last_checkpoint)
         self._pending.clear()
@@ -131,31 +139,29 @@ class Reporter:
             f"the learning rate and give another --run, or mend the data"
         )
 
-    def _write(self, rows: Sequence[dict[str, float]], images_per_s: float, wait_share: float, durably: bool) -> None:
+    def _speed(self, seconds: float) -> dict[str, float]:
+        """The line of speed.jsonl for the steps that are pending and took ``seconds``."""
+        found = {
+            "step": self._pending[-1][0],
+            "images_per_s": round(len(self._pending) * self._batch / seconds, 2),
+            "wait_share": round(self._waited / seconds, 4),
+        }
+        if self._process.device.type == "cuda":
+            found["gpu_memory_gb"] = round(torch.cuda.max_memory_reserved(self._process.device) / 1e9, 3)
+        return found
+
+    def _write(self, rows: Sequence[dict[str, float]], speed: dict[str, float], durably: bool) -> None:
+        lines = [self._line(step, lr, row) for (step, lr, _), row in zip(self._pending, rows, strict=False)]
         with (self._run / "metrics.jsonl").open("a") as metrics:
-            for (step, lr, _), row in zip(self._pending, rows, strict=False):
-                metrics.write(json.dumps(self._line(step, lr, row)) + "\n")
+            metrics.writelines(json.dumps(line) + "\n" for line in lines)
             metrics.flush()
             if durably:
                 os.fsync(metrics.fileno())
-        if self._pending[0][0] == 0:
-            # What no information gives; embeddings that point anywhere begin a little above it.
-            others = 2 * self._batch - 1
-            print_now(f"the first loss is {rows[0]['loss']:.3f}; chance is ln({others}) = {math.log(others):.3f}")
-        step, lr, _ = self._pending[-1]
-        with (self._run / "speed.jsonl").open("a") as speed:
-            line = {"step": step, "images_per_s": round(images_per_s, 2), "wait_share": round(wait_share, 4)}
-            speed.write(json.dumps(line) + "\n")
-        if warning := self._collapse.warning(rows):
-            print_now(warning, file=sys.stderr)
-        left = (self._total_steps - step - 1) * self._batch / images_per_s
-        text = (
-            f"epoch {step // self._steps_per_epoch + 1}/{self._total_steps // self._steps_per_epoch}  step "
-            f"{step + 1}/{self._total_steps}  "
-            f"loss {rows[-1]['loss']:.4f}  lr {lr:.3g}  {images_per_s:,.0f} images/s  waiting for input "
-            f"{wait_share:.1%}  ETA {_duration(left)}"
-        )
-        print_now(f"\r\033[K{text}" if sys.stdout.isatty() else text, end="" if sys.stdout.isatty() else "\n")
+        with (self._run / "speed.jsonl").open("a") as file:
+            file.write(json.dumps(speed) + "\n")
+        self._progress.show(lines, speed, self._spent())
+        for listener in self._listeners:
+            listener(lines, speed)
 
     def _line(self, step: int, lr: float, row: dict[str, float]) -> dict[str, float]:
         metrics = dict(row)
@@ -218,9 +224,3 @@ def _some(numbers: Sequence[int], most: int = 8) -> str:
 def batch_file(run: Path, step: int, rank: int) -> Path:
     """Where a rank keeps a batch that was bad."""
     return run / f"bad-step-{step:08d}-rank-{rank}.json"
-
-
-def _duration(seconds: float) -> str:
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02d}:{second:02d}"

@@ -3,6 +3,7 @@
     deepspeed train/pretrain.py --config ds_lars.json                          # ImageNet, the paper's settings
     deepspeed --num_gpus 2 train/pretrain.py --config my.json --data /data/my-shards --run runs/my
     deepspeed train/pretrain.py --config ds_lars.json --set simclr.epochs=100
+    deepspeed train/pretrain.py --config ds_lars.json --plan                   # what it will take, in under a minute
 
 The config is a file or the name of a preset in train/configs; the data folder is one made by scripts/make_shards.sh, or
 its address (s3://, gs://, http://).
@@ -14,7 +15,6 @@ then the number of processes.
 
 import argparse
 import json
-import math
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
@@ -53,7 +53,21 @@ def parse_arguments() -> argparse.Namespace:
         metavar="SECONDS",
         help="end the run, naming who holds it up, where a step takes longer (default: 1800)",
     )
-    return parser.parse_args()
+    parser.add_argument(
+        "--plan",
+        action="store_true",
+        help="check everything, time a few steps, and say what the run will take and need; nothing is written",
+    )
+    parser.add_argument(
+        "--gpus",
+        type=positive_int,
+        metavar="N",
+        help="with --plan: estimate the run on N GPUs, which need not be here",
+    )
+    given = parser.parse_args()
+    if given.gpus and not given.plan:
+        parser.error("--gpus is for --plan; the launcher says on how many GPUs a run is started")
+    return given
 
 
 if __name__ == "__main__":
@@ -61,30 +75,26 @@ if __name__ == "__main__":
 
 import torch.distributed as dist
 
-from simclr_dali.model.batchnorm import NOISY_BATCHNORM_IMAGES
 from simclr_dali.model.process import Process, leave, on_rank_0, print_rank_0
 from simclr_dali.model.simclr import build_model
 from simclr_dali.pipeline.remote import open_split
 from simclr_dali.shards.durable import write_durably
 from simclr_dali.shards.manifest import ShardSet
 from simclr_dali.shards.verify import verify_split
-from simclr_dali.shards.wording import counted, of_classes
-from simclr_dali.train.compilation import resolved
-from simclr_dali.train.config import LR_FORMULAS, Config
+from simclr_dali.train.announce import announce
+from simclr_dali.train.config import Config
 from simclr_dali.train.config_file import load_config
 from simclr_dali.train.determinism import compute_deterministically
 from simclr_dali.train.engine import build_engine, start
 from simclr_dali.train.initial_weights import take_weights
-from simclr_dali.train.job import Job, build_order, keep_decoded
+from simclr_dali.train.job import Job, begin_tracking, build_order, keep_decoded
 from simclr_dali.train.knn_monitor import KnnMonitor
 from simclr_dali.train.lock import lock_run
 from simclr_dali.train.loop import train, write_finished
+from simclr_dali.train.plan import make_plan
 from simclr_dali.train.resume import PER_MACHINE, computed_by, settings, state_to_go_on_with, tell_other_rounding
 from simclr_dali.train.stopping import StopRequest
 from simclr_dali.train.watchdog import Watchdog
-
-# One H200 whose JPEG engine was off decoded a fifth more slowly with 8 cores than with 16.
-CORES_OF_A_GPU = 16
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -99,20 +109,29 @@ def main(arguments: argparse.Namespace) -> None:
     process = start(timedelta(seconds=arguments.hang_timeout) + timedelta(minutes=10))
     watchdog = Watchdog(process, arguments.hang_timeout)
     refuse_differences(config, shards, process)
-    run = Path(config.simclr.run)
     refuse_damage(shards, process)
     config.micro_batch(process.world)  # refuses a number of processes that cannot share the batch
+    job = Job(config, split, order, process, Path(config.simclr.run))
+    if arguments.plan:
+        make_plan(job, watchdog, arguments.gpus)
+    else:
+        carry_out(job, arguments.stop_after_steps, stop, watchdog)
+    watchdog.stop()
+    leave(process)
 
+
+def carry_out(job: Job, stop_after_steps: int | None, stop: StopRequest, watchdog: Watchdog) -> None:
+    """Begin the run, or go on with it, to its end or for so many steps."""
+    config, process, shards = job.config, job.process, job.split.shards
     with ExitStack() as locked:
-        locked.enter_context(run_locked(run, process))
-        job = Job(config, split, order, process, run)
-        state = state_to_go_on_with(run, config, shards, process)
+        locked.enter_context(run_locked(job.run, process))
+        state = state_to_go_on_with(job.run, config, shards, process)
         step = state["step"] if state else 0
         about_kept = ""
         if step < job.total_steps:
-            epochs_left = (job.total_steps - step) / order.steps_per_epoch
+            epochs_left = (job.total_steps - step) / job.order.steps_per_epoch
             kept, about_kept = keep_decoded(config, shards, process, epochs_left)
-            job = replace(job, kept=kept)
+            job = replace(job, kept=kept, trackers=locked.enter_context(begin_tracking(job, step)))
         batches = locked.enter_context(closing(job.views(step)))
         if step < job.total_steps:
             batches.start()  # read, decoded and drawn while the network is built
@@ -135,7 +154,7 @@ def main(arguments: argparse.Namespace) -> None:
                 finished.unlink(missing_ok=True)  # of a run whose last checkpoint was damaged
                 write_durably(job.run / "config.json", (json.dumps(config.model_dump(mode="json"), indent=2)).encode())
                 announce(job, step, about_kept)
-            last_step = min(job.total_steps, step + (arguments.stop_after_steps or job.total_steps))
+            last_step = min(job.total_steps, step + (stop_after_steps or job.total_steps))
             train(job, engine, optimizer, batches, stop, watchdog, step, last_step)
         else:
             KnnMonitor(job, watchdog).run_missed_check(engine.module, step)
@@ -144,8 +163,6 @@ def main(arguments: argparse.Namespace) -> None:
             print_rank_0(process, f"{job.run} is finished ({step} steps); nothing to do")
         watchdog.at("the end, waiting for the other ranks")
         dist.barrier()
-    watchdog.stop()
-    leave(process)
 
 
 @contextmanager
@@ -184,72 +201,6 @@ def refuse_damage(shards: ShardSet, process: Process) -> None:
     found = on_rank_0(process, lambda: next(iter(verify_split(shards, full=False)), None))
     if found:
         raise UserError(f"{found}; look with: simclr-dali verify --full {shards.folder.parent}")
-
-
-def announce(job: Job, step: int, about_kept: str) -> None:
-    """What this run is, in a few lines. about_kept: where decoded pictures are."""
-    config, shards, process = job.config, job.split.shards, job.process
-    batch, micro_batch, passes = (
-        config.train_batch_size,
-        config.micro_batch(process.world),
-        config.passes(process.world),
-    )
-    architecture = config.architecture()
-    print_rank_0(
-        process,
-        f"{counted(len(shards), 'image')} {of_classes(len(shards.classes))} in {shards.source or shards.folder}, "
-        f"run folder {config.simclr.run}",
-    )
-    print_rank_0(
-        process,
-        f"{architecture.encoder.label()}, projector {'-'.join(map(str, architecture.projector))}, "
-        f"{config.simclr.image_size} px, {process.world} x {process.device.type}, compiled: "
-        f"{resolved(config.simclr.compile, process.device)}{', deterministic' if config.simclr.deterministic else ''}",
-    )
-    params, rule = config.optimizer.params, config.simclr.lr_rule
-    print_rank_0(
-        process,
-        f"{config.optimizer.type}, peak lr {params.lr:g} ({LR_FORMULAS.get(rule, 'no rule')}), weight decay "
-        f"{params.weight_decay:g}, warm-up {config.simclr.warmup_epochs:g} epochs",
-    )
-    print_rank_0(
-        process,
-        f"global batch {batch} ({process.world} x {passes} x {micro_batch}), {job.order.steps_per_epoch} steps per "
-        f"epoch, {config.simclr.epochs} epochs; each view meets {2 * batch - 2} negatives, a loss of "
-        f"ln({2 * batch - 1}) = {math.log(2 * batch - 1):.3f} is chance",
-    )
-    if passes > 1:
-        print_rank_0(
-            process, f"{passes} passes of {micro_batch} images: the loss sees the whole batch, BatchNorm only a pass"
-        )
-    together = micro_batch * process.world
-    if together < NOISY_BATCHNORM_IMAGES:
-        larger = "train_batch_size" if together == batch else "train_micro_batch_size_per_gpu"
-        print_rank_0(
-            process,
-            f"warning: BatchNorm sees {together} images at a time, whose statistics are noise; set {larger} to "
-            f"{NOISY_BATCHNORM_IMAGES} or more where memory and data allow",
-        )
-    print_rank_0(process, about_kept)
-    if process.device.type == "cuda":
-        announce_decoding(config, process)
-    if step:
-        print_rank_0(process, f"going on from step {step}")
-
-
-def announce_decoding(config: Config, process: Process) -> None:
-    """Who decodes on a machine with GPUs, and whether its cores are enough."""
-    share = config.simclr.engine_share
-    if share:
-        print_rank_0(process, f"{share:.0%} of the baseline JPEGs go to the GPU's JPEG engine, where it has one")
-    needed = math.ceil(CORES_OF_A_GPU * (1 - share))
-    if process.cores < needed:
-        print_rank_0(
-            process,
-            f"warning: a process has {counted(process.cores, 'core')} for its GPU; JPEGs of ImageNet's size may need "
-            f"{needed} beside the engine: where the share waiting for input is high, raise simclr.engine_share or pack "
-            "smaller images (--resize 256)",
-        )
 
 
 if __name__ == "__main__":

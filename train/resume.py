@@ -35,6 +35,7 @@ MAY_CHANGE_ON_RESUME = {
             "graph.region",
             "graph.prefetch",
             "keep_decoded",
+            "track",
             "log_every",
             "checkpoint_every",
             "keep_checkpoints",

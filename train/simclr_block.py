@@ -16,6 +16,7 @@ from simclr_dali.pipeline.loader import MAX_BAD_FRACTION
 
 # Cosines are divided by it: at 10 the best and the worst embeddings differ by 0.2 in the exponent.
 LARGEST_TEMPERATURE = 10.0
+TRACKERS = ("tensorboard", "wandb", "mlflow")
 
 Positive = Annotated[int, Field(ge=1, lt=2**31)]
 
@@ -187,6 +188,9 @@ class Simclr(Block):
     """How much that folder may hold, in gigabytes (1e9 bytes)."""
     loader_threads: int = Field(default=0, ge=0)
     """Threads of reading and of DALI, each, per process; 0: the cores shared out over the processes of the node."""
+    track: Literal["auto"] | list[Literal["tensorboard", "wandb", "mlflow"]] = "auto"
+    """Who is told of the run beside its own files (train/trackers.py), such as ["tensorboard", "wandb"]; auto:
+    TensorBoard where it is installed."""
     log_every: Positive = 10
     """Steps between two lines of progress; metrics.jsonl has every step."""
     checkpoint_every: Positive = 1000
