@@ -59,6 +59,7 @@ def main() -> None:
     probe = [sys.executable, ROOT / "eval/linear.py", "--ckpt", run]
     stage("Probing the encoder as it was before training", [*probe, "--untrained"])
     stage("Probing the trained encoder", probe)
+    stage("Writing the report", [sys.executable, ROOT / "eval" / "report.py", run])
 
     summary = report(run, pictures, packed, time.monotonic() - started)
     (FOLDER / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
@@ -107,6 +108,7 @@ def report(run: Path, pictures: Path, packed: Path, seconds: float) -> dict[str,
         "pictures": str(pictures),
         "shards": str(packed),
         "run": str(run),
+        "report": str(run / "report.html"),
     }
     low, high = trained["top1_interval_95"]
     rows = [
@@ -122,6 +124,7 @@ def report(run: Path, pictures: Path, packed: Path, seconds: float) -> dict[str,
         ("shards", f"{packed}/"),
         ("run, checkpoints", f"{run}/"),
         ("these figures", f"{FOLDER / 'summary.json'}"),
+        ("curves and more", f"{run / 'report.html'}"),
     ]
     print("\n" + "\n".join(f"  {name:18} {value}" for name, value in rows), flush=True)
     return summary

@@ -31,6 +31,7 @@ TINY: dict[str, Any] = {
         "lanes": 4,
         "encoder": {"name": "resnet18", "width": 0.125, "stem": "7x7", "projector": [32, 16]},
         "track": [],
+        "report": False,
         "log_every": 4,
         "checkpoint_every": 10,
         "keep_checkpoints": 2,

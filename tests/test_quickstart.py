@@ -48,6 +48,7 @@ def test_a_folder_becomes_a_table(pictures: Path, tmp_path: Path) -> None:
     run = tmp_path / summary["run"]
     assert json.loads((run / "linear.json").read_text())["top1"] == summary["trained"]
     assert json.loads((run / "linear-untrained.json").read_text())["top1"] == summary["untrained"]
+    assert "finished" in (run / "report.html").read_text() and done.stdout.rstrip().endswith("report.html")
     for label in ("chance", "untrained encoder", "trained encoder", "images/s", "summary.json"):
         assert label in done.stdout
 

@@ -1,9 +1,18 @@
 """The first lines of a run: what it is, and what to know before it."""
 
+import datetime
+import importlib.metadata
+import json
 import math
+import platform
+import socket
 
+import torch
+
+import simclr_dali
 from simclr_dali.model.batchnorm import NOISY_BATCHNORM_IMAGES
 from simclr_dali.model.process import Process, print_rank_0
+from simclr_dali.shards.durable import refusals_named
 from simclr_dali.shards.wording import counted, of_classes
 from simclr_dali.train.compilation import resolved
 from simclr_dali.train.config import LR_FORMULAS, Config
@@ -62,6 +71,26 @@ def announce(job: Job, step: int, about_kept: str) -> None:
         announce_decoding(config, process)
     if step:
         print_rank_0(process, f"going on from step {step}")
+
+
+def record_start(job: Job, step: int) -> None:
+    """Add to starts.jsonl from which step, when, on what and with which versions the run begins or goes on."""
+    device = job.process.device
+    line = {
+        "step": step,
+        "time": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "processes": job.process.world,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        "host": socket.gethostname(),
+        "versions": {
+            "simclr-dali": simclr_dali.__version__,
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in ("torch", "deepspeed", "nvidia-dali-cuda120")},
+        },
+    }
+    path = job.run / "starts.jsonl"
+    with refusals_named(path), path.open("a") as file:
+        file.write(json.dumps(line) + "\n")
 
 
 def announce_decoding(config: Config, process: Process) -> None:

@@ -1,12 +1,15 @@
 """The steps of a run, with what is reported, checked and kept on the way."""
 
 import json
+import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
 
+import simclr_dali
 from simclr_dali.model.ntxent import NTXent
 from simclr_dali.model.process import print_now, print_rank_0
 from simclr_dali.model.schedule import learning_rate
@@ -21,6 +24,8 @@ from simclr_dali.train.saver import Saver, all_finite, refuse_drift
 from simclr_dali.train.step import Loss, train_step
 from simclr_dali.train.stopping import StopRequest, StopVote
 from simclr_dali.train.watchdog import Watchdog
+
+_SECONDS_OF_A_REPORT = 120.0
 
 
 def train(
@@ -93,6 +98,21 @@ def report_end(job: Job, first_step: int, done: int, seconds: float) -> None:
     )
     if done == job.total_steps:
         write_finished(job)
+        if job.config.simclr.report:
+            write_report(job.run)
+
+
+def write_report(run: Path) -> None:
+    """Write report.html into the run folder by the command for it, whose failure costs the run nothing."""
+    script = Path(simclr_dali.__file__).parent / "eval" / "report.py"
+    try:
+        done = subprocess.run(
+            [sys.executable, script, run], capture_output=True, text=True, check=False, timeout=_SECONDS_OF_A_REPORT
+        )
+        said = done.stdout if done.returncode == 0 else f"warning: no report was written: {done.stderr[-300:]}"
+    except (OSError, subprocess.TimeoutExpired) as error:
+        said = f"warning: no report was written: {error}"
+    print_now(said.strip())
 
 
 def reporter_of(job: Job, loss: Loss, first_step: int, batches: TwoViews) -> Reporter:

@@ -81,7 +81,7 @@ from simclr_dali.pipeline.remote import open_split
 from simclr_dali.shards.durable import write_durably
 from simclr_dali.shards.manifest import ShardSet
 from simclr_dali.shards.verify import verify_split
-from simclr_dali.train.announce import announce
+from simclr_dali.train.announce import announce, record_start
 from simclr_dali.train.config import Config
 from simclr_dali.train.config_file import load_config
 from simclr_dali.train.determinism import compute_deterministically
@@ -153,6 +153,7 @@ def carry_out(job: Job, stop_after_steps: int | None, stop: StopRequest, watchdo
             if process.rank == 0:
                 finished.unlink(missing_ok=True)  # of a run whose last checkpoint was damaged
                 write_durably(job.run / "config.json", (json.dumps(config.model_dump(mode="json"), indent=2)).encode())
+                record_start(job, step)
                 announce(job, step, about_kept)
             last_step = min(job.total_steps, step + (stop_after_steps or job.total_steps))
             train(job, engine, optimizer, batches, stop, watchdog, step, last_step)

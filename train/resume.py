@@ -36,6 +36,7 @@ MAY_CHANGE_ON_RESUME = {
             "graph.prefetch",
             "keep_decoded",
             "track",
+            "report",
             "log_every",
             "checkpoint_every",
             "keep_checkpoints",

@@ -191,6 +191,8 @@ class Simclr(Block):
     track: Literal["auto"] | list[Literal["tensorboard", "wandb", "mlflow"]] = "auto"
     """Who is told of the run beside its own files (train/trackers.py), such as ["tensorboard", "wandb"]; auto:
     TensorBoard where it is installed."""
+    report: bool = True
+    """Whether report.html is written into the run folder when the run is finished (eval/report.py)."""
     log_every: Positive = 10
     """Steps between two lines of progress; metrics.jsonl has every step."""
     checkpoint_every: Positive = 1000

@@ -22,6 +22,7 @@ COMMANDS = {
     "predict": ("eval.predict", "classify pictures with a trained classifier"),
     "extract": ("eval.extract", "write the features of pictures"),
     "nearest": ("eval.nearest", "find the most similar pictures of a packed set"),
+    "report": ("eval.report", "write a page on a run, or on several: curves, probes, settings"),
     "export": ("eval.export", "write an encoder or classifier for other programs"),
 }
 _LAUNCHER = "deepspeed.launcher.runner"

@@ -1,0 +1,186 @@
+"""One page on a run, or on several laid over each other: curves, probes, settings, environment.
+
+    simclr-dali report runs/ds_lars                          # writes runs/ds_lars/report.html
+    simclr-dali report runs/a runs/b --out compared.html
+
+The page is one file that needs no network. It may be written while a run trains.
+"""
+
+import argparse
+import datetime
+import json
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    import sys
+
+    # This script's own folder must not shadow installed modules, and its checkout must win over an installed copy.
+    sys.path[0] = str(Path(__file__).resolve().parents[1] / ".package")
+
+from simclr_dali.shards.command_line import file_to_write, parser_of
+from simclr_dali.shards.errors import run_main
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = parser_of("Write a report of a run, or of several.", __doc__)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
+    parser.add_argument(
+        "--out", type=file_to_write, metavar="HTML", help="the page (default: report.html in the first RUN)"
+    )
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    ARGUMENTS = parse_arguments()  # --help and mistakes are answered before anything else is imported
+
+import jinja2
+from bokeh.embed import components
+from bokeh.resources import Resources
+from markupsafe import Markup
+
+import simclr_dali
+from simclr_dali.eval.report_plots import colors, plots
+from simclr_dali.eval.report_run import Run, read_runs
+from simclr_dali.shards.durable import write_durably
+
+_WORST = 3  # classes that are named
+
+
+def main(given: argparse.Namespace) -> None:
+    out = write_report(given.runs, given.out)
+    print(f"report: {out}")
+
+
+def write_report(runs: list[Path], out: Path | None = None) -> Path:
+    """Write the page of these run folders to ``out`` (report.html in the first one); returns where it is.
+
+    Raises UserError where one is no run folder, or the page cannot be written.
+    """
+    out = out or runs[0] / "report.html"
+    write_durably(out, page(read_runs(runs)).encode())
+    return out
+
+
+def page(runs: list[Run]) -> str:
+    """The page as HTML."""
+    drawn = list(plots(runs))
+    script, divs = components([plot.figure for plot in drawn])
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    return environment.get_template("report.html.j2").render(
+        title=f"Run {runs[0].name}" if len(runs) == 1 else f"{len(runs)} runs compared",
+        heads=[head(run, color) for run, color in zip(runs, colors(runs), strict=True)],
+        written=datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
+        version=simclr_dali.__version__,
+        marked=any(len(run.starts) > 1 for run in runs),
+        scripts=Markup(Resources(mode="inline", components=["bokeh"], log_level="error").render_js()),
+        plots=[
+            {"title": plot.title, "look_for": plot.look_for, "div": Markup(div)}
+            for plot, div in zip(drawn, divs, strict=True)
+        ],
+        plot_script=Markup(script),
+        probes=[row for run in runs for row in probe_rows(run)],
+        worst=[words for run in runs for words in worst_classes(run)],
+        first_run=runs[0].path,
+        differences=differences(runs),
+        settings=flat(runs[0].config),
+        starts=[row for run in runs for row in start_rows(run)],
+        trouble=[f"{run.name}: {words}" if len(runs) > 1 else words for run in runs for words in run.trouble],
+    )
+
+
+def head(run: Run, color: str) -> dict[str, str]:
+    """What a run is, and how far it has come."""
+    simclr, total = run.config["simclr"], run.finished.get("steps")
+    encoder = simclr["encoder"]
+    what = (
+        f"{encoder['name']}, {simclr['image_size']} px, batch {run.config['train_batch_size']:,}, {simclr['epochs']} "
+        f"epochs of {simclr['data']}"
+    )
+    if total:
+        seconds = datetime.timedelta(seconds=round(run.finished.get("seconds", 0)))
+        state = f"finished: {total:,} steps in {seconds}, {run.finished.get('images_per_s', 0):,.0f} images/s"
+    else:
+        state = f"not finished: {run.steps:,} steps are done"
+    loss = f"; the last loss is {run.metrics['loss'][-1]:.3f}" if "loss" in run.metrics else ""
+    return {"name": run.name, "color": color, "what": what, "state": state + loss}
+
+
+def probe_rows(run: Run) -> list[list[str]]:
+    """Run, protocol, top-1 with its interval, top-5, images, weights and file of each result."""
+    rows = []
+    for found in run.probes:
+        of_k = {key: value for key, value in found.items() if key[:1] == "k" and isinstance(value, dict)}
+        for label, result in of_k.items() or [("", found)]:
+            if "top1" not in result:
+                continue
+            low, high = result.get("top1_interval_95", (float("nan"),) * 2)
+            step = found.get("checkpoint_step")
+            weights = "untrained" if found.get("untrained") else f"step {step:,}" if isinstance(step, int) else "a file"
+            rows.append(
+                [
+                    run.name,
+                    found["protocol"] + (f", k {label[1:]}" if label else ""),
+                    f"{result['top1']:.2f} ({low:.1f} .. {high:.1f})",
+                    f"{result['top5']:.2f}" if "top5" in result else "",
+                    f"{found.get('val_images', 0):,}",
+                    weights,
+                    found["file"],
+                ]
+            )
+    return rows
+
+
+def worst_classes(run: Run) -> list[str]:
+    """The classes that each linear probe finds hardest and easiest."""
+    said = []
+    for found in run.probes:
+        classes = found.get("per_class")
+        if isinstance(classes, dict) and len(classes) > 2 * _WORST:
+            ordered = sorted(classes.items(), key=lambda item: float(item[1]))
+            hardest, easiest = (
+                ", ".join(f"{name} {top1:.0f} %" for name, top1 in some)
+                for some in (ordered[:_WORST], ordered[: -_WORST - 1 : -1])
+            )
+            said.append(f"{run.name}, {found['file']}: hardest are {hardest}; easiest are {easiest}.")
+    return said
+
+
+def start_rows(run: Run) -> list[list[str]]:
+    """Run, first step, time, processes, device and versions of each start."""
+    return [
+        [
+            run.name,
+            f"{start['step']:,}",
+            str(start.get("time", "")),
+            str(start.get("processes", "")),
+            str(start.get("device", "")),
+            ", ".join(f"{name} {version}" for name, version in start.get("versions", {}).items()),
+        ]
+        for start in run.starts
+    ]
+
+
+def differences(runs: list[Run]) -> dict[str, list[str]]:
+    """Settings in which runs differ, but for where they are and what they say of themselves."""
+    settings = [flat(run.config) for run in runs]
+    keys = dict.fromkeys(key for one in settings for key in one)
+    found = {key: [one.get(key, "not set") for one in settings] for key in keys}
+    return {
+        key: values
+        for key, values in found.items()
+        if len(set(values)) > 1 and key != "simclr.run" and not key.startswith("simclr.about.")
+    }
+
+
+def flat(config: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    """Settings by their path, as JSON."""
+    found: dict[str, str] = {}
+    for key, value in config.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": json.dumps(value)}
+    return found
+
+
+if __name__ == "__main__":
+    run_main(lambda: main(ARGUMENTS))

@@ -1,0 +1,155 @@
+"""The report: one page that says what run folders say, needs no network, and fits a laptop and a phone."""
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from simclr_dali.eval.report import write_report
+from simclr_dali.eval.report_run import POINTS, curve, names_of, read_run
+from tests.conftest import assert_sentence, run_command
+from tests.runs import metrics, pretrain, tiny_config
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+KNN = ["--set", "simclr.knn_every_epochs=1", "--set", "simclr.knn_images=100"]
+
+
+@pytest.fixture(scope="module")
+def runs(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """One that was stopped, went on and was probed, and one of another seed that is still at its begin."""
+    folder = tmp_path_factory.mktemp("reported")
+    config, one, two = tiny_config(folder), folder / "one <b>", folder / "two"
+    for more in (["--stop-after-steps", 17], []):
+        done = pretrain(config, packed, one, *KNN, "--set", "simclr.report=true", *more)
+        assert done.returncode == 0 and (f"report: {one / 'report.html'}" in done.stdout) == (not more), done.stderr
+    for command in ("linear", "knn"):
+        assert run_command(command, "--ckpt", one).returncode == 0
+    words = ["--set", "simclr.seed=5", "--stop-after-steps", 12]
+    assert pretrain(config, packed, two, *words).returncode == 0
+    return [one, two]
+
+
+def test_the_end_of_a_run_writes_it(runs: list[Path]) -> None:
+    page = (runs[0] / "report.html").read_text()
+    assert "finished: 30 steps" in page and "None yet" in page  # it was probed only later
+    starts = [json.loads(line) for line in (runs[0] / "starts.jsonl").read_text().splitlines()]
+    assert [start["step"] for start in starts] == [0, 17] and starts[0]["versions"]["torch"]
+
+
+def test_a_page_says_what_the_run_folder_says(runs: list[Path], tmp_path: Path) -> None:
+    done = run_command("report", runs[0], "--out", tmp_path / "page.html")
+    assert done.returncode == 0 and done.stdout == f"report: {tmp_path / 'page.html'}\n"
+    page = (tmp_path / "page.html").read_text()
+    for title in (
+        "Loss", "Telling images apart", "Similarity", "Nearest neighbours while training", "Learning rate",
+        "Size of the gradient", "Speed", "Waiting for data", "Alignment against uniformity",
+    ):  # fmt: skip
+        assert f"<h3>{title}</h3>" in page
+    found = json.loads((runs[0] / "linear.json").read_text())
+    assert f'<td>fast</td><td class="number">{found["top1"]:.2f} (' in page and "<td>knn, k 20</td>" in page
+    assert "the run was stopped there and went on" in page and f"{metrics(runs[0])[-1]['loss']:.3f}" in page
+    assert "one &lt;b&gt;" in page and "one <b>" not in page
+    assert len(page) < 5e6
+    # Nothing is fetched: no address but in Bokeh's own code, which holds some as text.
+    outside = re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL)
+    assert "http" not in outside and not re.search(r"<script[^>]*\bsrc=", page) and "<link" not in outside
+
+
+def test_runs_are_laid_over_each_other_with_what_they_differ_in(runs: list[Path], tmp_path: Path) -> None:
+    write_report(runs, tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert "2 runs compared" in page and "<tr><td>simclr.seed</td><td>0</td><td>5</td></tr>" in page
+    assert "not finished: 12 steps are done" in page and "simclr.knn_every_epochs" in page
+    assert "<tr><td>simclr.data" not in page.partition("all settings of")[0]
+
+
+def test_damaged_and_missing_files_cost_only_what_they_hold(runs: list[Path], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(runs[0], run)
+    for name in ("speed.jsonl", "starts.jsonl"):
+        (run / name).unlink()
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 30, "los')
+    (run / "linear.json").write_text("{")
+    (run / "bad-step-00000003-rank-0.json").write_text('{"about": {"step": 3, "rank": 0, "reason": "loss is nan"}}')
+    page = write_report([run]).read_text()
+    assert "step 3: loss is nan, on rank 0" in page and "<h3>Speed</h3>" not in page and "<h3>Loss</h3>" in page
+    assert "<td>fast</td>" not in page and "Not recorded" in page
+
+
+def test_mistakes_are_sentences(runs: list[Path], tmp_path: Path) -> None:
+    assert_sentence(run_command("report", tmp_path), "is no run folder")
+    assert_sentence(run_command("report", runs[0], runs[0]), "is given twice")
+    shutil.copy(runs[0] / "config.json", tmp_path / "config.json")
+    assert_sentence(run_command("report", tmp_path), "has no steps yet")
+
+
+@given(st.integers(1, 3 * POINTS))
+def test_long_curves_are_means_of_all_steps(count: int) -> None:
+    random = np.random.default_rng(count)
+    losses = random.normal(size=count).tolist()
+    lines: list[dict[str, Any]] = [{"step": step, "loss": loss, "word": "x"} for step, loss in enumerate(losses)]
+    found = curve(lines)
+    assert set(found) == {"step", "loss"} and len(found["loss"]) == min(count, POINTS)
+    assert (np.diff(found["step"]) > 0).all() and 1 <= found["step"][0] <= found["step"][-1] <= count
+    if count <= POINTS:
+        assert found["loss"].tolist() == losses
+    assert found["loss"].min() >= min(losses)
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (["/runs/a"], ["a"]),
+        (["/runs/a", "/runs/b"], ["a", "b"]),
+        (["/runs/a/run", "/runs/b/run"], ["a", "b"]),
+        (["/runs/a", "/runs/a/b"], ["a", "a/b"]),
+        (["/one/x/run", "/two/y/run", "/two/z/run"], ["one/x", "two/y", "two/z"]),
+    ],
+)
+def test_runs_are_named_by_what_tells_them_apart(paths: list[str], names: list[str]) -> None:
+    assert names_of([Path(path) for path in paths]) == names
+
+
+def test_curves_have_the_numbers_of_the_run(runs: list[Path]) -> None:
+    run, lines = read_run(runs[0], "one"), metrics(runs[0])
+    assert run.steps == 30 and run.metrics["step"].tolist() == list(range(1, 31))
+    for name in ("loss", "lr", "top1", "uniformity"):
+        assert run.metrics[name].tolist() == [line[name] for line in lines]
+    assert len(run.knn["top1"]) == 2 and {probe["protocol"] for probe in run.probes} == {"fast", "knn"}
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium to open the page in")
+@pytest.mark.parametrize("width", [390, 1280])
+def test_a_browser_shows_the_page_whole(width: int, runs: list[Path], tmp_path: Path) -> None:
+    """Nothing in the console, every curve drawn, no picture missing, and nothing to scroll sideways."""
+    write_report(runs, tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    asked = """<script>
+    function drawn(root) {  // Bokeh draws inside of shadow roots
+      let found = [...root.querySelectorAll('canvas')].filter(one => one.width > 0).length;
+      for (const one of root.querySelectorAll('*')) if (one.shadowRoot) found += drawn(one.shadowRoot);
+      return found;
+    }
+    setTimeout(() => { document.title = JSON.stringify({
+      sideways: document.documentElement.scrollWidth - document.documentElement.clientWidth,
+      missing: [...document.images].filter(one => !one.naturalWidth).length, drawn: drawn(document) }); }, 2000);
+    </script></body>"""
+    (tmp_path / "asked.html").write_text(page.replace("</body>", asked))
+    words = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+    words += [f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},2000", "--enable-logging=stderr"]
+    words += ["--virtual-time-budget=8000", "--dump-dom", (tmp_path / "asked.html").as_uri()]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=120)
+    title = re.search(r"<title>(.*?)</title>", done.stdout)
+    assert title, done.stderr
+    found = json.loads(title[1].replace("&quot;", '"'))
+    assert found["sideways"] == 0 and found["missing"] == 0 and found["drawn"] >= 9, found
+    console = [line for line in done.stderr.splitlines() if "CONSOLE" in line and "setting log level" not in line]
+    assert not console
