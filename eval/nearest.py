@@ -3,8 +3,9 @@
     python eval/nearest.py bird.jpg --ckpt runs/ds_lars --data /data/imagenet-shards --out grid.png
     python eval/nearest.py queries/ --ckpt runs/ds_lars --split train --count 12 --out grid.png
 
-A line per query: the query itself, then the pictures whose embeddings have the largest cosine with its own, with their
-class and the cosine. The same is printed.
+A line per query: the query itself, set off, then the pictures whose embeddings have the largest cosine with its own,
+with their class and the cosine. The same is printed. Where the folder of a query is named as a class of the set, frames
+say which neighbours are of that class.
 """
 
 import argparse
@@ -54,7 +55,9 @@ from simclr_dali.shards.durable import refuse_read_only
 from simclr_dali.shards.image import rgb
 from simclr_dali.shards.show import save
 
-_SIDE, _CAPTION = 160, 30  # pixels
+_SIDE, _CAPTION, _TITLE, _FRAME = 160, 30, 20, 4  # pixels
+_QUERY_GAP = 24  # between a query and its neighbours
+_SAME, _OTHER = "#009e73", "#d55e00"  # frames of the query's class and of others
 _LINES = 64  # on the grid
 
 
@@ -98,21 +101,36 @@ def grid(
     queries: list[Path], split: Split, found: torch.Tensor, cosines: torch.Tensor, names: list[str]
 ) -> PIL.Image.Image:
     """A line per query: itself, then its neighbours. found, cosines: [queries, count]."""
-    result = PIL.Image.new("RGB", ((1 + found.shape[1]) * _SIDE, len(queries) * (_SIDE + _CAPTION)), "white")
+    width = (1 + found.shape[1]) * _SIDE + _QUERY_GAP
+    result = PIL.Image.new("RGB", (width, _TITLE + len(queries) * (_SIDE + _CAPTION)), "white")
     pen = PIL.ImageDraw.Draw(result)
+    known = any(query.parent.name in names for query in queries)
+    pen.text((4, 4), "query", fill="black")
+    pen.text((_SIDE + _QUERY_GAP + 4, 4), "most similar first", fill="black")
+    if known:
+        pen.text((_SIDE + _QUERY_GAP + 150, 4), "same class", fill=_SAME)
+        pen.text((_SIDE + _QUERY_GAP + 230, 4), "another class (x)", fill=_OTHER)
     reader = SampleReader(split)
     for line, (query, ids, of_row) in enumerate(zip(queries, found.numpy(), cosines.tolist(), strict=True)):
         reader.expect(np.unique(split.shards.samples["shard"][ids]).tolist(), [])
-        pictures = [rgb(data.tobytes()) for data in (_upright(query), *reader.read(ids)[0])]
-        captions = [
-            printable(query.name),
-            *(f"{names[sample]}\n{cosine:.3f}" for sample, cosine in zip(ids, of_row, strict=True)),
-        ]
-        for column, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
-            picture.thumbnail((_SIDE - 4, _SIDE - 4))
-            x, y = column * _SIDE, line * (_SIDE + _CAPTION)
-            result.paste(picture, (x + (_SIDE - picture.width) // 2, y + (_SIDE - picture.height) // 2))
-            pen.multiline_text((x + 4, y + _SIDE), "\n".join(part[:26] for part in caption.split("\n")), fill="black")
+        own = query.parent.name if query.parent.name in names else None
+        captions = [printable(query.name)]
+        for sample, cosine in zip(ids, of_row, strict=True):
+            mark = "x " if own not in (None, names[sample]) else ""
+            captions.append(f"{mark}{names[sample]}\n{cosine:.3f}")
+        for column, data in enumerate((_upright(query), *reader.read(ids)[0])):
+            picture = rgb(data.tobytes())
+            picture.thumbnail((_SIDE - 4 * _FRAME, _SIDE - 4 * _FRAME))
+            x, y = column * _SIDE + (_QUERY_GAP if column else 0), _TITLE + line * (_SIDE + _CAPTION)
+            at = x + (_SIDE - picture.width) // 2, y + (_SIDE - picture.height) // 2
+            if column and own is not None:
+                color = _SAME if names[ids[column - 1]] == own else _OTHER
+                right, lower = at[0] + picture.width, at[1] + picture.height
+                frame = at[0] - _FRAME, at[1] - _FRAME, right + _FRAME - 1, lower + _FRAME - 1
+                pen.rectangle(frame, outline=color, width=_FRAME)
+            result.paste(picture, at)
+            words = "\n".join(part[:26] for part in captions[column].split("\n"))
+            pen.multiline_text((x + 4, y + _SIDE), words, fill="black")
     reader.close()
     return result
 

@@ -1,9 +1,10 @@
-"""One page on a run, or on several laid over each other: curves, probes, settings, environment.
+"""One page on a run, or on several laid over each other: curves, pictures, probes, settings, environment.
 
     simclr-dali report runs/ds_lars                          # writes runs/ds_lars/report.html
     simclr-dali report runs/a runs/b --out compared.html
 
-The page is one file that needs no network. It may be written while a run trains.
+The page is one file that needs no network. It may be written while a run trains. Its pictures are of the newest
+checkpoint: views of the last step, nearest neighbours and a map of some hundred images (of val where there is one).
 """
 
 import argparse
@@ -19,7 +20,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1] / ".package")
 
 from simclr_dali.shards.command_line import file_to_write, parser_of
-from simclr_dali.shards.errors import run_main
+from simclr_dali.shards.errors import UserError, run_main
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -27,6 +28,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
     parser.add_argument(
         "--out", type=file_to_write, metavar="HTML", help="the page (default: report.html in the first RUN)"
+    )
+    parser.add_argument(
+        "--no-pictures", action="store_true", help="leave out views, neighbours and map, for which the data is read"
     )
     return parser.parse_args()
 
@@ -40,6 +44,7 @@ from bokeh.resources import Resources
 from markupsafe import Markup
 
 import simclr_dali
+from simclr_dali.eval.report_pictures import Pictures, pictures
 from simclr_dali.eval.report_plots import colors, plots
 from simclr_dali.eval.report_run import Run, read_runs
 from simclr_dali.shards.durable import write_durably
@@ -48,23 +53,25 @@ _WORST = 3  # classes that are named
 
 
 def main(given: argparse.Namespace) -> None:
-    out = write_report(given.runs, given.out)
+    out = write_report(given.runs, given.out, with_pictures=not given.no_pictures)
     print(f"report: {out}")
 
 
-def write_report(runs: list[Path], out: Path | None = None) -> Path:
+def write_report(runs: list[Path], out: Path | None = None, *, with_pictures: bool = True) -> Path:
     """Write the page of these run folders to ``out`` (report.html in the first one); returns where it is.
 
+    with_pictures: see :func:`page`.
     Raises UserError where one is no run folder, or the page cannot be written.
     """
     out = out or runs[0] / "report.html"
-    write_durably(out, page(read_runs(runs)).encode())
+    write_durably(out, page(read_runs(runs), with_pictures=with_pictures).encode())
     return out
 
 
-def page(runs: list[Run]) -> str:
-    """The page as HTML."""
+def page(runs: list[Run], *, with_pictures: bool = True) -> str:
+    """The page as HTML. with_pictures: the newest checkpoint is read, and some images of its data are embedded."""
     drawn = list(plots(runs))
+    shown, missing = pictures_of(runs) if with_pictures else ({}, {})
     script, divs = components([plot.figure for plot in drawn])
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
@@ -80,6 +87,8 @@ def page(runs: list[Run]) -> str:
             for plot, div in zip(drawn, divs, strict=True)
         ],
         plot_script=Markup(script),
+        pictures=shown,
+        no_pictures=missing,
         probes=[row for run in runs for row in probe_rows(run)],
         worst=[words for run in runs for words in worst_classes(run)],
         first_run=runs[0].path,
@@ -88,6 +97,17 @@ def page(runs: list[Run]) -> str:
         starts=[row for run in runs for row in start_rows(run)],
         trouble=[f"{run.name}: {words}" if len(runs) > 1 else words for run in runs for words in run.trouble],
     )
+
+
+def pictures_of(runs: list[Run]) -> tuple[dict[str, Pictures], dict[str, str]]:
+    """The pictures of each run that has some, and why the others have none, by name."""
+    shown, missing = {}, {}
+    for run in runs:
+        try:
+            shown[run.name] = pictures(run)
+        except UserError as error:
+            missing[run.name] = str(error)
+    return shown, missing
 
 
 def head(run: Run, color: str) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""A sheet of pictures: each sample as stored, and its two views with what they drew.
+"""A sheet of pictures: each sample as stored, with the boxes of its two views, and the views with what they drew.
 
     simclr-dali views SHARDS --out views.png               # as ds_lars.json would augment them in epoch 0
     simclr-dali views SHARDS --out views.png --epoch 3 --strength 0.5 --size 96
@@ -8,8 +8,10 @@ The draws of each view are also printed, one line each.
 """
 
 import argparse
+import textwrap
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 from simclr_dali.shards.command_line import parser_of, positive_int
 from simclr_dali.shards.errors import UserError, run_main
@@ -41,6 +43,7 @@ if __name__ == "__main__":
 import numpy as np
 import PIL.Image
 import PIL.ImageDraw
+import PIL.ImageOps
 import torch
 
 from simclr_dali.pipeline.cache import Cache
@@ -55,25 +58,51 @@ from simclr_dali.pipeline.replay import Replay, read
 from simclr_dali.shards.image import rgb
 from simclr_dali.shards.manifest import ShardSet
 from simclr_dali.shards.show import save
+from simclr_dali.shards.wording import printable
 
-_SIDE = 224  # pixels of every picture on the sheet
-_CAPTION = 44  # pixels below each, three lines
-_LETTERS = {BRIGHTNESS: "b", CONTRAST: "c", SATURATION: "s", HUE: "h"}
+_SIDE, _GAP, _FRAME = 224, 12, 3  # pixels: of a picture on the sheet, between them, of the frames
+_CAPTION, _TITLE = 62, 22  # pixels: of the four lines below each picture, of the titles above
+# Of each view: its frame, and its box on the original. Told apart by people who see few colors.
+VIEW_COLORS = ("#0072b2", "#d55e00")
+_FACTORS = {BRIGHTNESS: "brightness", CONTRAST: "contrast", SATURATION: "saturation"}
 
 
-def described(draws: Draws, row: int) -> list[str]:
-    """What a view drew, in three short lines: geometry; colors in their order; gray, blur and solarize."""
+class Seen(NamedTuple):
+    """A sample as a training sees it."""
+
+    sample: int
+    name: str
+    """Of its class, or "no label"."""
+    original: PIL.Image.Image
+    views: list[PIL.Image.Image]
+    boxes: list[tuple[float, float, float, float]]
+    """Of each view: left, top, right, bottom, in pixels of the original."""
+    words: list[list[str]]
+    """Of each view, what it drew: crop, colors in their order, and the rest."""
+
+
+def described(draws: Draws, row: int, size: tuple[int, int]) -> list[str]:
+    """What a view drew of a picture of ``size`` (width, height): geometry; colors in their order; the rest."""
     x0, y0, x1, y1 = draws.box[row]
-    geometry = f"{x1 - x0:.0f}x{y1 - y0:.0f} at {x0:.0f},{y0:.0f}{' flipped' if draws.flip[row] else ''}"
-    factors = " ".join(f"{_LETTERS[step]} {draws.factors[row, step]:.2f}" for step in draws.order[row])
-    colors = factors if draws.jitter[row] else "colors kept"
-    blur = f"blur {draws.sigma[row]:.2f} px" if draws.blur[row] else "no blur"
-    solarize = f", solarized from {draws.threshold[row]:.0f}" if draws.solarize[row] else ""
-    return [geometry, colors, f"{'gray, ' if draws.gray[row] else ''}{blur}{solarize}"]
+    share = (x1 - x0) * (y1 - y0) / (size[0] * size[1])
+    geometry = f"{share:.0%} of the picture, {x1 - x0:.0f}x{y1 - y0:.0f} at {x0:.0f},{y0:.0f}"
+    colors = [
+        f"hue {360 * draws.factors[row, step]:+.0f} deg"
+        if step == HUE
+        else f"{_FACTORS[step]} x {draws.factors[row, step]:.2f}"
+        for step in draws.order[row]
+    ]
+    rest = [
+        *(["mirrored"] if draws.flip[row] else []),
+        *(["gray"] if draws.gray[row] else []),
+        f"blur {draws.sigma[row]:.2f} px" if draws.blur[row] else "no blur",
+        *([f"solarized from {draws.threshold[row]:.0f}"] if draws.solarize[row] else []),
+    ]
+    return [geometry, ", ".join(colors) if draws.jitter[row] else "colors kept", ", ".join(rest)]
 
 
-def sheet(split: Split, batch: Replay) -> tuple[PIL.Image.Image, list[str]]:
-    """The picture of a batch, and its draws as lines of text."""
+def seen(split: Split, batch: Replay) -> list[Seen]:
+    """The samples of a batch with their views, made as a training makes them."""
     shards = split.shards
     config = LoaderConfig(size=batch.size, device=torch.device("cpu"), interpolation=batch.interpolation)
     # Damaged samples are shown by what stands in for them, as in training.
@@ -84,27 +113,65 @@ def sheet(split: Split, batch: Replay) -> tuple[PIL.Image.Image, list[str]]:
     pixels = views.permute(0, 2, 3, 1).numpy() * np.array(STD) + np.array(MEAN)
     pictures = [PIL.Image.fromarray(view.clip(0, 255).round().astype(np.uint8)) for view in pixels]
     rows = shards.samples[ids]
-    width, height = rows["width"].astype(np.int64), rows["height"].astype(np.int64)
+    sizes = list(zip(rows["width"].tolist(), rows["height"].tolist(), strict=True))
     draws = batch.draws(shards, ids)
     reader = SampleReader(split)
     reader.expect([int(shard) for shard in np.unique(rows["shard"])], [])
     originals = [rgb(data.tobytes()) for data in reader.read(ids)[0]]
     reader.close()
+    return [
+        Seen(
+            int(sample),
+            shards.class_name(int(labels[row])) or "no label",
+            originals[row],
+            [pictures[view * len(ids) + row] for view in range(len(draws))],
+            [tuple(view.box[row].tolist()) for view in draws],
+            [described(view, row, sizes[row]) for view in draws],
+        )
+        for row, sample in enumerate(ids)
+    ]
 
-    result = PIL.Image.new("RGB", (3 * _SIDE, len(ids) * (_SIDE + _CAPTION)), "white")
+
+def with_boxes(picture: Seen, side: int) -> PIL.Image.Image:
+    """The original, at most ``side`` pixels wide and high, with the box of each view on it in the view's color."""
+    drawn = picture.original.copy()
+    drawn.thumbnail((side, side))
+    scale = drawn.width / picture.original.width, drawn.height / picture.original.height
+    pen = PIL.ImageDraw.Draw(drawn)
+    for (x0, y0, x1, y1), color in zip(picture.boxes, VIEW_COLORS, strict=False):
+        box = x0 * scale[0], y0 * scale[1], x1 * scale[0] - 1, y1 * scale[1] - 1
+        pen.rectangle(box, outline="white", width=_FRAME + 2)
+        pen.rectangle(box, outline=color, width=_FRAME)
+    return drawn
+
+
+def sheet(split: Split, batch: Replay) -> tuple[PIL.Image.Image, list[str]]:
+    """The picture of a batch, and its draws as lines of text."""
+    found = seen(split, batch)
+    columns, line = 1 + len(batch.recipes), _SIDE + _CAPTION
+    width = columns * (_SIDE + _GAP) + _GAP
+    result = PIL.Image.new("RGB", (width, _TITLE + len(found) * line), "white")
     pen = PIL.ImageDraw.Draw(result)
+    for column in range(columns):
+        title = f"view {column}" if column else "as stored, with the boxes of its views"
+        pen.text((_GAP + column * (_SIDE + _GAP), 5), title, fill="black")
     lines = []
-    for row, sample in enumerate(ids):
-        name = shards.class_name(int(labels[row])) or "no label"
-        captions = [[f"sample {sample}, {name}"[:36], f"{width[row]}x{height[row]} pixels"]]
-        captions += [described(view, row) for view in draws]
-        for column, picture in enumerate((originals[row], pictures[row], pictures[len(ids) + row])):
-            x, y = column * _SIDE, row * (_SIDE + _CAPTION)
-            picture.thumbnail((_SIDE, _SIDE))
-            result.paste(picture, (x + (_SIDE - picture.width) // 2, y + (_SIDE - picture.height) // 2))
-            pen.multiline_text((x + 3, y + _SIDE), "\n".join(captions[column]), fill="black", spacing=2)
+    for row, one in enumerate(found):
+        width, height = one.original.size
+        captions = [[f"sample {one.sample}", one.name, f"{width}x{height} pixels"], *one.words]
+        for column, picture in enumerate([with_boxes(one, _SIDE), *one.views]):
+            x, y = _GAP + column * (_SIDE + _GAP), _TITLE + row * line
+            if column:  # small views are made larger
+                picture = PIL.ImageOps.contain(picture, (_SIDE - 2 * _FRAME, _SIDE - 2 * _FRAME))
+            at = x + (_SIDE - picture.width) // 2, y + (_SIDE - picture.height) // 2
+            if 0 < column <= len(VIEW_COLORS):
+                frame = at[0] - _FRAME, at[1] - _FRAME, at[0] + picture.width + 2, at[1] + picture.height + 2
+                pen.rectangle(frame, outline=VIEW_COLORS[column - 1], width=_FRAME)
+            result.paste(picture, at)
+            folded = [part for words in captions[column] for part in textwrap.wrap(printable(words), _SIDE // 6)]
+            pen.multiline_text((x, y + _SIDE + 2), "\n".join(folded[:4]), fill="black", spacing=2)
             if column:
-                lines.append(f"sample {sample} ({name}) view {column}: {'; '.join(captions[column])}")
+                lines.append(f"sample {one.sample} ({one.name}) view {column}: {'; '.join(captions[column])}")
     return result, lines
 
 

@@ -13,7 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from simclr_dali.eval.report import write_report
+from simclr_dali.eval.report_pictures import pictures
 from simclr_dali.eval.report_run import POINTS, curve, names_of, read_run
+from simclr_dali.shards.manifest import load_split
+from simclr_dali.train.config_file import load_config
+from simclr_dali.train.job import build_order
 from tests.conftest import assert_sentence, run_command
 from tests.runs import metrics, pretrain, tiny_config
 
@@ -62,9 +66,34 @@ def test_a_page_says_what_the_run_folder_says(runs: list[Path], tmp_path: Path) 
     assert "http" not in outside and not re.search(r"<script[^>]*\bsrc=", page) and "<link" not in outside
 
 
+def test_pictures_are_those_that_the_training_saw(runs: list[Path], packed: Path, tmp_path: Path) -> None:
+    """Of its last step, whose samples the order knows; neighbours and the map are of val."""
+    run = read_run(runs[0], "one")
+    found = pictures(run)
+    config = load_config(str(runs[0] / "config.json"), [])
+    order = build_order(config, load_split(packed, "train"))
+    samples = [int(row[0].words[1].split()[1]) for row in found.views]
+    assert samples == order.batch(1, 14)[:4].tolist() and found.views_of.startswith("step 30")
+    assert all(len(row) == 3 and re.search(r"\d+% of the picture", row[1].words[0]) for row in found.views)
+    assert found.neighbours_of == "48 images of val" and len(found.dots) == 48 and 0 < found.explained <= 1
+    for row in found.neighbours:
+        cosines = [float(shown.words[1].split()[1]) for shown in row[1:]]
+        assert len(cosines) == 6 and cosines == sorted(cosines, reverse=True) and cosines[0] <= 1
+        assert {shown.color for shown in row[1:]} <= {"#009e73", "#d55e00"}
+        assert all((shown.color == "#009e73") == (shown.words[0] == row[0].words[1]) for shown in row[1:])
+    assert all(0 <= dot.left <= 100 and 0 <= dot.top <= 100 for dot in found.dots)
+
+
+def test_a_run_whose_data_is_gone_has_a_page_without_pictures(runs: list[Path], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(runs[1], run)
+    shutil.rmtree(run / "checkpoints")
+    page = write_report([run]).read_text()
+    assert "No pictures of run:" in page and "<h3>Loss</h3>" in page
+
+
 def test_runs_are_laid_over_each_other_with_what_they_differ_in(runs: list[Path], tmp_path: Path) -> None:
-    write_report(runs, tmp_path / "page.html")
-    page = (tmp_path / "page.html").read_text()
+    page = write_report(runs, tmp_path / "page.html", with_pictures=False).read_text()
     assert "2 runs compared" in page and "<tr><td>simclr.seed</td><td>0</td><td>5</td></tr>" in page
     assert "not finished: 12 steps are done" in page and "simclr.knn_every_epochs" in page
     assert "<tr><td>simclr.data" not in page.partition("all settings of")[0]
@@ -79,7 +108,7 @@ def test_damaged_and_missing_files_cost_only_what_they_hold(runs: list[Path], tm
         file.write('{"step": 30, "los')
     (run / "linear.json").write_text("{")
     (run / "bad-step-00000003-rank-0.json").write_text('{"about": {"step": 3, "rank": 0, "reason": "loss is nan"}}')
-    page = write_report([run]).read_text()
+    page = write_report([run], with_pictures=False).read_text()
     assert "step 3: loss is nan, on rank 0" in page and "<h3>Speed</h3>" not in page and "<h3>Loss</h3>" in page
     assert "<td>fast</td>" not in page and "Not recorded" in page
 

@@ -19,12 +19,17 @@ def test_the_sheet_shows_originals_and_views_and_prints_their_draws(packed: Path
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stdout.splitlines() if re.match(r"sample \d+ \(\w+\) view [12]: ", line)]
     assert len(lines) == 6 and len({line.split(" view")[0] for line in lines}) == 3
-    assert all(re.search(r"\d+x\d+ at \d+,\d+.*; .*blur", line) for line in lines)
+    assert all(re.search(r": \d+% of the picture, \d+x\d+ at \d+,\d+; .*; .*blur", line) for line in lines)
+    assert any("brightness x " in line and re.search(r"hue [+-]\d+ deg", line) for line in lines)
     sheet = np.asarray(PIL.Image.open(out).convert("RGB"))
-    columns = np.split(sheet[: sheet.shape[0] // 3 - 44], 3, axis=1)
+    columns = np.split(sheet[40:220, 6:-6], 3, axis=1)
     # Three different pictures beside each other, none of them blank.
     assert all(column.std() > 5 for column in columns)
     assert not np.array_equal(columns[1], columns[2])
+    # The frame of a view has the color of its box on the original.
+    for view, color in ((1, [0, 114, 178]), (2, [213, 94, 0])):
+        for column in (0, view):
+            assert (columns[column] == color).all(axis=2).sum() > 50
     again = run_command("views", packed, "--out", tmp_path / "other.png", "--count", 3, "--epoch", 1)
     assert again.returncode == 0 and again.stdout.splitlines()[0] != done.stdout.splitlines()[0]
 

@@ -1,0 +1,201 @@
+"""The pictures of a report: views that the training saw, nearest neighbours, and a map of embeddings."""
+
+import base64
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import PIL.Image
+import PIL.ImageOps
+import torch
+
+from simclr_dali.eval.evaluation import own_device
+from simclr_dali.eval.report_run import Run
+from simclr_dali.model.neighbours import nearest
+from simclr_dali.model.pretrained import open_pretrained
+from simclr_dali.pipeline.cache import Cache
+from simclr_dali.pipeline.draws import Recipe
+from simclr_dali.pipeline.features import extract
+from simclr_dali.pipeline.files import Split
+from simclr_dali.pipeline.graph import LoaderConfig
+from simclr_dali.pipeline.order import Order
+from simclr_dali.pipeline.reader import SampleReader
+from simclr_dali.pipeline.remote import open_split
+from simclr_dali.pipeline.replay import Replay
+from simclr_dali.pipeline.views import VIEW_COLORS, seen, with_boxes
+from simclr_dali.shards.errors import UserError
+from simclr_dali.shards.image import rgb
+
+_VIEWS, _QUERIES, _NEIGHBOURS = 4, 4, 6
+_IMAGES = 600  # that are embedded: neighbours and the map are of these
+_SIDE, _SMALL = 168, 34  # pixels
+
+
+class Shown(NamedTuple):
+    """A picture and what is written below it."""
+
+    picture: str
+    """As an address with the picture in it."""
+    words: list[str]
+    color: str = ""
+    """Of its frame."""
+
+
+class Dot(NamedTuple):
+    """A picture on the map."""
+
+    picture: str
+    left: float
+    """Percent of the map's width."""
+    top: float
+    color: str
+    name: str
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """What there is to look at of one run."""
+
+    views_of: str
+    """From which step the views are."""
+    views: list[list[Shown]]
+    """Of each sample: the original with boxes, then its views."""
+    neighbours_of: str
+    neighbours: list[list[Shown]]
+    """Of each query: itself, then the most similar ones."""
+    dots: list[Dot]
+    explained: float
+    """Share of the embeddings' variance that the map's two directions have."""
+
+
+def pictures(run: Run) -> Pictures:
+    """Raises UserError where the data or the checkpoint is not there any more."""
+    source = open_pretrained(run.path)
+    simclr = run.config["simclr"]
+    cache = Cache.at(simclr["cache"], simclr["cache_gb"])
+    data = source.data or simclr["data"]
+    train = open_split(data, "train", cache)
+    step, views = _views(run, train, str(data))
+    try:
+        split = open_split(data, "val", cache)
+    except UserError:
+        split = train
+    ids = np.unique(np.linspace(0, len(split.shards) - 1, min(_IMAGES, len(split.shards))).astype(np.int64))
+    device, cores = own_device()
+    config = LoaderConfig(size=simclr["image_size"], device=device, threads=cores)
+    features = extract(source.encoder.place(device), split, config, batch=32, ids=ids, silent=True).features.cpu()
+    small = dict(zip(ids.tolist(), _read(split, ids), strict=True))
+    where = f"{len(ids):,} images of {split.shards.split}"
+    dots, explained = _map(split, ids, features, small)
+    return Pictures(
+        f"step {step:,}, the last one that was taken",
+        views,
+        where,
+        list(_neighbours(split, ids, features, small)),
+        dots,
+        explained,
+    )
+
+
+def _views(run: Run, train: Split, data: str) -> tuple[int, list[list[Shown]]]:
+    simclr = run.config["simclr"]
+    order = Order(
+        train.shards.shard_sizes(), run.config["train_batch_size"], simclr["lanes"], simclr["shuffle_window"],
+        simclr["seed"],
+    )  # fmt: skip
+    epoch, step = divmod(run.steps - 1, order.steps_per_epoch)
+    first, second = recipes(simclr["views"])
+    replay = Replay(
+        data=data,
+        manifest=train.shards.fingerprint,
+        about={},
+        seed=simclr["seed"],
+        epoch=epoch,
+        size=simclr["image_size"],
+        interpolation=simclr["views"]["interpolation"],
+        recipes=(first, second),
+        ids=order.batch(epoch, step)[:_VIEWS],
+    )
+    rows = []
+    for one in seen(train, replay):
+        row = [Shown(address(with_boxes(one, _SIDE)), [one.name, f"sample {one.sample}"])]
+        for picture, words, color in zip(one.views, one.words, VIEW_COLORS, strict=True):
+            row.append(Shown(address(PIL.ImageOps.contain(picture, (_SIDE, _SIDE))), words, color))
+        rows.append(row)
+    return run.steps, rows
+
+
+def recipes(views: dict[str, Any]) -> tuple[Recipe, Recipe]:
+    """Of both views, from the block of a resolved config."""
+    fields = {key: value for key, value in views.items() if key in Recipe.model_fields}
+    first = Recipe.model_validate(fields)
+    return first, Recipe.model_validate(views["second"]) if views.get("second") else first
+
+
+def _read(split: Split, ids: npt.NDArray[np.int64]) -> Iterator[PIL.Image.Image]:
+    """Pictures, each at most _SIDE pixels wide and high."""
+    reader = SampleReader(split)
+    try:
+        for some in np.array_split(ids, -(-len(ids) // 64)):
+            reader.expect(np.unique(split.shards.samples["shard"][some]).tolist(), [])
+            for data in reader.read(some).encoded:
+                picture = rgb(data.tobytes())
+                picture.thumbnail((_SIDE, _SIDE))
+                yield picture
+    finally:
+        reader.close()
+
+
+def _neighbours(
+    split: Split, ids: npt.NDArray[np.int64], features: torch.Tensor, small: dict[int, PIL.Image.Image]
+) -> Iterator[list[Shown]]:
+    queries = np.linspace(0, len(ids) - 1, min(_QUERIES, len(ids))).astype(int)
+    count = min(_NEIGHBOURS + 1, len(ids))
+    cosines, found = nearest(features, features[queries], count)
+    for query, of_row, places in zip(queries.tolist(), cosines.tolist(), found.tolist(), strict=True):
+        row = [Shown(address(small[int(ids[query])]), ["asked", _class(split, int(ids[query]))])]
+        for cosine, place in zip(of_row, places, strict=True):
+            if place == query:
+                continue
+            same = _class(split, int(ids[place])) == _class(split, int(ids[query]))
+            color = ("#009e73" if same else "#d55e00") if split.shards.classes else ""
+            words = [_class(split, int(ids[place])), f"cosine {cosine:.3f}"]
+            row.append(Shown(address(small[int(ids[place])]), words, color))
+        yield row[: _NEIGHBOURS + 1]
+
+
+def _map(
+    split: Split, ids: npt.NDArray[np.int64], features: torch.Tensor, small: dict[int, PIL.Image.Image]
+) -> tuple[list[Dot], float]:
+    """Where each picture lies on the two main directions of the unit embeddings, by rank along each, so that none is
+    crowded out; and how much of the variance these directions have."""
+    unit = torch.nn.functional.normalize(features.double(), dim=1)
+    centered = unit - unit.mean(dim=0)
+    _, singular, directions = torch.linalg.svd(centered, full_matrices=False)
+    placed = (centered @ directions[:2].T).numpy()
+    if placed.shape[1] < 2:
+        return [], 0.0
+    ranks = placed.argsort(axis=0).argsort(axis=0) / max(1, len(placed) - 1)
+    explained = float((singular[:2] ** 2).sum() / (singular**2).sum().clamp(min=1e-30))
+    labels = split.shards.samples["label"][ids]
+    dots = []
+    for sample, label, (x, y) in zip(ids.tolist(), labels.tolist(), ranks.tolist(), strict=True):
+        picture = small[sample].copy()
+        picture.thumbnail((_SMALL, _SMALL))
+        color = f"hsl({(label * 137.5) % 360:.0f} 70% 50%)" if split.shards.classes else ""
+        dots.append(Dot(address(picture, 70), 100 * x, 100 * (1 - y), color, _class(split, sample)))
+    return dots, explained
+
+
+def _class(split: Split, sample: int) -> str:
+    return split.shards.class_name(int(split.shards.samples["label"][sample])) or f"sample {sample}"
+
+
+def address(picture: PIL.Image.Image, quality: int = 85) -> str:
+    """A picture as an address that holds it."""
+    buffer = io.BytesIO()
+    picture.convert("RGB").save(buffer, "JPEG", quality=quality)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
