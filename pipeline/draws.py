@@ -59,7 +59,9 @@ class _Word(IntEnum):
 class Recipe(pydantic.BaseModel):
     """Probabilities and strengths of one view; the defaults are SimCLR's for ImageNet. A block of the config, too."""
 
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    model_config = pydantic.ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
     area: Range = (0.08, 1.0)
     """Smallest and largest share of the picture that a crop covers."""

@@ -34,18 +34,23 @@ class _OptimizerParams(Block):
 
 class LARSParams(_OptimizerParams):
     momentum: float = Field(default=0.9, ge=0, lt=1)
+    """Share of the last step that is taken again."""
     trust_coefficient: float = Field(default=0.001, gt=0)
     """Eta of LARS."""
 
 
 class SGDParams(_OptimizerParams):
     momentum: float = Field(default=0.9, ge=0, lt=1)
+    """Share of the last step that is taken again."""
     nesterov: bool = False
+    """Whether momentum looks ahead."""
 
 
 class AdamWParams(_OptimizerParams):
     betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field(default=[0.9, 0.999], min_length=2, max_length=2)
+    """Decay of the means of gradients and of their squares."""
     eps: float = Field(default=1e-8, gt=0)
+    """Added to the root of the mean square."""
 
 
 class LARSBlock(Block):
@@ -65,6 +70,7 @@ class AdamWBlock(Block):
 
 class Autocast(Block):
     enabled: bool = False
+    """Whether convolutions and matrix products are computed in bfloat16."""
     on_cpu: bool = False
     """On a CPU too: about half the time where it computes in bfloat16 (avx512_bf16, AMX), far more where it cannot."""
 

@@ -31,8 +31,29 @@ from simclr_dali.shards.command_line import parser_of, positive_int
 from simclr_dali.shards.errors import UserError, run_main
 
 
+class HelpConfig(argparse.Action):
+    """Answers --help-config, also where nothing else is given."""
+
+    def __call__(self, parser: argparse.ArgumentParser, _: argparse.Namespace, key: Any, __: Any = None) -> None:
+        from simclr_dali.train.help_config import help_config  # here: --help is to be quick
+
+        try:
+            print(help_config(str(key)))
+        except UserError as error:
+            parser.error(str(error))
+        parser.exit()
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = parser_of("SimCLR pre-training", __doc__)
+    parser.add_argument(
+        "--help-config",
+        nargs="?",
+        const="",
+        metavar="KEY",
+        action=HelpConfig,
+        help="what the keys of a config mean: all of them, or one, or those of a block such as simclr.views",
+    )
     parser.add_argument("--config", required=True, help="a JSON file, or a preset of train/configs")
     parser.add_argument("--data", help="folder of packed shards (default: the config's simclr.data)")
     # torchrun takes --run for one of its own options; --out is what it leaves alone.

@@ -24,7 +24,12 @@ Positive = Annotated[int, Field(ge=1, lt=2**31)]
 class Block(pydantic.BaseModel):
     # protected_namespaces: pydantic would reserve names that start with "model".
     model_config = pydantic.ConfigDict(
-        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=()
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        allow_inf_nan=False,
+        protected_namespaces=(),
+        use_attribute_docstrings=True,
     )
 
 

@@ -50,7 +50,8 @@ def main() -> None:
         hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(COMMANDS)}"
         print(f"error: {name!r} is no command of simclr-dali; {hint}", file=sys.stderr)
         sys.exit(2)
-    if name == "pretrain" and is_alone() and not {"-h", "--help"} & set(words):
+    asks_for_help = any(word == "-h" or word.startswith("--help") for word in words)
+    if name == "pretrain" and is_alone() and not asks_for_help:
         words = launch(words)
     simclr_dali.command = name
     sys.argv[1:] = words
