@@ -1,4 +1,4 @@
-"""Every command of the README, run as it stands there but for the names of what a reader has."""
+"""Every command of the README files, run as it stands there but for the names of what a reader has."""
 
 import json
 import os
@@ -15,13 +15,17 @@ import torch
 from tests.conftest import ROOT, TIMEOUT, run_command, run_python
 from tests.runs import TINY, TOOLS, environment, free_port
 
-README = (ROOT / "README.md").read_text()
-COMMANDS = [
-    line.split("  #")[0].strip()
-    for block in re.findall(r"```bash\n(.*?)```", README, flags=re.S)
-    for line in block.splitlines()
-    if line.strip()
-]
+# In the order in which someone reads them, and makes what the next one uses.
+DOCUMENTS = ["README.md", *(f"{folder}/README.md" for folder in ("shards", "train", "eval", "pipeline", "tests"))]
+COMMANDS = list(
+    dict.fromkeys(
+        line.split("  #")[0].strip()
+        for path in DOCUMENTS
+        for block in re.findall(r"```bash\n(.*?)```", (ROOT / path).read_text(), flags=re.S)
+        for line in block.splitlines()
+        if line.strip()
+    )
+)
 # They set up an environment and use it; other tests, and whoever runs this one, run them.
 ELSEWHERE = ("scripts/quickstart.sh", "scripts/test.sh", "scripts/gpu_check.sh")
 # What is long or large at its own settings is asked for less.
@@ -86,11 +90,14 @@ def test_every_command_of_the_readme_runs_as_it_stands(reader: Path) -> None:
 
 def test_the_readmes_lines_of_python_run(run: Path, packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The loader's example as it stands, on two CPU threads and for one batch."""
-    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.S)
-    assert len(blocks) == 2
-    load, loader = blocks
+    front, load, loader = (
+        block
+        for path in ("README.md", "eval/README.md", "pipeline/README.md")
+        for block in re.findall(r"```python\n(.*?)```", (ROOT / path).read_text(), flags=re.S)
+    )
     names = {"images": torch.zeros(2, 3, 64, 64, dtype=torch.uint8)}
-    exec(load.replace("runs/ds_lars", str(run)), names)
+    for lines in (front, load):
+        exec(lines.replace("runs/ds_lars", str(run)), names)
     small = loader.replace("/data/imagenet-shards", str(packed)).replace("global_batch=4096", "global_batch=64")
     small = small.replace('torch.device("cuda", 0)', 'torch.device("cpu")').replace("    ...\n", "    break\n")
     small = small.replace("LoaderConfig(224", "LoaderConfig(32").replace("world=8", "world=4")
@@ -98,10 +105,16 @@ def test_the_readmes_lines_of_python_run(run: Path, packed: Path, monkeypatch: p
     assert names["views"].shape == (2 * 16, 3, 32, 32)
 
 
-@pytest.mark.parametrize("path", ["README.md", "scripts/bench/README.md"])
+@pytest.mark.parametrize("path", [*DOCUMENTS, "scripts/bench/README.md"])
 def test_files_that_are_named_are_there(path: str) -> None:
     text = (ROOT / path).read_text()
     named = re.findall(r"`((?:shards|pipeline|model|train|eval|scripts|tests|\.package)/[\w/.\-]+)`", text)
-    assert named
+    linked = [link for link in re.findall(r"\]\(([^)#]+)", text) if "://" not in link]
     for name in named:
         assert (ROOT / name).exists(), name
+    for link in linked:
+        assert (ROOT / path).parent.joinpath(link).exists(), link
+
+
+def test_the_front_page_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 160
