@@ -104,7 +104,7 @@ def pictures_of(runs: list[Run]) -> tuple[dict[str, Pictures], dict[str, str]]:
     shown, missing = {}, {}
     for run in runs:
         try:
-            shown[run.name] = pictures(run)
+            shown[run.name] = pictures(run, len(runs))
         except UserError as error:
             missing[run.name] = str(error)
     return shown, missing

@@ -18,7 +18,7 @@ from simclr_dali.model.neighbours import nearest
 from simclr_dali.model.pretrained import open_pretrained
 from simclr_dali.pipeline.cache import Cache
 from simclr_dali.pipeline.draws import Recipe
-from simclr_dali.pipeline.features import extract
+from simclr_dali.pipeline.features import Features, extract
 from simclr_dali.pipeline.files import Split
 from simclr_dali.pipeline.graph import LoaderConfig
 from simclr_dali.pipeline.order import Order
@@ -30,7 +30,8 @@ from simclr_dali.shards.errors import UserError
 from simclr_dali.shards.image import rgb
 
 _VIEWS, _QUERIES, _NEIGHBOURS = 4, 4, 6
-_IMAGES = 600  # that are embedded: neighbours and the map are of these
+# That are embedded at most, of all runs of a page together: neighbours and the map are of these.
+_IMAGES, _FIRST_IMAGES, _SECONDS = 600, 32, 40.0
 _SIDE, _SMALL = 168, 34  # pixels
 
 
@@ -71,8 +72,11 @@ class Pictures:
     """Share of the embeddings' variance that the map's two directions have."""
 
 
-def pictures(run: Run) -> Pictures:
-    """Raises UserError where the data or the checkpoint is not there any more."""
+def pictures(run: Run, runs: int = 1) -> Pictures:
+    """What there is to look at of ``run``, one of ``runs`` on a page.
+
+    Raises UserError where the data or the checkpoint is not there any more.
+    """
     source = open_pretrained(run.path)
     simclr = run.config["simclr"]
     cache = Cache.at(simclr["cache"], simclr["cache_gb"])
@@ -83,10 +87,17 @@ def pictures(run: Run) -> Pictures:
         split = open_split(data, "val", cache)
     except UserError:
         split = train
-    ids = np.unique(np.linspace(0, len(split.shards) - 1, min(_IMAGES, len(split.shards))).astype(np.int64))
     device, cores = own_device()
     config = LoaderConfig(size=simclr["image_size"], device=device, threads=cores)
-    features = extract(source.encoder.place(device), split, config, batch=32, ids=ids, silent=True).features.cpu()
+    encoder = source.encoder.place(device)
+
+    def of(count: int) -> tuple[npt.NDArray[np.int64], Features]:
+        ids = np.unique(np.linspace(0, len(split.shards) - 1, min(count, len(split.shards))).astype(np.int64))
+        return ids, extract(encoder, split, config, batch=_FIRST_IMAGES, ids=ids, silent=True)
+
+    ids, found = of(_FIRST_IMAGES)  # which tell how many there is time for
+    ids, found = of(min(_IMAGES // runs, max(len(ids), int(_SECONDS * len(ids) / found.seconds))))
+    features = found.features.cpu()
     small = dict(zip(ids.tolist(), _read(split, ids), strict=True))
     where = f"{len(ids):,} images of {split.shards.split}"
     dots, explained = _map(split, ids, features, small)

@@ -9,7 +9,7 @@ import os
 import re
 import socket
 import zlib
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 
 from simclr_dali.shards.errors import UserError
@@ -47,6 +47,12 @@ class Launch:
     world: int = 1
     local_rank: int = 0
     local_world: int = 1
+
+
+def alone(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The environment of a process that is started by one of several and is none of them."""
+    told = ("TORCHELASTIC_", "OMPI_", "MV2_", "PMI_", "PMIX_", "MPI_LOCAL", "SLURM_", "CROSS_", "LOCAL_SIZE")
+    return {name: value for name, value in environment.items() if name not in _TORCH and not name.startswith(told)}
 
 
 def read_launch(environment: Environment = os.environ) -> Launch:

@@ -46,6 +46,14 @@ def test_a_plan_of_a_run_that_is_there_is_of_what_is_left(packed: Path, tmp_path
     assert "is finished (30 steps)" in pretrain(config, packed, run, "--plan").stdout
 
 
+def test_a_run_of_two_steps_is_planned_too(packed: Path, tmp_path: Path) -> None:
+    words = ["--set", "train_batch_size=120", "--set", "simclr.epochs=1", "--set", "optimizer.params.lr=auto"]
+    done = pretrain(
+        tiny_config(tmp_path), packed, tmp_path / "run", "--plan", *words, "--set", "simclr.warmup_epochs=0"
+    )
+    assert done.returncode == 0 and re.search(r"^time +2 steps", done.stdout, re.MULTILINE), done.stderr
+
+
 def test_a_checkpoint_is_as_large_as_planned(trained: Path, tmp_path: Path) -> None:
     config = load_config(str(tiny_config(tmp_path)), [], data="unused")
     found = checkpoint.newest(trained)

@@ -19,7 +19,7 @@ from simclr_dali.shards.manifest import load_split
 from simclr_dali.train.config_file import load_config
 from simclr_dali.train.job import build_order
 from tests.conftest import assert_sentence, run_command
-from tests.runs import metrics, pretrain, tiny_config
+from tests.runs import launch, metrics, pretrain, tiny_config
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 KNN = ["--set", "simclr.knn_every_epochs=1", "--set", "simclr.knn_images=100"]
@@ -45,6 +45,12 @@ def test_the_end_of_a_run_writes_it(runs: list[Path]) -> None:
     assert "finished: 30 steps" in page and "None yet" in page  # it was probed only later
     starts = [json.loads(line) for line in (runs[0] / "starts.jsonl").read_text().splitlines()]
     assert [start["step"] for start in starts] == [0, 17] and starts[0]["versions"]["torch"]
+
+
+def test_the_first_of_several_processes_writes_it_too(packed: Path, tmp_path: Path) -> None:
+    done = launch(2, tiny_config(tmp_path), packed, tmp_path / "run", "--set", "simclr.report=true")
+    assert done.returncode == 0 and done.stdout.count(f"report: {tmp_path / 'run/report.html'}") == 1, done.stderr
+    assert "What the model of run saw" in (tmp_path / "run/report.html").read_text()
 
 
 def test_a_page_says_what_the_run_folder_says(runs: list[Path], tmp_path: Path) -> None:

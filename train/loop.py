@@ -15,6 +15,7 @@ from simclr_dali.model.process import print_now, print_rank_0
 from simclr_dali.model.schedule import learning_rate
 from simclr_dali.pipeline.loader import TwoViews
 from simclr_dali.shards.durable import write_durably
+from simclr_dali.shards.launch import alone
 from simclr_dali.train.job import Job
 from simclr_dali.train.knn_monitor import KnnMonitor
 from simclr_dali.train.metrics import Reporter, run_speed
@@ -25,7 +26,7 @@ from simclr_dali.train.step import Loss, train_step
 from simclr_dali.train.stopping import StopRequest, StopVote
 from simclr_dali.train.watchdog import Watchdog
 
-_SECONDS_OF_A_REPORT = 120.0
+_SECONDS_OF_A_REPORT = 300.0
 
 
 def train(
@@ -103,11 +104,19 @@ def report_end(job: Job, first_step: int, done: int, seconds: float) -> None:
 
 
 def write_report(run: Path) -> None:
-    """Write report.html into the run folder by the command for it, whose failure costs the run nothing."""
+    """Write report.html into the run folder by the command for it, whose failure costs the run nothing.
+
+    It computes on the CPU: the GPU's memory is still this run's.
+    """
     script = Path(simclr_dali.__file__).parent / "eval" / "report.py"
     try:
         done = subprocess.run(
-            [sys.executable, script, run], capture_output=True, text=True, check=False, timeout=_SECONDS_OF_A_REPORT
+            [sys.executable, script, run],
+            env={**alone(), "DS_ACCELERATOR": "cpu"},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=_SECONDS_OF_A_REPORT,
         )
         said = done.stdout if done.returncode == 0 else f"warning: no report was written: {done.stderr[-300:]}"
     except (OSError, subprocess.TimeoutExpired) as error:

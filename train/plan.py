@@ -94,13 +94,10 @@ def described(job: Job, left: int, rate: InputRate, steps: Steps) -> Iterator[tu
     batch = config.train_batch_size
     images_per_s = [batch / seconds for seconds in steps.seconds]
     middle, low, high = statistics.median(images_per_s), min(images_per_s), max(images_per_s)
-    yield (
-        "speed",
-        (
-            f"{middle:,.0f} images/s ({low:,.0f} .. {high:,.0f}), {batch / middle:.2f} s a step: {steps.how}; the "
-            f"input alone makes {rate.images_per_s * process.world:,.0f} images/s"
-        ),
-    )
+    alone = rate.images_per_s * process.world
+    input_alone = f"; the input alone makes {alone:,.0f} images/s" if math.isfinite(alone) else ""
+    speed = f"{middle:,.0f} images/s ({low:,.0f} .. {high:,.0f}), {batch / middle:.2f} s a step"
+    yield "speed", f"{speed}: {steps.how}{input_alone}"
     if math.isfinite(steps.first_loss):
         chance = math.log(2 * batch - 1)
         yield "loss", f"{steps.first_loss:.3f} at first, with untrained weights; chance is {chance:.3f}"

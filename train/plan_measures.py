@@ -50,6 +50,7 @@ class InputRate:
     """What this process's input makes."""
 
     images_per_s: float
+    """Infinite where that could not be measured."""
     disk: float
     """Bytes/s that the disk gives where nothing is cached; 0 where that was not measured."""
     room: int
@@ -77,7 +78,7 @@ def input_rate(job: Job) -> InputRate:
         room = torch.cuda.get_device_properties(process.device).total_memory
     else:
         room = free_memory() // process.local_world
-    return InputRate(images / taken, disk, room)
+    return InputRate(images / taken if images else math.inf, disk, room)  # one batch tells nothing
 
 
 def disk_speed(shards: ShardSet) -> float:
@@ -104,6 +105,9 @@ def time_steps(job: Job) -> Steps:
     config, process = job.config, job.process
     will_compile = resolved(config.simclr.compile, process.device) != "no"
     plain = config.model_copy(update={"simclr": config.simclr.model_copy(update={"compile": "no"})})
+    if process.device.type == "cuda":  # of what was held until now, such as decoded pictures
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(process.device)
     engine, optimizer = build_engine(build_model(config.architecture(), config.simclr.seed), plain, process)
     for group in optimizer.param_groups:
         group["lr"] = 0.0
@@ -120,7 +124,7 @@ def time_steps(job: Job) -> Steps:
         return Steps([guess, guess / 2, guess * 1.3], how, memory, "estimated", math.nan, will_compile)
     count = _BEFORE + max(3, min(40, int(_SECONDS_OF_STEPS / guess)))
     seconds, first_loss = _timed(job, engine, count)
-    seconds = seconds[_BEFORE:]
+    seconds = seconds[_BEFORE:] or seconds[-1:]  # a run may be shorter
     if process.device.type == "cuda":
         memory = torch.cuda.max_memory_reserved(process.device)
     else:
