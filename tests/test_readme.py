@@ -17,6 +17,7 @@ from tests.runs import TINY, TOOLS, environment, free_port
 
 # In the order in which someone reads them, and makes what the next one uses.
 DOCUMENTS = ["README.md", *(f"{folder}/README.md" for folder in ("shards", "train", "eval", "pipeline", "tests"))]
+DOCUMENTS.insert(3, "train/GUIDES.md")
 COMMANDS = list(
     dict.fromkeys(
         line.split("  #")[0].strip()

@@ -14,7 +14,7 @@ from simclr_dali.shards.errors import UserError
 from simclr_dali.train import trackers
 from simclr_dali.train.trackers import Trackers, chosen
 from tests.conftest import assert_sentence
-from tests.runs import metrics, pretrain, tiny_config
+from tests.runs import metrics, pretrain, tiny_config, wait_until
 
 CONFIG = {"train_batch_size": 16, "simclr": {"epochs": 2}}
 
@@ -83,21 +83,18 @@ def records(path: Path) -> Iterator[bytes]:
             parts = b""
 
 
-def test_wandb_has_every_step_once(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def wandb_scalars(run: Path) -> tuple[dict[str, dict[int, float]], set[str], set[str]]:
+    """Of all starts together: scalars by name and step, ids of runs, and keys of their config."""
     from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
 
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    begin_and_go_on("wandb", tmp_path / "run", capsys)
     found: dict[str, dict[int, float]] = {}
-    ids, configs = set(), []
-    for path in sorted((tmp_path / "run/wandb").glob("offline-run-*/*.wandb")):
+    ids, keys = set(), set()
+    for path in sorted((run / "wandb").glob("offline-run-*/*.wandb")):
         for data in records(path):
             record = Record.FromString(data)
             if record.WhichOneof("record_type") == "run":
                 ids.add(record.run.run_id)
-                configs += [item.key for item in record.run.config.update]
+                keys |= {item.key for item in record.run.config.update}
             if record.WhichOneof("record_type") == "history":
                 values = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
                 for name, value in values.items():
@@ -105,10 +102,22 @@ def test_wandb_has_every_step_once(
                     step = int(values["knn_step"] if name == "knn_top1" else values["_step"])
                     assert step not in steps
                     steps[step] = value
-    assert len(ids) == 1 and {"train_batch_size", "simclr"} <= set(configs)
+    return found, ids, keys
+
+
+def test_wandb_has_every_step_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    run = tmp_path / "run"
+    begin_and_go_on("wandb", run, capsys)
+    # Its own process writes the file, and may do so a little later.
+    wait_until(lambda: len(wandb_scalars(run)[0].get("knn_top1", ())) == 2, seconds=30)
+    found, ids, keys = wandb_scalars(run)
+    assert len(ids) == 1 and {"train_batch_size", "simclr"} <= keys
     assert_whole(found)
     assert found["knn_top1"] == {2: 37.5, 5: 37.5}
-    assert list((tmp_path / "run/wandb").rglob("views*.png"))
+    assert list((run / "wandb").rglob("views*.png"))
 
 
 def test_mlflow_has_every_step_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -160,11 +160,16 @@ def test_the_nearest_picture_is_the_query_itself(probed: Path, pictures: Path, t
     first = found.split(": ")[1].split(",")[0].split()
     assert first == [query.parent.name, "1.000"]
     grid = PIL.Image.open(out).convert("RGB")
-    side = grid.width // 4
+    side, title, gap, frame = 160, 20, 24, 8  # pixels; pictures lie in the middle of their places, inside of the frame
     itself, nearest, other = (
-        np.asarray(grid.crop((column * side, 0, (column + 1) * side, side)), np.float64) for column in range(3)
+        np.asarray(grid.crop((left + frame, title + frame, left + side - frame, title + side - frame)), np.float64)
+        for left in (0, side + gap, 2 * side + gap)
     )
-    assert np.abs(itself - nearest).mean() < 1 < np.abs(itself - other).mean()
+    within = np.s_[30:-30, 30:-30]  # the pictures are of 96 pixels
+    assert np.abs(itself - nearest)[within].mean() < 1 < np.abs(itself - other)[within].mean()
+    # The folder of the query names a class: the query itself is of it, and frames say which others are.
+    colors = {tuple(color) for color in np.asarray(grid).reshape(-1, 3)}
+    assert (0, 158, 115) in colors
 
 
 @pytest.mark.parametrize(

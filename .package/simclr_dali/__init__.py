@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from simclr_dali.model.pretrained import load
 
 __all__ = ["__version__", "command", "load"]
-__version__ = "0.4.0"
+__version__ = "0.5.0"
 command: str | None = None
 """Which command of ``simclr-dali`` runs in this process, if one does."""
 
