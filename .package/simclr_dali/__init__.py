@@ -1,4 +1,5 @@
-"""SimCLR pre-training: ``load`` gives the encoder of a run or of a file of weights.
+"""SimCLR pre-training: ``load`` gives the encoder of a run or of a file of weights; ``pack``, ``pretrain`` and
+``probe`` are commands as functions (simclr_dali.functions).
 
     from simclr_dali import load
 
@@ -13,9 +14,10 @@ works without being installed, with this folder's parent on the path.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from simclr_dali.functions import pack, pretrain, probe
     from simclr_dali.model.pretrained import load
 
-__all__ = ["__version__", "command", "load"]
+__all__ = ["__version__", "command", "load", "pack", "pretrain", "probe"]
 __version__ = "0.5.0"
 command: str | None = None
 """Which command of ``simclr-dali`` runs in this process, if one does."""
@@ -27,4 +29,8 @@ def __getattr__(name: str) -> Any:
         from simclr_dali.model.pretrained import load
 
         return load
+    if name in ("pack", "pretrain", "probe"):
+        from simclr_dali import functions
+
+        return getattr(functions, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
