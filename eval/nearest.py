@@ -57,7 +57,7 @@ from simclr_dali.shards.show import save
 
 _SIDE, _CAPTION, _TITLE, _FRAME = 160, 30, 20, 4  # pixels
 _QUERY_GAP = 24  # between a query and its neighbours
-_SAME, _OTHER = "#009e73", "#d55e00"  # frames of the query's class and of others
+SAME_CLASS, OTHER_CLASS = "#009e73", "#d55e00"  # frames of the query's class and of others
 _LINES = 64  # on the grid
 
 
@@ -108,8 +108,8 @@ def grid(
     pen.text((4, 4), "query", fill="black")
     pen.text((_SIDE + _QUERY_GAP + 4, 4), "most similar first", fill="black")
     if known:
-        pen.text((_SIDE + _QUERY_GAP + 150, 4), "same class", fill=_SAME)
-        pen.text((_SIDE + _QUERY_GAP + 230, 4), "another class (x)", fill=_OTHER)
+        pen.text((_SIDE + _QUERY_GAP + 150, 4), "same class", fill=SAME_CLASS)
+        pen.text((_SIDE + _QUERY_GAP + 230, 4), "another class (x)", fill=OTHER_CLASS)
     reader = SampleReader(split)
     for line, (query, ids, of_row) in enumerate(zip(queries, found.numpy(), cosines.tolist(), strict=True)):
         reader.expect(np.unique(split.shards.samples["shard"][ids]).tolist(), [])
@@ -124,7 +124,7 @@ def grid(
             x, y = column * _SIDE + (_QUERY_GAP if column else 0), _TITLE + line * (_SIDE + _CAPTION)
             at = x + (_SIDE - picture.width) // 2, y + (_SIDE - picture.height) // 2
             if column and own is not None:
-                color = _SAME if names[ids[column - 1]] == own else _OTHER
+                color = SAME_CLASS if names[ids[column - 1]] == own else OTHER_CLASS
                 right, lower = at[0] + picture.width, at[1] + picture.height
                 frame = at[0] - _FRAME, at[1] - _FRAME, right + _FRAME - 1, lower + _FRAME - 1
                 pen.rectangle(frame, outline=color, width=_FRAME)

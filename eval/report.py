@@ -11,7 +11,6 @@ import argparse
 import datetime
 import json
 from pathlib import Path
-from typing import Any
 
 if __name__ == "__main__":
     import sys
@@ -48,6 +47,7 @@ from simclr_dali.eval.report_pictures import Pictures, pictures
 from simclr_dali.eval.report_plots import colors, plots
 from simclr_dali.eval.report_run import Run, read_runs
 from simclr_dali.shards.durable import write_durably
+from simclr_dali.shards.nested import flat
 
 _WORST = 3  # classes that are named
 
@@ -93,7 +93,7 @@ def page(runs: list[Run], *, with_pictures: bool = True) -> str:
         worst=[words for run in runs for words in worst_classes(run)],
         first_run=runs[0].path,
         differences=differences(runs),
-        settings=flat(runs[0].config),
+        settings=settings_of(runs[0]),
         starts=[row for run in runs for row in start_rows(run)],
         trouble=[f"{run.name}: {words}" if len(runs) > 1 else words for run in runs for words in run.trouble],
     )
@@ -184,7 +184,7 @@ def start_rows(run: Run) -> list[list[str]]:
 
 def differences(runs: list[Run]) -> dict[str, list[str]]:
     """Settings in which runs differ, but for where they are and what they say of themselves."""
-    settings = [flat(run.config) for run in runs]
+    settings = [settings_of(run) for run in runs]
     keys = dict.fromkeys(key for one in settings for key in one)
     found = {key: [one.get(key, "not set") for one in settings] for key in keys}
     return {
@@ -194,12 +194,9 @@ def differences(runs: list[Run]) -> dict[str, list[str]]:
     }
 
 
-def flat(config: dict[str, Any], prefix: str = "") -> dict[str, str]:
+def settings_of(run: Run) -> dict[str, str]:
     """Settings by their path, as JSON."""
-    found: dict[str, str] = {}
-    for key, value in config.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": json.dumps(value)}
-    return found
+    return {key: json.dumps(value) for key, value in flat(run.config).items()}
 
 
 if __name__ == "__main__":

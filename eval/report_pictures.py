@@ -13,6 +13,7 @@ import PIL.ImageOps
 import torch
 
 from simclr_dali.eval.evaluation import own_device
+from simclr_dali.eval.nearest import OTHER_CLASS, SAME_CLASS
 from simclr_dali.eval.report_run import Run
 from simclr_dali.model.neighbours import nearest
 from simclr_dali.model.pretrained import open_pretrained
@@ -82,7 +83,7 @@ def pictures(run: Run, runs: int = 1) -> Pictures:
     cache = Cache.at(simclr["cache"], simclr["cache_gb"])
     data = source.data or simclr["data"]
     train = open_split(data, "train", cache)
-    step, views = _views(run, train, str(data))
+    views = _views(run, train, str(data))
     try:
         split = open_split(data, "val", cache)
     except UserError:
@@ -102,7 +103,7 @@ def pictures(run: Run, runs: int = 1) -> Pictures:
     where = f"{len(ids):,} images of {split.shards.split}"
     dots, explained = _map(split, ids, features, small)
     return Pictures(
-        f"step {step:,}, the last one that was taken",
+        f"step {run.steps:,}, the last one that was taken",
         views,
         where,
         list(_neighbours(split, ids, features, small)),
@@ -111,7 +112,7 @@ def pictures(run: Run, runs: int = 1) -> Pictures:
     )
 
 
-def _views(run: Run, train: Split, data: str) -> tuple[int, list[list[Shown]]]:
+def _views(run: Run, train: Split, data: str) -> list[list[Shown]]:
     simclr = run.config["simclr"]
     order = Order(
         train.shards.shard_sizes(), run.config["train_batch_size"], simclr["lanes"], simclr["shuffle_window"],
@@ -136,7 +137,7 @@ def _views(run: Run, train: Split, data: str) -> tuple[int, list[list[Shown]]]:
         for picture, words, color in zip(one.views, one.words, VIEW_COLORS, strict=True):
             row.append(Shown(address(PIL.ImageOps.contain(picture, (_SIDE, _SIDE))), words, color))
         rows.append(row)
-    return run.steps, rows
+    return rows
 
 
 def recipes(views: dict[str, Any]) -> tuple[Recipe, Recipe]:
@@ -172,7 +173,7 @@ def _neighbours(
             if place == query:
                 continue
             same = _class(split, int(ids[place])) == _class(split, int(ids[query]))
-            color = ("#009e73" if same else "#d55e00") if split.shards.classes else ""
+            color = (SAME_CLASS if same else OTHER_CLASS) if split.shards.classes else ""
             words = [_class(split, int(ids[place])), f"cosine {cosine:.3f}"]
             row.append(Shown(address(small[int(ids[place])]), words, color))
         yield row[: _NEIGHBOURS + 1]

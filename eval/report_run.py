@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from simclr_dali.shards.durable import read_object
 from simclr_dali.shards.errors import UserError
 
 # More points than a screen has pixels only make a page heavy: longer curves are means over bins of steps.
@@ -72,13 +73,13 @@ def read_run(path: Path, name: str) -> Run:
     return Run(
         path=path,
         name=name,
-        config=_object(path / "config.json"),
+        config=read_object(path / "config.json"),
         metrics=curve(lines),
         speed=curve(list(_lines(path / "speed.jsonl"))),
         knn=curve(list(_lines(path / "knn.jsonl"))),
         starts=list(_lines(path / "starts.jsonl")),
         steps=int(lines[-1]["step"]) + 1,
-        finished=_object(path / "finished.json"),
+        finished=read_object(path / "finished.json"),
         probes=list(_probes(path)),
         trouble=list(_trouble(path)),
     )
@@ -114,24 +115,16 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
                 yield found
 
 
-def _object(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
 def _probes(path: Path) -> Iterator[dict[str, Any]]:
     for file in sorted([*path.glob("linear*.json"), *path.glob("knn*.json"), *path.glob("finetune*.json")]):
-        found = _object(file)
+        found = read_object(file)
         if "protocol" in found:
             yield {**found, "file": file.name}
 
 
 def _trouble(path: Path) -> Iterator[str]:
     for file in sorted(path.glob("bad-step-*.json")):
-        about = _object(file).get("about", {})
+        about = read_object(file).get("about", {})
         yield f"step {about.get('step')}: {about.get('reason')}, on rank {about.get('rank')} ({file.name})"
     for folder in sorted((path / "checkpoints").glob("damaged-*")):
         yield f"a checkpoint was damaged and set aside: {folder.name}"

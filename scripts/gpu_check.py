@@ -34,7 +34,7 @@ sys.path[:1] = [str(ROOT), str(ROOT / ".package")]
 
 from scripts.gpu_stages import PREPARE, STAGES, WORDS, Setting, Stage
 from simclr_dali.shards.command_line import positive_number
-from simclr_dali.shards.durable import refusals_named, write_durably
+from simclr_dali.shards.durable import read_object, refusals_named, write_durably
 from simclr_dali.shards.errors import UserError, run_main
 
 PR_SET_PDEATHSIG = 1  # of prctl(2)
@@ -112,7 +112,7 @@ def described(setting: Setting) -> dict[str, Any]:
     path = setting.out / "check.json"
     with refusals_named(path):
         (setting.out / "raw").mkdir(parents=True, exist_ok=True)
-    before = read(path)
+    before = read_object(path)
     for key in ("device", "machine", "version", "versions", "data"):
         if before and before.get(key) != about[key]:
             raise UserError(
@@ -122,17 +122,8 @@ def described(setting: Setting) -> dict[str, Any]:
     return about
 
 
-def read(path: Path) -> dict[str, Any]:
-    """What a file of ours holds; nothing where it is missing or was cut."""
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
 def went_well(setting: Setting, stage: Stage) -> bool:
-    return read(setting.out / f"{stage.name}.json").get("outcome") == "done"
+    return read_object(setting.out / f"{stage.name}.json").get("outcome") == "done"
 
 
 def do(stage: Stage, setting: Setting, seconds: float, about: dict[str, Any]) -> None:
@@ -147,7 +138,7 @@ def do(stage: Stage, setting: Setting, seconds: float, about: dict[str, Any]) ->
             statuses = [run(command, setting, log, seconds - (time.monotonic() - started)) for command in commands]
         outcome = "cut" if None in statuses else "failed" if any(statuses) else "done"
     finally:
-        found = {name: result for name in stage.results if (result := read(setting.raw(name)))}
+        found = {name: result for name in stage.results if (result := read_object(setting.raw(name)))}
         words = [said(stage, found)] if found or not stage.results else []
         if outcome == "failed":
             words.append(f"{last_error(setting.out / f'{stage.name}.log')} ({stage.name}.log)")
@@ -228,7 +219,7 @@ def table(setting: Setting, wanted: list[Stage]) -> None:
     """What is known so far."""
     print(f"\n{'stage':9} {'outcome':8} {'seconds':>8}  result")
     for stage in wanted:
-        if result := read(setting.out / f"{stage.name}.json"):
+        if result := read_object(setting.out / f"{stage.name}.json"):
             print(f"{stage.name:9} {result['outcome']:8} {result['seconds']:8.0f}  {result['words']}")
         else:
             print(f"{stage.name:9} {'missing':8}")

@@ -1,10 +1,11 @@
 """Files that are either there, complete and on disk, or not there; and what to say when a disk refuses."""
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from simclr_dali.shards.errors import UserError
 
@@ -32,6 +33,15 @@ def write_durably(path: Path, data: bytes | memoryview, tag: str = "") -> None:
     """Write a whole file so that it is either there, complete and on disk, or not there; tag: see :func:`writing`."""
     with writing(path, tag) as file:
         file.write(data)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; an empty one where the file is missing, cut, or holds something else."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def sync_folder(folder: Path) -> None:

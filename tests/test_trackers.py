@@ -161,7 +161,7 @@ class Failing:
 def test_a_tracker_that_fails_is_left_behind_with_one_warning(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(trackers._MADE_BY, "wandb", (Failing, "wandb"))
+    monkeypatch.setitem(trackers._MADE_BY, "wandb", Failing)
     tell(["wandb", "tensorboard"], tmp_path, 0, 14, knn=2)
     assert capsys.readouterr().err == (
         "warning: wandb is told nothing any more (OSError: the server is gone); the run goes on, and its own files "
@@ -179,7 +179,7 @@ def test_a_tracker_that_hangs_neither_stops_a_run_nor_slows_it(
         def scalars(self, step: int, values: dict[str, float], kind: str) -> None:
             held.wait()
 
-    monkeypatch.setitem(trackers._MADE_BY, "wandb", (Hanging, "wandb"))
+    monkeypatch.setitem(trackers._MADE_BY, "wandb", Hanging)
     monkeypatch.setattr(trackers, "_SECONDS_AT_THE_END", 0.1)
     tell(["wandb"], tmp_path, 0, 14, knn=2)
     assert capsys.readouterr().err.count("takes too long to end") == 1

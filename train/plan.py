@@ -25,7 +25,7 @@ from simclr_dali.train.job import Job, keep_decoded
 from simclr_dali.train.knn_monitor import KnnMonitor
 from simclr_dali.train.plan_measures import InputRate, Steps, input_rate, time_steps
 from simclr_dali.train.progress import WAITING, duration
-from simclr_dali.train.resume import refuse_other_settings
+from simclr_dali.train.resume import refuse_other_data, refuse_other_settings
 from simclr_dali.train.trackers import chosen
 from simclr_dali.train.watchdog import Watchdog
 
@@ -82,8 +82,7 @@ def goes_on_from(run: Path, config: Config, shards: ShardSet) -> int:
     found = checkpoint.newest(run)
     if found is None:
         return 0
-    if found.state["manifest"] != shards.fingerprint:
-        raise UserError(f"{run} was trained on another data set than {shards.folder}; give another --run")
+    refuse_other_data(run, found, shards)
     refuse_other_settings(run, found, config)
     return int(found.state["step"])
 

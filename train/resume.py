@@ -15,6 +15,7 @@ from simclr_dali.pipeline.remote import is_remote
 from simclr_dali.shards.durable import refusals_named
 from simclr_dali.shards.errors import UserError
 from simclr_dali.shards.manifest import ShardSet
+from simclr_dali.shards.nested import flat
 from simclr_dali.train.compilation import Backend, resolved
 from simclr_dali.train.config import Config
 
@@ -95,11 +96,7 @@ def _read(run: Path, config: Config, shards: ShardSet) -> dict[str, Any] | None:
     if found is None:
         return None
     state = found.state
-    if state["manifest"] != shards.fingerprint:
-        raise UserError(
-            f"{run} was trained on another data set than {shards.folder} (the manifests differ); give another --run "
-            f"or the same --data"
-        )
+    refuse_other_data(run, found, shards)
     refuse_other_settings(run, found, config)
     for folder, sentence in found.skipped:
         aside = folder.with_name(f"damaged-{folder.name}")
@@ -109,6 +106,15 @@ def _read(run: Path, config: Config, shards: ShardSet) -> dict[str, Any] | None:
         with refusals_named(aside):
             folder.rename(aside)
     return state
+
+
+def refuse_other_data(run: Path, found: checkpoint.Checkpoint, shards: ShardSet) -> None:
+    """Raise UserError where the checkpoint was trained on another data set than ``shards``."""
+    if found.state["manifest"] != shards.fingerprint:
+        raise UserError(
+            f"{run} was trained on another data set than {shards.folder} (the manifests differ); give another --run "
+            f"or the same --data"
+        )
 
 
 def refuse_other_settings(run: Path, found: checkpoint.Checkpoint, config: Config) -> None:
@@ -139,16 +145,8 @@ def refuse_other_settings(run: Path, found: checkpoint.Checkpoint, config: Confi
 
 def settings(config: Config, but: Collection[str]) -> dict[str, Any]:
     """The fields of ``config`` by their path, but for some and for what it says of itself, which decides nothing."""
-    fields = _flat(config.model_dump(mode="json"))
+    fields = flat(config.model_dump(mode="json"))
     return {key: value for key, value in fields.items() if key not in but and not key.startswith("simclr.about.")}
-
-
-def _flat(block: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}"""
-    flat: dict[str, Any] = {}
-    for key, value in block.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
 
 
 def state_of(

@@ -16,7 +16,6 @@ from simclr_dali.pipeline.loader import MAX_BAD_FRACTION
 
 # Cosines are divided by it: at 10 the best and the worst embeddings differ by 0.2 in the exponent.
 LARGEST_TEMPERATURE = 10.0
-TRACKERS = ("tensorboard", "wandb", "mlflow")
 
 Positive = Annotated[int, Field(ge=1, lt=2**31)]
 

@@ -25,7 +25,7 @@ import numpy.typing as npt
 from simclr_dali.model.process import print_now
 from simclr_dali.shards.durable import write_durably
 from simclr_dali.shards.errors import UserError
-from simclr_dali.train.simclr_block import TRACKERS
+from simclr_dali.shards.nested import flat
 
 _PROJECT = "simclr-dali"
 # What may wait for a tracker: some minutes of lines of progress.
@@ -132,7 +132,7 @@ class MLflow:
         place = None if os.environ.get("MLFLOW_TRACKING_URI") else (run.absolute() / "mlflow").as_uri()
         experiment = found.experiment_id if found else self._client.create_experiment(name, artifact_location=place)
         begun = str(self._client.create_run(experiment, run_name=run.name).info.run_id)
-        self._client.log_batch(begun, params=[Param(key, str(value)[:500]) for key, value in _flat(config).items()])
+        self._client.log_batch(begun, params=[Param(key, str(value)[:500]) for key, value in flat(config).items()])
         self._client.log_dict(begun, config, "config.json")
         return begun
 
@@ -187,11 +187,8 @@ def _new_id() -> str:
     return uuid.uuid4().hex
 
 
-_MADE_BY: dict[str, tuple[type, str]] = {
-    "tensorboard": (TensorBoard, "tensorboard"),
-    "wandb": (WandB, "wandb"),
-    "mlflow": (MLflow, "mlflow"),
-}
+# By the name of the library, which is also that of its module.
+_MADE_BY: dict[str, type] = {"tensorboard": TensorBoard, "wandb": WandB, "mlflow": MLflow}
 
 
 def chosen(track: Sequence[str] | str) -> list[str]:
@@ -199,7 +196,7 @@ def chosen(track: Sequence[str] | str) -> list[str]:
 
     Raises UserError for one that is named and not installed.
     """
-    installed = [name for name in TRACKERS if importlib.util.find_spec(_MADE_BY[name][1])]
+    installed = [name for name in _MADE_BY if importlib.util.find_spec(name)]
     if isinstance(track, str):
         return [name for name in ("tensorboard",) if name in installed]
     if missing := [name for name in track if name not in installed]:
@@ -217,10 +214,7 @@ class Trackers:
     ) -> None:
         """config: as resolved. first_step: at which this start of the run begins."""
         config = config or {}
-        self._background = [_Background(name, partial(_MADE_BY[name][0], run, config, first_step)) for name in names]
-
-    def __bool__(self) -> bool:
-        return bool(self._background)
+        self._background = [_Background(name, partial(_MADE_BY[name], run, config, first_step)) for name in names]
 
     def progress(self, lines: Sequence[Mapping[str, float]], speed: Mapping[str, float]) -> None:
         """Tell of lines of metrics.jsonl, and of the line of speed.jsonl after them."""
@@ -305,10 +299,3 @@ class _Background:
                 "its own files have everything",
                 file=sys.stderr,
             )
-
-
-def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in config.items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return found

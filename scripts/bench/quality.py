@@ -16,8 +16,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:1] = [str(ROOT), str(ROOT / ".package")]
 
@@ -54,6 +52,8 @@ def main() -> None:
 
 
 def measure(given: argparse.Namespace, runs: Path, started: float) -> dict[str, Any]:
+    import torch  # seconds, for which --help does not wait
+
     run = runs / "run"
     images = json.loads((given.data / "train" / "manifest.json").read_text())["samples"]
     pretrain = [ROOT / "train/pretrain.py", "--config", given.config, "--data", given.data]
