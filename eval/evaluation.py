@@ -151,8 +151,7 @@ class Evaluation:
 
         Raises UserError where rank 0 cannot write there, which is asked before anything is computed. All ranks call it.
         """
-        folder = self.given_out or result_folder(self.source.path)
-
+        folder = self.given_out or result_folder(self.source)
         on_rank_0(self.process, lambda: refuse_read_only(folder / f"{name}.json"))
         if self.features is not None:
             refuse_read_only(self.features / "features")
@@ -214,8 +213,11 @@ def origin(source: Pretrained, image_size: int) -> dict[str, Any]:
     }
 
 
-def result_folder(path: Path) -> Path:
-    """The run folder of one of its checkpoints; the folder of any other file."""
+def result_folder(source: Pretrained) -> Path:
+    """The run folder of one of its checkpoints; runs/NAME for published weights; the folder of any other file."""
+    if source.name is not None:
+        return Path("runs") / source.name
+    path = source.path
     of_a_run = path.name == STATE and path.parent.parent.name == "checkpoints"
     return path.parent.parent.parent if of_a_run else path.parent
 

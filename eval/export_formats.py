@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from simclr_dali import load
 from simclr_dali.eval.arguments import EXPORT_ENDINGS
 from simclr_dali.eval.model_card import model_card
+from simclr_dali.model.classifier import Classifier
 from simclr_dali.model.encoder import Encoder
-from simclr_dali.model.pretrained import EXPORTED, HEAD, Pretrained
+from simclr_dali.model.pretrained import EXPORTED, HEAD, Pretrained, open_pretrained
 from simclr_dali.model.simclr import Architecture
 from simclr_dali.model.vision import torchvision
 from simclr_dali.pipeline.draws import center_fraction
@@ -60,7 +60,7 @@ def safetensors_file(source: Pretrained, path: Path, size: int, images: Tensor) 
     """The same keys for every architecture; simclr_dali.load reads the rest from the metadata."""
     about = {key: json.dumps(value) for key, value in described(source, size).items()}
     path.write_bytes(safetensors.torch.save(weights(source), metadata=about))
-    features = load(path)(images)
+    features = open_pretrained(path).encoder(images)
     if source.classifier is None:
         return {FEATURES: features}
     state = safetensors.torch.load_file(path)
@@ -170,7 +170,11 @@ def described(source: Pretrained, size: int) -> dict[str, Any]:
         "step": source.step,
         "tuned": source.tuned,
     }
-    return about | ({"classes": list(source.classifier.classes)} if source.classifier else {})
+    return about | (_of_head(source.classifier) if source.classifier else {})
+
+
+def _of_head(classifier: Classifier) -> dict[str, Any]:
+    return {"classes": list(classifier.classes), "interpolation": classifier.interpolation}
 
 
 def unlike(source: Pretrained) -> list[str]:

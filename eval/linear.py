@@ -31,7 +31,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1] / ".package")
 
 from simclr_dali.eval.arguments import DataChoice, EncoderChoice, add_arguments, add_keep_decoded_argument
-from simclr_dali.eval.protocols import ABOUT, FAST, NAMES, SCHEDULES, SWEEP, Schedule
+from simclr_dali.eval.protocols import ABOUT, FAST, NAMES, SCHEDULES, SWEEP, Schedule, named
 from simclr_dali.shards.command_line import parser_of, positive_int, seed
 from simclr_dali.shards.errors import UserError, run_main
 
@@ -42,7 +42,7 @@ SAVE_EVERY = 100  # steps
 def parse_arguments() -> argparse.Namespace:
     parser = parser_of("Linear probe", (__doc__ or "").format(**ABOUT))
     add_arguments(parser)
-    parser.add_argument("--protocol", choices=NAMES, default=FAST, help="default: fast")
+    parser.add_argument("--protocol", type=named, choices=NAMES, default=FAST, help="default: fast")
     parser.add_argument("--epochs", type=positive_int, help="other than the protocol's; reported beside its name")
     parser.add_argument(
         "--train-batch", type=positive_int, metavar="B", help="other than the protocol's; the learning rate follows"

@@ -118,7 +118,7 @@ def _own_results(source: Pretrained) -> list[dict[str, Any]]:
         return [source.classifier.about] if "top1" in source.classifier.about else []
     own = {"encoder_sha256": fingerprint(source.encoder), **source.encoder.conventions()}
     found = []
-    for path in sorted(path for pattern in _RESULTS for path in result_folder(source.path).glob(pattern)):
+    for path in sorted(path for pattern in _RESULTS for path in result_folder(source).glob(pattern)):
         try:
             result = json.loads(path.read_text())
         except (OSError, ValueError):

@@ -2,6 +2,7 @@
 
     python eval/predict.py --ckpt runs/ds_lars/linear.pt bird.jpg            # of eval/linear.py
     python eval/predict.py --ckpt runs/ds_lars/finetune-0.1.pt holiday/      # of eval/finetune.py; a whole folder
+    python eval/predict.py --ckpt resnet50_simclr-200e-pre_8xb512-linear-coslr-90e_in1k bird.jpg    # mmpretrain's
     python eval/predict.py --ckpt runs/ds_lars/linear.pt --json *.jpg > predictions.json
     python eval/predict.py --ckpt runs/ds_lars/linear.pt --names LOC_synset_mapping.txt bird.jpg
 
@@ -28,7 +29,8 @@ def parse_arguments() -> argparse.Namespace:
     parser = parser_of("Classify pictures", __doc__)
     parser.add_argument(
         "--ckpt", type=Path, required=True, metavar="CLASSIFIER",
-        help="linear.pt or finetune-F.pt, or a run folder that has a linear.pt",
+        help="linear.pt or finetune-F.pt, a run folder that has a linear.pt, an export of one of them, a file of "
+        "torchvision or mmpretrain with its classifier, or the name of published weights",
     )  # fmt: skip
     parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="pictures, or folders of them")
     parser.add_argument("--top", type=positive_int, default=5, metavar="N", help="classes per picture (default: 5)")
@@ -43,19 +45,14 @@ def parse_arguments() -> argparse.Namespace:
 if __name__ == "__main__":
     ARGUMENTS = parse_arguments()  # --help and mistakes are answered before torch is imported, which takes seconds
 
-import torch
-
-from simclr_dali.eval.evaluation import own_device
-from simclr_dali.model.classifier import Classifier, load_classifier
-from simclr_dali.pipeline.graph import LoaderConfig
-from simclr_dali.pipeline.image_files import ImageFiles, central_views_of_files, find_images, refuse_failures
+from simclr_dali.eval.use import open_classifier, scored
+from simclr_dali.pipeline.image_files import ImageFiles, find_images, refuse_failures
 
 
 def main(arguments: argparse.Namespace) -> None:
-    path: Path = arguments.ckpt / "linear.pt" if arguments.ckpt.is_dir() else arguments.ckpt
-    classifier = load_classifier(path)
+    classifier = open_classifier(arguments.ckpt)
     label, layout = classifier.architecture.encoder.label(), classifier.about.get("layout", "unknown")
-    print(f"{path}: {label}, layout of {layout}, takes {classifier.encoder.input_range()}", file=sys.stderr)
+    print(f"{arguments.ckpt}: {label}, layout of {layout}, takes {classifier.encoder.input_range()}", file=sys.stderr)
     paths = find_images(arguments.images)
     files = ImageFiles(paths)
     names = read_names(arguments.names) if arguments.names else {}
@@ -64,37 +61,17 @@ def main(arguments: argparse.Namespace) -> None:
             f"--names {arguments.names} names none of the {len(classifier.classes)} classes, such as "
             f"{classifier.classes[0]!r}; give a line for each, class and name"
         )
-    found = predict(classifier, files, [str(path) for path in paths], arguments.top, arguments.batch)
-    for best in (best for line in found for best in line["predictions"]):
-        best["class"] = names.get(best["class"], best["class"])
+    found = []
+    for place, best in scored(classifier, files, arguments.top, arguments.batch):
+        lines = [
+            {"class": names.get(one.name, one.name), "label": one.label, "score": round(one.score, 6)} for one in best
+        ]
+        found.append({"image": str(paths[place]), "predictions": lines})
     if arguments.json:
         print(json.dumps(found, indent=2))
     else:
         print(table(found))
     refuse_failures(files.failures, paths)
-
-
-def predict(classifier: Classifier, files: ImageFiles, names: list[str], top: int, batch: int) -> list[dict[str, Any]]:
-    """Of every usable picture its name and the ``top`` most likely classes, with their scores."""
-    device, cores = own_device()
-    classifier.encoder.place(device)
-    classifier.head.to(device)
-    config = LoaderConfig(
-        size=classifier.image_size, device=device, threads=cores, interpolation=classifier.interpolation
-    )  # fmt: skip
-    found = []
-    with torch.inference_mode():
-        for views, places in central_views_of_files(
-            files, config, batch=batch, center_fraction=classifier.center_fraction
-        ):
-            scores, labels = classifier.scores(views).softmax(1).topk(min(top, len(classifier.classes)), dim=1)
-            for place, of, which in zip(places, scores.tolist(), labels.tolist(), strict=True):
-                best = [
-                    {"class": classifier.classes[label], "label": label, "score": round(score, 6)}
-                    for score, label in zip(of, which, strict=True)
-                ]
-                found.append({"image": names[place], "predictions": best})
-    return found
 
 
 def read_names(path: Path) -> dict[str, str]:

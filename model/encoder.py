@@ -6,6 +6,7 @@ A new kind of encoder is a class of each of the two kinds below, and an entry in
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,8 @@ class Encoder(nn.Module):
     mean, std = MEAN, STD
 
     if TYPE_CHECKING:  # layers are each kind's own
+        views: Callable[[Any], Tensor]
+        """Pictures of any kind -> the views of an evaluation; of encoders that simclr_dali.load gives."""
 
         def __getattr__(self, name: str) -> Any: ...
 

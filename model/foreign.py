@@ -60,6 +60,8 @@ class ForeignEncoder:
     """Keys of the file that belong to no encoder, as those of projectors and classifiers."""
     conventions: dict[str, Any]
     """What its weights do not show: see model.encoder.Encoder."""
+    head: tuple[Tensor, Tensor] | None = None
+    """Weight [classes, width] and bias of the linear classifier beside it."""
 
 
 def find_encoder(
@@ -103,7 +105,17 @@ def find_encoder(
     conventions: dict[str, Any] = {"unit_range": whose in _UNIT_RANGE, "stem_relu": rename is not _LIGHTLY_CHILDREN}
     if encoder.stem == "3x3":
         conventions["stem_padding"] = _padding(whose, left_out, name) if stem_padding is None else stem_padding
-    return ForeignEncoder(Architecture(encoder), weights, whose, beginning, left_out, conventions)
+    head = _head(tensors, beginning, whose)
+    return ForeignEncoder(Architecture(encoder), weights, whose, beginning, left_out, conventions, head)
+
+
+def _head(tensors: dict[str, Tensor], beginning: str, whose: str) -> tuple[Tensor, Tensor] | None:
+    """Of the libraries whose keys say that a layer is a classifier, and not one of a projector."""
+    places = {"torchvision": f"{beginning}fc", "mmpretrain": f"{beginning.removesuffix('backbone.')}head.fc"}
+    weight, bias = (tensors.get(f"{places.get(whose)}.{name}") for name in ("weight", "bias"))
+    if weight is None or bias is None or weight.dim() != 2 or bias.shape != weight.shape[:1]:
+        return None
+    return weight.float(), bias.float()
 
 
 def _beginnings(tensors: Iterable[str], mark: str) -> list[str]:

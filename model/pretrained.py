@@ -1,15 +1,8 @@
-"""Encoders out of files: our runs, checkpoints and classifiers, and the weights of other libraries.
-
-from simclr_dali import load
-encoder = load("runs/ds_lars")
-
-encoder(images)            # pooled features [n, 2048]
-encoder.features(images)   # the feature map [n, 2048, 7, 7]
-"""
+"""Encoders out of files: our runs, checkpoints and classifiers, and the weights of other libraries."""
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +13,7 @@ from simclr_dali.model.checkpoint import Checkpoint, CheckpointError
 from simclr_dali.model.classifier import Classifier, is_classifier
 from simclr_dali.model.encoder import Encoder
 from simclr_dali.model.foreign import find_encoder, require_complete
+from simclr_dali.model.published import WEIGHTS, fetched, is_published
 from simclr_dali.model.resnet import ResNet
 from simclr_dali.model.simclr import Architecture, build_model
 from simclr_dali.model.untrusted import exported_about, read_tensors
@@ -56,6 +50,14 @@ class Pretrained:
     """Keys of the file that are not the encoder's."""
     tuned: str | None = None
     """Protocol by which it, or what its run began with, learned from labels."""
+    name: str | None = None
+    """Of published weights (model.published)."""
+    head: tuple[Tensor, Tensor] | None = None
+    """Weight and bias of the linear classifier that another library's file, or an export, holds beside the encoder."""
+    classes: tuple[str, ...] = ()
+    """What the classes of ``head`` are called, where the file says it."""
+    interpolation: str = "bilinear"
+    """By which the pictures that ``head`` was fitted to became views."""
 
     def in_words(self) -> str:
         """For people: what was found, and what it is taken for."""
@@ -69,28 +71,6 @@ class Pretrained:
         )
 
 
-def load(
-    path: str | Path,
-    *,
-    prefix: str | None = None,
-    unit_range: bool | None = None,
-    stem_padding: int | None = None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-) -> Encoder:
-    """The encoder of a run folder (its newest checkpoint) or of a file, ours or another library's (model.foreign).
-
-    In eval mode, on the CPU, in float32. prefix: where a file holds several encoders, the beginning of the keys of
-    the one that is meant. unit_range: whether it was trained on RGB values in 0 to 1, not normalised (default: as the
-    layout says). stem_padding: of a 3x3 stem (default: 1, and 2 for solo-learn's). mean, std: of the RGB values in 0 to
-    1 by which its images were normalised (default: ImageNet's). Raises CheckpointError where the file is missing,
-    damaged, or holds no whole encoder, and for a value that cannot be.
-    """
-    return open_pretrained(
-        Path(path), prefix=prefix, unit_range=unit_range, stem_padding=stem_padding, mean=mean, std=std
-    ).encoder
-
-
 def open_pretrained(
     path: Path,
     *,
@@ -101,16 +81,27 @@ def open_pretrained(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> Pretrained:
-    """What :func:`load` returns, with where it comes from.
+    """The encoder of a run folder (its newest checkpoint), of a file, ours or another library's (model.foreign), or of
+    weights that are known by their name (model.published).
 
-    untrained: with the weights its run began with, the baseline of any claim; only our runs know them.
+    untrained: with the weights its run began with, the baseline of any claim; only our runs know them. prefix: where a
+    file holds several encoders, the beginning of the keys of the one that is meant. unit_range: whether it was trained
+    on RGB values in 0 to 1, not normalised (default: as the layout says). stem_padding: of a 3x3 stem (default: 1, and
+    2 for solo-learn's). mean, std: of the RGB values in 0 to 1 by which its images were normalised (default:
+    ImageNet's). Raises CheckpointError where the file is missing, damaged, or holds no whole encoder, and for a value
+    that cannot be.
     """
+    name = str(path) if is_published(path) else None
+    path = fetched(name) if name else path
     if (path / EXPORTED).is_file() and not (path / "checkpoints").exists():
         path = path / EXPORTED  # a folder of eval/export.py --format hub
     if path.is_dir() or (path.is_file() and path.name == checkpoint.STATE):
         opened = _of_run(checkpoint.load(path), untrained)
     elif not path.is_file():
-        raise CheckpointError(f"{path} does not exist; give a run folder, a folder step-*, or a file with weights")
+        raise CheckpointError(
+            f"{path} does not exist; give a run folder, a folder step-*, a file with weights, or one of the names "
+            f"{', '.join(WEIGHTS)}"
+        )
     else:
         opened = _of_file(path, path.read_bytes(), prefix, stem_padding)
         if untrained:
@@ -127,7 +118,7 @@ def open_pretrained(
         opened.encoder.adopt({name: value for name, value in given.items() if value is not None})
     except ValueError as error:
         raise CheckpointError(f"{path} cannot be used so: {error}") from error
-    return opened
+    return replace(opened, name=name)
 
 
 def fingerprint(module: nn.Module) -> str:
@@ -193,7 +184,9 @@ def _of_file(path: Path, data: bytes, prefix: str | None, stem_padding: int | No
         encoder.adopt(found.conventions)
     except ValueError as error:
         raise CheckpointError(f"{path} cannot be used so: {error}") from error
-    return Pretrained(encoder.eval(), found.architecture, path, sha256, found.layout, left_out=found.left_out)
+    return Pretrained(
+        encoder.eval(), found.architecture, path, sha256, found.layout, left_out=found.left_out, head=found.head
+    )
 
 
 def _of_classifier(path: Path, sha256: str, classifier: Classifier) -> Pretrained:
@@ -237,4 +230,7 @@ def _of_export(path: Path, sha256: str, tensors: dict[str, Tensor], about: dict[
         image_size=about.get("image_size"),
         left_out=head,
         tuned=about.get("tuned"),
+        head=(tensors[f"{HEAD}weight"], tensors[f"{HEAD}bias"]) if head else None,
+        classes=tuple(map(str, about.get("classes", ()))),
+        interpolation=about.get("interpolation", "bilinear"),
     )

@@ -130,7 +130,7 @@ def _refuse_programs(data: bytes) -> None:
 
 # The lines that eval/export.py writes into a file's metadata.
 _OF_EXPORTS = ("architecture", "conventions", "image_size", "center_fraction", "checkpoint_sha256", "step", "tuned",
-               "classes", "habits")  # the last is what conventions were called until 0.1  # fmt: skip
+               "classes", "interpolation", "habits")  # the last is what conventions were called until 0.1  # fmt: skip
 _LARGEST_VIEW = 16_384  # pixels
 
 
@@ -152,6 +152,8 @@ def exported_about(path: Path) -> dict[str, Any]:
         "image_size": _is_count(about.get("image_size"), _LARGEST_VIEW),
         "step": _is_count(about.get("step"), 2**63),
         "tuned": isinstance(about.get("tuned"), str | None),
+        "classes": isinstance(about.get("classes", []), list),
+        "interpolation": about.get("interpolation", "bilinear") in ("bilinear", "bicubic"),
     }
     for key, is_sound in sound.items():
         if not is_sound:

@@ -68,4 +68,9 @@ except ImportError:  # another version asks the compiler for more
     import torchvision
 from torchvision.models import resnet
 
-__all__ = ["resnet", "torchvision"]
+__all__ = ["imagenet_classes", "resnet", "torchvision"]
+
+
+def imagenet_classes() -> tuple[str, ...]:
+    """What the 1,000 classes of ImageNet are called, by label, in the metadata of torchvision's weights."""
+    return tuple(torchvision.models.ResNet50_Weights.IMAGENET1K_V1.meta["categories"])

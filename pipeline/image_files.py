@@ -39,13 +39,16 @@ class FileViews(NamedTuple):
 
 
 class ImageFiles:
-    """Reads files by their place, in many threads. failures: why a file could not be used, by place."""
+    """Reads files by their place, in many threads; the bytes of one may be given as well.
+
+    failures: why a file could not be used, by place.
+    """
 
     kept = None
 
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self._paths = paths
-        self.samples = np.zeros(len(paths), SAMPLE)
+    def __init__(self, files: Sequence[Path | bytes]) -> None:
+        self._files = files
+        self.samples = np.zeros(len(files), SAMPLE)
         self.failures: dict[int, str] = {}
         self._decoder_is_free = threading.Lock()
 
@@ -64,8 +67,9 @@ class ImageFiles:
         pass
 
     def _one(self, place: int) -> bytes:
+        file = self._files[place]
         try:
-            found = prepare(self._paths[place].read_bytes())
+            found = prepare(file if isinstance(file, bytes) else file.read_bytes())
             with self._decoder_is_free:
                 sound = decoder("cpu").accepts([found.encoded], [(found.width, found.height)])[0]
             if not sound:
@@ -115,15 +119,15 @@ def find_images(paths: Iterable[Path]) -> list[Path]:
     return found
 
 
-def refuse_failures(failures: dict[int, str], paths: Sequence[Path]) -> None:
-    """Raise UserError where some files could not be used; for the end, when the others are done.
+def refuse_failures(failures: dict[int, str], names: Sequence[object]) -> None:
+    """Raise UserError where some pictures could not be used; for the end, when the others are done.
 
-    failures: why, by the place of the file among ``paths``.
+    failures: why, by the place of the picture among all; names: what to call each.
     """
     if failures:
-        named = [f"{paths[place]} ({reason})" for place, reason in sorted(failures.items())]
+        named = [f"{names[place]} ({reason})" for place, reason in sorted(failures.items())]
         more = f" and {len(named) - 5} more" if len(named) > 5 else ""
         raise UserError(
-            f"{len(named)} of {len(paths)} files could not be used: {'; '.join(named[:5])}{more}; repair "
+            f"{len(named)} of {len(names)} pictures could not be used: {'; '.join(named[:5])}{more}; repair "
             "them or leave them out"
         )

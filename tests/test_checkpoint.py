@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 import torch
 
+from simclr_dali import load
 from simclr_dali.model import checkpoint
 from simclr_dali.model.checkpoint import CheckpointError
-from simclr_dali.model.pretrained import fingerprint, load, open_pretrained
+from simclr_dali.model.pretrained import fingerprint, open_pretrained
 from simclr_dali.model.resnet import ResNet
 from simclr_dali.model.simclr import Architecture, build_model
 from tests.conftest import ROOT

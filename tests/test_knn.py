@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from simclr_dali import load
 from simclr_dali.model import neighbours
 from simclr_dali.model.neighbours import accuracies, nearest
-from simclr_dali.model.pretrained import load
 from simclr_dali.pipeline.features import extract
 from simclr_dali.pipeline.files import Split
 from simclr_dali.pipeline.graph import LoaderConfig

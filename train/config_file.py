@@ -17,6 +17,11 @@ from simclr_dali.train.config import LR_RULES, Config
 from simclr_dali.train.simclr_block import wrong_value
 
 PRESETS = Path(__file__).resolve().parent / "configs"
+# What mmpretrain calls its configs (configs/simclr): the preset with the same batch, rate, schedule and views.
+_ALIASES = {
+    "simclr_resnet50_16xb256-coslr-200e_in1k": "ds_lars.json",
+    "simclr_resnet50_16xb256-coslr-800e_in1k": "ds_lars_800e.json",
+}
 
 
 def load_config(name: str, overrides: list[str], data: str | None = None, run: str | None = None) -> Config:
@@ -88,7 +93,10 @@ def _read(name: str, folder: Path | None) -> tuple[Path, str]:
     """The config's path and text: a file of that name (in ``folder``, where a base is asked for), else a preset."""
     try:
         path = (folder or Path()) / name
-        path = path if path.is_file() else PRESETS / name
+        if (theirs := name.rpartition("/")[2].removesuffix(".py")) in _ALIASES:
+            path = PRESETS / _ALIASES[theirs]
+        elif not path.is_file():
+            path = PRESETS / name
         if not path.is_file():
             presets = ", ".join(sorted(preset.name for preset in PRESETS.glob("*.json")))
             raise UserError(f"config {name} is neither a file nor a preset; the presets are {presets}")

@@ -1,11 +1,13 @@
-"""SimCLR pre-training: ``load`` gives the encoder of a run or of a file of weights; ``pack``, ``pretrain`` and
-``probe`` are commands as functions (simclr_dali.functions).
+"""SimCLR pre-training: ``load`` gives the encoder of a run or of a file of weights, ``predict`` classifies pictures;
+``pack``, ``pretrain`` and ``probe`` are commands as functions (simclr_dali.functions).
 
-    from simclr_dali import load
+    from simclr_dali import load, predict
 
     encoder = load("runs/ds_lars")
-    encoder(images)            # pooled features [n, 2048]
+    encoder("bird.jpg")        # pooled features [1, 2048], of the view that an evaluation has
+    encoder(images)            # pooled features [n, 2048], of a batch [n, 3, h, w] as it is
     encoder.features(images)   # the feature map [n, 2048, 7, 7]
+    predict("runs/ds_lars", "bird.jpg").name
 
 This folder gives the project its one import name. It holds links to the folders of the repository, so that a clone
 works without being installed, with this folder's parent on the path.
@@ -14,10 +16,10 @@ works without being installed, with this folder's parent on the path.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from simclr_dali.eval.use import load, predict
     from simclr_dali.functions import pack, pretrain, probe
-    from simclr_dali.model.pretrained import load
 
-__all__ = ["__version__", "command", "load", "pack", "pretrain", "probe"]
+__all__ = ["__version__", "command", "load", "pack", "predict", "pretrain", "probe"]
 __version__ = "0.5.0"
 command: str | None = None
 """Which command of ``simclr-dali`` runs in this process, if one does."""
@@ -25,10 +27,10 @@ command: str | None = None
 
 def __getattr__(name: str) -> Any:
     # Whoever imports one module of ours, or asks a command for its help, does not wait for torch.
-    if name == "load":
-        from simclr_dali.model.pretrained import load
+    if name in ("load", "predict"):
+        from simclr_dali.eval import use
 
-        return load
+        return getattr(use, name)
     if name in ("pack", "pretrain", "probe"):
         from simclr_dali import functions
 

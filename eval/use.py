@@ -1,0 +1,172 @@
+"""Models in a program: an encoder that takes pictures as they are, and predictions of a classifier.
+
+from simclr_dali import load, predict
+
+encoder = load("runs/ds_lars")
+encoder("bird.jpg")        # pooled features [1, 2048]
+predict("runs/ds_lars", "bird.jpg").name
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from simclr_dali.eval.evaluation import own_device
+from simclr_dali.model.checkpoint import CheckpointError
+from simclr_dali.model.classifier import Classifier, load_classifier
+from simclr_dali.model.encoder import Encoder
+from simclr_dali.model.pretrained import EXPORTED, Pretrained, open_pretrained
+from simclr_dali.model.vision import imagenet_classes
+from simclr_dali.pipeline.draws import center_fraction
+from simclr_dali.pipeline.graph import LoaderConfig
+from simclr_dali.pipeline.image_files import ImageFiles, central_views_of_files, refuse_failures
+from simclr_dali.pipeline.pictures import central_views_of_pictures, in_memory, is_one
+from simclr_dali.shards.cores import usable_cores
+
+
+def load(
+    path: str | Path,
+    *,
+    prefix: str | None = None,
+    unit_range: bool | None = None,
+    stem_padding: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> Encoder:
+    """The encoder of a run folder, of a file of ours or of another library, or of published weights, by their name.
+
+    In eval mode, on the CPU, in float32. Called with a batch [n, 3, h, w], floats normalised as for ImageNet or uint8
+    RGB, it embeds that as it is, of any size. Called with pictures (paths, folders, Pillow's images, uint8 arrays and
+    tensors, or a list of them, each of its own size; pipeline.pictures), it embeds the views that an evaluation has of
+    them, which ``encoder.views(pictures)`` gives: [n, 3, size, size], size as pre-trained.
+
+    The names of published weights are in model.published, and the other arguments and what is raised in
+    model.pretrained.open_pretrained; UserError for pictures that cannot be used.
+    """
+    source = open_pretrained(
+        Path(path), prefix=prefix, unit_range=unit_range, stem_padding=stem_padding, mean=mean, std=std
+    )
+    encoder = source.encoder
+    encoder.views = partial(_views, encoder, _size(source))
+    encoder.register_forward_pre_hook(_pictures_become_views)
+    return encoder
+
+
+def _size(source: Pretrained) -> int:
+    return source.image_size or source.architecture.encoder.usual_image_size()
+
+
+def _views(encoder: Encoder, size: int, pictures: Any) -> Tensor:
+    first = next(encoder.parameters())
+    found = central_views_of_pictures(pictures, LoaderConfig(size=size, device=first.device, threads=usable_cores()))
+    return found.to(first.dtype)
+
+
+def _pictures_become_views(encoder: Any, given: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    if len(given) != 1 or (isinstance(given[0], Tensor) and given[0].dim() == 4):
+        return None
+    return (encoder.views(given[0]),)
+
+
+@dataclass(frozen=True)
+class Likely:
+    """A class that a picture may show."""
+
+    name: str
+    label: int
+    score: float
+    """0 to 1; those of all classes add up to 1."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a classifier says of a picture."""
+
+    best: tuple[Likely, ...]
+    """The likeliest classes, likeliest first."""
+
+    @property
+    def name(self) -> str:
+        """Of the likeliest class."""
+        return self.best[0].name
+
+    @property
+    def label(self) -> int:
+        return self.best[0].label
+
+    @property
+    def score(self) -> float:
+        return self.best[0].score
+
+
+def predict(model: str | Path, pictures: Any, *, top: int = 5, batch: int = 64) -> Any:
+    """Classify pictures: a Prediction of one picture, a list of them of several, or of a folder.
+
+    model: what :func:`open_classifier` takes. pictures: as :func:`load` says. top: how many classes are named. On the
+    GPU where there is one. Raises CheckpointError where there is no classifier, and UserError where a picture cannot
+    be used.
+    """
+    classifier = open_classifier(model)
+    found, names = in_memory(pictures)
+    files = ImageFiles(found)
+    predictions = [Prediction(best) for _, best in scored(classifier, files, top, batch)]
+    refuse_failures(files.failures, names)
+    return predictions[0] if is_one(pictures) else predictions
+
+
+def open_classifier(path: str | Path) -> Classifier:
+    """The classifier of a run folder (its linear.pt), of a file of ours, of an export, of a torchvision or mmpretrain
+    file that holds one beside its encoder, or of published weights, by their name.
+
+    Raises CheckpointError where there is none, and where nobody says what its classes are called.
+    """
+    path = Path(path)
+    if path.is_dir() and not (path / EXPORTED).is_file():
+        return load_classifier(path / "linear.pt")
+    source = open_pretrained(path)
+    if source.classifier is not None:
+        return source.classifier
+    if source.head is None:
+        raise CheckpointError(
+            f"{path} holds an encoder and no classifier; give the linear.pt of eval/linear.py, the finetune-F.pt of "
+            "eval/finetune.py, or weights with a classifier"
+        )
+    weight, bias = source.head
+    known = imagenet_classes()
+    classes = source.classes or (known if len(weight) == len(known) else ())
+    if len(classes) != len(weight) or weight.shape[1] != source.encoder.width:
+        raise CheckpointError(
+            f"{path} holds a classifier of {weight.shape[1]} features and {len(weight)} classes, and names "
+            f"{len(classes)} of them; its encoder gives {source.encoder.width} features, and only the names of "
+            f"ImageNet's {len(known):,} classes are known without being given"
+        )
+    head = nn.Linear(weight.shape[1], len(weight))
+    head.load_state_dict({"weight": weight, "bias": bias})
+    size = _size(source)
+    return Classifier(
+        source.encoder, source.architecture, head.eval(), classes, size, center_fraction(size), source.interpolation,
+        {"layout": source.layout},
+    )  # fmt: skip
+
+
+def scored(classifier: Classifier, files: ImageFiles, top: int, batch: int) -> Iterator[tuple[int, tuple[Likely, ...]]]:
+    """Of every usable picture its place and its ``top`` likeliest classes; ``files.failures`` names the others."""
+    device, cores = own_device()
+    classifier.encoder.place(device)
+    classifier.head.to(device)
+    config = LoaderConfig(
+        size=classifier.image_size, device=device, threads=cores, interpolation=classifier.interpolation
+    )  # fmt: skip
+    with torch.inference_mode():
+        for views, places in central_views_of_files(
+            files, config, batch=batch, center_fraction=classifier.center_fraction
+        ):
+            scores, labels = classifier.scores(views).softmax(1).topk(min(top, len(classifier.classes)), dim=1)
+            for place, of, which in zip(places, scores.tolist(), labels.tolist(), strict=True):
+                best = [Likely(classifier.classes[label], label, score) for score, label in zip(of, which, strict=True)]
+                yield place, tuple(best)
