@@ -68,45 +68,58 @@ def add_encoder_arguments(parser: argparse.ArgumentParser, *, batch: bool = True
     """Which encoder; batch: whether it is asked about many images."""
     parser.add_argument(
         "--ckpt", type=Path, required=True, metavar="RUN_OR_FILE",
-        help="run folder, checkpoint folder, its state.pt, a classifier of ours, or weights of torchvision, timm, "
-        "mmpretrain, VISSL, lightly, solo-learn, moco, sthalles/SimCLR, Spijkervet/SimCLR, or converted from "
-        "google-research/simclr",
+        help="Take the encoder of this run folder (its newest checkpoint), checkpoint, classifier, hub folder or file "
+        "of weights (torchvision, timm, mmpretrain, VISSL, lightly, solo-learn, moco, sthalles/SimCLR, "
+        "Spijkervet/SimCLR, or converted from google-research/simclr), or mmpretrain's weights of this name.",
     )  # fmt: skip
-    parser.add_argument("--untrained", action="store_true", help="the encoder with the weights its run began with")
-    parser.add_argument("--prefix", help="beginning of the encoder's keys, where a file holds several")
-    parser.add_argument(
-        "--stem-padding", type=positive_int, metavar="PX",
-        help="of a 3x3 stem, which weights do not show (default: 1, and 2 for solo-learn's)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--unit-range", action=argparse.BooleanOptionalAction,
-        help="whether the weights were trained on values in 0..1 instead of normalised ones, as those of "
-        "google-research/simclr (default: as their keys say; tonylins/simclr-converter's do not)",
-    )  # fmt: skip
-    for name in ("mean", "std"):
-        parser.add_argument(
-            f"--{name}", type=float, nargs=3, metavar=("R", "G", "B"),
-            help=f"{name} of values in 0..1 by which the weights' images were normalised (default: ImageNet's)",
-        )  # fmt: skip
+    parser.add_argument("--untrained", action="store_true", help="Use the weights that the run began with.")
     parser.add_argument(
         "--image-size", type=image_size, metavar="PX",
-        help="side of the central view (default: as pre-trained; of other libraries 224, or 32 with the 3x3 stem)",
+        help="Show the central view at this side (default: as pre-trained; of other libraries 224, or 32 with the 3x3 "
+        "stem).",
     )  # fmt: skip
     if batch:
-        parser.add_argument("--batch", type=positive_int, default=256, help="images embedded at a time (default: 256)")
+        parser.add_argument(
+            "--batch", type=positive_int, default=256, metavar="N", help="Embed N images at a time (default: 256)."
+        )
+    _add_foreign_arguments(parser)
+
+
+def _add_foreign_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "weights of other libraries",
+        "What a file's keys do not show. Runs and exports of this project say it themselves.",
+    )
+    group.add_argument("--prefix", help="Take the encoder whose keys begin so, where a file holds several.")
+    group.add_argument(
+        "--stem-padding", type=positive_int, metavar="PX",
+        help="Pad the convolution of a 3x3 stem so (default: 1, and 2 for solo-learn's).",
+    )  # fmt: skip
+    group.add_argument(
+        "--unit-range", action=argparse.BooleanOptionalAction,
+        help="Give values in 0..1 instead of normalised ones, as the weights of google-research/simclr take them "
+        "(default: as their keys say; tonylins/simclr-converter's do not).",
+    )  # fmt: skip
+    for name in ("mean", "std"):
+        group.add_argument(
+            f"--{name}", type=float, nargs=3, metavar=("R", "G", "B"),
+            help=f"Normalise values in 0..1 by this {name} (default: ImageNet's).",
+        )  # fmt: skip
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     """Which data, and where remote shards are kept."""
     default = DataChoice()
-    parser.add_argument("--data", help="folder or address of packed shards (default: what the run was trained on)")
+    parser.add_argument(
+        "--data", help="Take the shards of this folder or address (default: what the run was trained on)."
+    )
     parser.add_argument(
         "--cache", type=Path, default=default.cache, metavar="FOLDER",
-        help=f"keeps remote shards (default: {default.cache})",
+        help=f"Keep remote shards here (default: {default.cache}).",
     )  # fmt: skip
     parser.add_argument(
         "--cache-gb", type=float, default=default.cache_gb, metavar="GB",
-        help=f"how much of them (default: {default.cache_gb:g})",
+        help=f"Keep no more of them than this (default: {default.cache_gb:g}).",
     )  # fmt: skip
 
 
@@ -114,8 +127,8 @@ def add_keep_decoded_argument(parser: argparse.ArgumentParser) -> None:
     """For those that train on pictures."""
     parser.add_argument(
         "--keep-decoded", choices=get_args(Place),
-        help="where decoded pictures stay from epoch to epoch: auto (default) is the host's memory where they take at "
-        "most half of what is free, host up to nine tenths, gpu half of the GPU's or else the host's, no nowhere",
+        help="Keep decoded pictures from epoch to epoch: auto (default) in the host's memory where they take at most "
+        "half of what is free, host up to nine tenths, gpu in half of the GPU's or else the host's, no nowhere.",
     )  # fmt: skip
 
 
@@ -125,6 +138,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, features: bool = True) -> 
     add_data_arguments(parser)
     if features:
         parser.add_argument(
-            "--features", type=Path, metavar="FOLDER", help="keep extracted features here, and use those that are there"
-        )
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where results go (default: the run folder)")
+            "--features", type=Path, metavar="FOLDER",
+            help="Keep extracted features here, and use those that are there.",
+        )  # fmt: skip
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="Write results here (default: the run folder).")

@@ -36,10 +36,12 @@ from simclr_dali.shards.errors import UserError, run_main
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = parser_of("Export", __doc__)
+    parser = parser_of(__doc__)
     add_encoder_arguments(parser, batch=False)
-    parser.add_argument("--format", choices=list(EXPORT_ENDINGS), required=True)
-    parser.add_argument("--out", type=Path, required=True, metavar="PATH", help="file, or folder for hub")
+    parser.add_argument(
+        "--format", choices=list(EXPORT_ENDINGS), required=True, metavar="FORMAT", help="Write this format."
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="PATH", help="Write this file, or folder for hub.")
     return parser.parse_args()
 
 

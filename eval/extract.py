@@ -43,17 +43,22 @@ def layer(text: str) -> str:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = parser_of("Write features", __doc__)
-    parser.add_argument("images", type=Path, nargs="*", metavar="IMAGE", help="pictures, or folders (default: shards)")
+    parser = parser_of(__doc__)
+    parser.add_argument(
+        "images", type=Path, nargs="*", metavar="IMAGE", help="They are pictures, or folders (default: shards)."
+    )
     add_encoder_arguments(parser)
     add_data_arguments(parser)
-    parser.add_argument("--split", choices=SPLITS, default="val", help="of the shards (default: val)")
+    parser.add_argument("--split", choices=SPLITS, default="val", help="Take this split of the shards (default: val).")
     parser.add_argument(
         "--layer", type=layer, default="encoder", metavar="LAYER",
-        help="encoder (default); projector: z, not normalised; projector.1 and so on: its hidden layers (runs only)",
+        help="Write what this layer gives: encoder (default), projector (z, not normalised), or, of runs, projector.1 "
+        "and so on, its hidden layers.",
     )  # fmt: skip
-    parser.add_argument("--map", action="store_true", help="write the feature maps as well")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="ends with .npy or .safetensors")
+    parser.add_argument("--map", action="store_true", help="Write the feature maps as well.")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="FILE", help="Write to this .npy or .safetensors file."
+    )
     return parser.parse_args()
 
 

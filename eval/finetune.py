@@ -33,19 +33,23 @@ from simclr_dali.shards.errors import UserError, run_main
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = parser_of("Fine-tuning", __doc__)
+    parser = parser_of(__doc__)
     add_arguments(parser, features=False)
     which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--fraction", type=float, metavar="F", help="share of the labels: 0.01, 0.1, 1")
-    which.add_argument("--list", type=Path, metavar="FILE", help="names of the images whose labels are used")
-    parser.add_argument("--epochs", type=positive_int, help="other than the protocol's; reported beside its name")
+    which.add_argument("--fraction", type=float, metavar="F", help="Use this share of the labels: 0.01, 0.1, 1.")
+    which.add_argument("--list", type=Path, metavar="FILE", help="Use the labels of the images that FILE names.")
+    parser.add_argument("--epochs", type=positive_int, help="Train for so many epochs, reported beside the protocol.")
     parser.add_argument(
-        "--train-batch", type=positive_int, metavar="B", help="other than the protocol's; the learning rate follows"
+        "--train-batch", type=positive_int, metavar="B", help="Train with batches of B; the learning rate follows."
     )
     add_keep_decoded_argument(parser)
-    parser.add_argument("--seed", type=seed, default=0, help="of the choice of labels, order and crops (default: 0)")
+    parser.add_argument("--seed", type=seed, default=0, help="Seed the choice of labels, order and crops (default: 0).")
     parser.add_argument(
-        "--save-every", type=positive_int, default=100, metavar="STEPS", help="between two saved states (default: 100)"
+        "--save-every",
+        type=positive_int,
+        default=100,
+        metavar="STEPS",
+        help="Save the state so often (default: every 100).",
     )
     return parser.parse_args()
 

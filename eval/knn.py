@@ -24,10 +24,14 @@ from simclr_dali.shards.errors import UserError, run_main
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = parser_of("kNN evaluation", __doc__)
+    parser = parser_of(__doc__)
     add_arguments(parser)
-    parser.add_argument("--k", type=positive_int, nargs="+", help="default: 20 200, as far as there are so many")
-    parser.add_argument("--temperature", type=float, default=0.1, help="of the votes (default: 0.1)")
+    parser.add_argument(
+        "--k", type=positive_int, nargs="+", help="Let so many vote (default: 20 200, as far as there are so many)."
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=0.1, help="Weigh votes at this temperature (default: 0.1)."
+    )
     return parser.parse_args()
 
 

@@ -22,6 +22,7 @@ folder, encoder and classifier to linear.pt (eval/predict.py); other protocols t
 
 import argparse
 import sys
+import textwrap
 import time
 from pathlib import Path
 from typing import Any
@@ -40,17 +41,22 @@ SAVE_EVERY = 100  # steps
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = parser_of("Linear probe", (__doc__ or "").format(**ABOUT))
+    about = {name: textwrap.fill(said, 95, subsequent_indent=25 * " ") for name, said in ABOUT.items()}
+    parser = parser_of((__doc__ or "").format(**about))
     add_arguments(parser)
-    parser.add_argument("--protocol", type=named, choices=NAMES, default=FAST, help="default: fast")
-    parser.add_argument("--epochs", type=positive_int, help="other than the protocol's; reported beside its name")
     parser.add_argument(
-        "--train-batch", type=positive_int, metavar="B", help="other than the protocol's; the learning rate follows"
+        "--protocol", type=named, choices=NAMES, default=FAST, help="Follow this protocol (default: fast)."
+    )
+    parser.add_argument("--epochs", type=positive_int, help="Train for so many epochs, reported beside the protocol.")
+    parser.add_argument(
+        "--train-batch", type=positive_int, metavar="B", help="Train with batches of B; the learning rate follows."
     )
     add_keep_decoded_argument(parser)
-    parser.add_argument("--seed", type=seed, help="of order, crops, first weights and what is kept aside (default: 0)")
     parser.add_argument(
-        "--save-every", type=positive_int, metavar="STEPS", help="between two saved states (default: 100)"
+        "--seed", type=seed, help="Seed order, crops, first weights and what is kept aside (default: 0)."
+    )
+    parser.add_argument(
+        "--save-every", type=positive_int, metavar="STEPS", help="Save the state so often (default: every 100)."
     )
     return parser.parse_args()
 

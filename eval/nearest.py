@@ -1,4 +1,4 @@
-"""What does an encoder find alike? For each query the most similar pictures of a packed set, as a grid.
+"""Draw, for each query, the pictures of a packed set that an encoder finds most similar.
 
     python eval/nearest.py bird.jpg --ckpt runs/ds_lars --data /data/imagenet-shards --out grid.png
     python eval/nearest.py queries/ --ckpt runs/ds_lars --split train --count 12 --out grid.png
@@ -24,13 +24,15 @@ from simclr_dali.shards.wording import printable
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = parser_of("Nearest neighbours", __doc__)
-    parser.add_argument("images", type=Path, nargs="+", metavar="QUERY", help="pictures, or folders of them")
+    parser = parser_of(__doc__)
+    parser.add_argument("images", type=Path, nargs="+", metavar="QUERY", help="They are pictures, or folders of them.")
     add_encoder_arguments(parser)
     add_data_arguments(parser)
-    parser.add_argument("--split", choices=SPLITS, default="val", help="compared with (default: val)")
-    parser.add_argument("--count", type=positive_int, default=8, metavar="N", help="neighbours each (default: 8)")
-    parser.add_argument("--out", type=Path, required=True, metavar="PNG", help="the grid")
+    parser.add_argument("--split", choices=SPLITS, default="val", help="Search in this split (default: val).")
+    parser.add_argument(
+        "--count", type=positive_int, default=8, metavar="N", help="Find N neighbours of each (default: 8)."
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="PNG", help="Write the grid here.")
     return parser.parse_args()
 
 

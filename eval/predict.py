@@ -26,19 +26,21 @@ from simclr_dali.shards.errors import UserError, run_main
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = parser_of("Classify pictures", __doc__)
+    parser = parser_of(__doc__)
     parser.add_argument(
         "--ckpt", type=Path, required=True, metavar="CLASSIFIER",
-        help="linear.pt or finetune-F.pt, a run folder that has a linear.pt, an export of one of them, a file of "
-        "torchvision or mmpretrain with its classifier, or the name of published weights",
+        help="Ask this classifier: linear.pt or finetune-F.pt, a run folder that has a linear.pt, an export of one of "
+        "them, a file of torchvision or mmpretrain with its classifier, or the name of published weights.",
     )  # fmt: skip
-    parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="pictures, or folders of them")
-    parser.add_argument("--top", type=positive_int, default=5, metavar="N", help="classes per picture (default: 5)")
+    parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="They are pictures, or folders of them.")
     parser.add_argument(
-        "--names", type=Path, metavar="FILE", help="what to call the classes, a class and a name a line"
+        "--top", type=positive_int, default=5, metavar="N", help="Name the N likeliest classes (default: 5)."
     )
-    parser.add_argument("--json", action="store_true", help="JSON instead of a table")
-    parser.add_argument("--batch", type=positive_int, default=64, help="pictures at a time (default: 64)")
+    parser.add_argument(
+        "--names", type=Path, metavar="FILE", help="Call the classes as FILE does, a class and a name a line."
+    )
+    parser.add_argument("--json", action="store_true", help="Print JSON instead of a table.")
+    parser.add_argument("--batch", type=positive_int, default=64, help="Take so many pictures at a time (default: 64).")
     return parser.parse_args()
 
 

@@ -1,4 +1,4 @@
-"""One page on a run, or on several laid over each other: curves, pictures, probes, settings, environment.
+"""Write a page on a run, or on several laid over each other: curves, pictures, probes, settings, environment.
 
     simclr-dali report runs/ds_lars                          # writes runs/ds_lars/report.html
     simclr-dali report runs/a runs/b --out compared.html
@@ -23,13 +23,13 @@ from simclr_dali.shards.errors import UserError, run_main
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = parser_of("Write a report of a run, or of several.", __doc__)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
+    parser = parser_of(__doc__)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="They are run folders.")
     parser.add_argument(
-        "--out", type=file_to_write, metavar="HTML", help="the page (default: report.html in the first RUN)"
+        "--out", type=file_to_write, metavar="HTML", help="Write the page here (default: report.html in the first RUN)."
     )
     parser.add_argument(
-        "--no-pictures", action="store_true", help="leave out views, neighbours and map, for which the data is read"
+        "--no-pictures", action="store_true", help="Leave out views, neighbours and map, for which the data is read."
     )
     return parser.parse_args()
 

@@ -1,4 +1,4 @@
-"""A sheet of pictures: each sample as stored, with the boxes of its two views, and the views with what they drew.
+"""Draw a sheet: samples as stored, with the boxes of their two views, and the views with what they drew.
 
     simclr-dali views SHARDS --out views.png               # as ds_lars.json would augment them in epoch 0
     simclr-dali views SHARDS --out views.png --epoch 3 --strength 0.5 --size 96
@@ -19,21 +19,25 @@ from simclr_dali.shards.sources.source import SPLITS
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = parser_of("Show samples and their two views.", __doc__)
+    parser = parser_of(__doc__)
     parser.add_argument(
         "data",
         nargs="?",
         metavar="SHARDS",
-        help="folder made by scripts/make_shards.sh, or its address (with --replay: as it says)",
+        help="It is a folder made by scripts/make_shards.sh, or its address; --replay says it itself.",
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="PNG", help="the sheet")
-    parser.add_argument("--split", choices=SPLITS, default="train", help="default: train")
-    parser.add_argument("--count", type=positive_int, default=8, metavar="N", help="samples (default: 8)")
-    parser.add_argument("--epoch", type=int, default=0, metavar="N", help="whose order and draws (default: 0)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the run (default: 0)")
-    parser.add_argument("--size", type=positive_int, default=224, metavar="PX", help="of a view (default: 224)")
-    parser.add_argument("--strength", type=float, default=1.0, metavar="S", help="of the colors (default: 1)")
-    parser.add_argument("--replay", type=Path, metavar="FILE", help="show the first --count samples of a kept batch")
+    parser.add_argument("--out", type=Path, required=True, metavar="PNG", help="Write the sheet here.")
+    parser.add_argument("--split", choices=SPLITS, default="train", help="Take samples of this split (default: train).")
+    parser.add_argument("--count", type=positive_int, default=8, metavar="N", help="Draw N samples (default: 8).")
+    parser.add_argument("--epoch", type=int, default=0, metavar="N", help="Show them as in epoch N (default: 0).")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="Draw as a run of this seed (default: 0).")
+    parser.add_argument(
+        "--size", type=positive_int, default=224, metavar="PX", help="Make views of PX pixels a side (default: 224)."
+    )
+    parser.add_argument(
+        "--strength", type=float, default=1.0, metavar="S", help="Change colors by this strength (default: 1)."
+    )
+    parser.add_argument("--replay", type=Path, metavar="FILE", help="Show samples of a batch that a run kept.")
     return parser.parse_args()
 
 

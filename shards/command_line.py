@@ -6,12 +6,43 @@ from pathlib import Path
 import simclr_dali
 
 
-def parser_of(about: str, doc: str | None = None) -> argparse.ArgumentParser:
-    """A parser that is called as the command was, and whose help ends with ``doc`` as it stands."""
+class _Parser(argparse.ArgumentParser):
+    """One whose usage names what must be given, and leaves the options to the list below it."""
+
+    def format_help(self) -> str:
+        self._shorten_usage()
+        return super().format_help()
+
+    def format_usage(self) -> str:
+        self._shorten_usage()
+        return super().format_usage()
+
+    def _shorten_usage(self) -> None:
+        needed = [action for action in self._actions if action.required or not action.option_strings]
+        formatter = self._get_formatter()
+        formatter.add_usage(None, needed, [], prefix="")
+        words = " ".join(formatter.format_help().split()).replace("%", "%%")
+        self.usage = f"{words} [OPTION ...]"
+
+
+def parser_of(doc: str | None) -> argparse.ArgumentParser:
+    """A parser that is called as the command was. Its help is ``doc``, with the options behind the examples.
+
+    doc: a sentence, examples as an indented block, and the rest, as in the docstrings of commands.
+    """
+    about, _, rest = (doc or "").partition("\n\n")
+    examples, _, rest = rest.partition("\n\n")
+    if not examples.startswith("    "):
+        examples, rest = "", f"{examples}\n\n{rest}"
     prog = f"simclr-dali {simclr_dali.command}" if simclr_dali.command else None
-    parser = argparse.ArgumentParser(
-        prog=prog, description=about, epilog=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = _Parser(
+        prog=prog,
+        description=f"{about.rstrip()}\n\nexamples:\n{examples.rstrip()}" if examples else about,
+        epilog=rest.strip(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
     )
+    parser.add_argument("-h", "--help", action="help", help="Show this text and leave.")
     # Given by the deepspeed launcher to whatever it starts; shards.launch reads the environment instead.
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     return parser

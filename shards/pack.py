@@ -276,31 +276,45 @@ def _part(text: str) -> tuple[int, int]:
 
 
 def parse_arguments() -> argparse.Namespace:
-    about, _, rest = (__doc__ or "").partition("\n")
-    parser = parser_of(about, rest)
+    parser = parser_of(__doc__)
     add = parser.add_argument
-    add("source", type=Path, metavar="SRC", help="folder with images, the ILSVRC2012 archives, or WebDataset tars")
-    add("out", type=Path, nargs="?", metavar="OUT", help="folder to create (default: SRC-shards)")
-    add("--workers", type=positive_int, default=os.cpu_count() or 1, metavar="N", help="processes (default: all cores)")
+    add(
+        "source",
+        type=Path,
+        metavar="SRC",
+        help="It is a folder with images, the ILSVRC2012 archives, or WebDataset tars.",
+    )
+    add("out", type=Path, nargs="?", metavar="OUT", help="This folder is created (default: SRC-shards).")
+    add(
+        "--workers",
+        type=positive_int,
+        default=os.cpu_count() or 1,
+        metavar="N",
+        help="Pack in N processes (default: all cores).",
+    )
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--samples-per-shard", type=positive_int, default=1000, metavar="N", help="about (default: 1000)")
-    size.add_argument("--shard-size", type=float, metavar="MB", help="megabytes per tar instead, about")
-    add("--seed", type=int, default=0, metavar="N", help="of the global shuffle (default: 0)")
-    add("--resize", type=positive_int, metavar="PX", help="make the short side PX at most (Lanczos); default: do not")
-    add("--quality", type=int, default=95, metavar="Q", help="of JPEGs encoded anew; above 90 with 4:4:4 (default: 95)")
-    add("--reencode", choices=REENCODE, help="make JPEGs of PNGs too (default: plain 8-bit PNGs keep their bytes)")
-    add("--range", dest="value_range", metavar="LOW:HIGH", help="values that become black and white in pictures of "
-        "more than 8 bits; auto: the 0.1 and 99.9 percentile of the set (default: 0:65535, of 16 bits)")  # fmt: skip
-    add("--max-pixels", type=positive_int, default=MAX_PIXELS, metavar="N", help="a picture may have "
-        f"(default: {MAX_PIXELS:,}, which take 270 MB once decoded)")  # fmt: skip
-    add("--limit-per-class", type=positive_int, metavar="N", help="pack the first N images of each class, by name")
-    add("--split", choices=SPLITS, help="pack this split only, or add it to OUT (default: train and val)")
-    add("--part", type=_part, default=(1, 1), metavar="I/N", help="pack the I-th of N shares, on one of N machines")
-    add("--merge", action="store_true", help="all parts are packed (or copied) into OUT.partial: make one set of them")
-    add("--decoder", choices=DECODERS, default="cpu", help="DALI's that must take each image, or none (default: cpu)")
-    add("--max-bad", type=float, default=DEFAULT_MAX_BAD, metavar="PERCENT", help="of the pictures that may be "
-        f"lost: not decodable, or without the label that others have (default: {DEFAULT_MAX_BAD})")  # fmt: skip
-    add("--dry-run", action="store_true", help="say what would be packed, write nothing")
+    size.add_argument("--samples-per-shard", type=positive_int, default=1000, metavar="N", help="Put about N images "
+        "into each tar (default: 1000).")  # fmt: skip
+    size.add_argument("--shard-size", type=float, metavar="MB", help="Make tars of about this many megabytes instead.")
+    add("--seed", type=int, default=0, metavar="N", help="Seed the global shuffle with N (default: 0).")
+    add("--resize", type=positive_int, metavar="PX", help="Shrink images whose short side is longer than PX pixels, "
+        "by Lanczos (default: none is).")  # fmt: skip
+    add("--quality", type=int, default=95, metavar="Q", help="Encode new JPEGs at this quality, above 90 with 4:4:4 "
+        "(default: 95).")  # fmt: skip
+    add("--reencode", choices=REENCODE, help="Make JPEGs of PNGs, too (default: plain 8-bit PNGs keep their bytes).")
+    add("--range", dest="value_range", metavar="LOW:HIGH", help="Map these values of pictures of more than 8 bits to "
+        "black and white; auto takes the set's 0.1 and 99.9 percentile (default: 0:65535, of 16 bits).")  # fmt: skip
+    add("--max-pixels", type=positive_int, default=MAX_PIXELS, metavar="N", help="Refuse pictures of more pixels "
+        f"(default: {MAX_PIXELS:,}, which take 270 MB once decoded).")  # fmt: skip
+    add("--limit-per-class", type=positive_int, metavar="N", help="Pack the first N images of each class, by name.")
+    add("--split", choices=SPLITS, help="Pack this split only, or add it to OUT (default: train and val).")
+    add("--part", type=_part, default=(1, 1), metavar="I/N", help="Pack the I-th of N shares, on one of N machines.")
+    add("--merge", action="store_true", help="Make one set of all parts, which lie in OUT.partial.")
+    add("--decoder", choices=DECODERS, default="cpu", help="Require that this decoder of DALI takes each image; none "
+        "asks none (default: cpu).")  # fmt: skip
+    add("--max-bad", type=float, default=DEFAULT_MAX_BAD, metavar="PERCENT", help="Fail where more of the pictures are "
+        f"lost: not decodable, or without the label that others have (default: {DEFAULT_MAX_BAD}).")  # fmt: skip
+    add("--dry-run", action="store_true", help="Say what would be packed, and write nothing.")
     return parser.parse_args(_with_joined_range(sys.argv[1:]))
 
 

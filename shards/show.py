@@ -1,7 +1,9 @@
-"""What is in a packed data set: a summary, and a sheet of its pictures.
+"""Say what is in a packed data set, and draw a sheet of its pictures.
 
-simclr-dali show /data/imagenet-shards
-simclr-dali show /data/imagenet-shards --pictures sheet.png --split val
+    simclr-dali show /data/imagenet-shards
+    simclr-dali show /data/imagenet-shards --pictures sheet.png --split val
+
+Of each split it says how many images, classes and shards there are, and how large they are; and what packing changed.
 """
 
 from pathlib import Path
@@ -112,12 +114,12 @@ def _report_lines(data: Path) -> list[str]:
 
 
 def main() -> None:
-    parser = parser_of("Say what is in a packed data set.", __doc__)
-    parser.add_argument("data", type=Path, metavar="DIR", help="folder made by scripts/make_shards.sh")
-    parser.add_argument("--pictures", type=Path, metavar="OUT.png", help="write a sheet of pictures")
-    parser.add_argument("--split", choices=SPLITS, help="of the sheet (default: the first there is)")
-    parser.add_argument("--columns", type=positive_int, default=10, metavar="N", help="of the sheet (default: 10)")
-    parser.add_argument("--lines", type=positive_int, default=10, metavar="N", help="of the sheet (default: 10)")
+    parser = parser_of(__doc__)
+    parser.add_argument("data", type=Path, metavar="DIR", help="It is a folder made by scripts/make_shards.sh.")
+    parser.add_argument("--pictures", type=Path, metavar="OUT.png", help="Write a sheet of pictures.")
+    parser.add_argument("--split", choices=SPLITS, help="Draw this split (default: the first there is).")
+    parser.add_argument("--columns", type=positive_int, default=10, metavar="N", help="Draw N in a line (default: 10).")
+    parser.add_argument("--lines", type=positive_int, default=10, metavar="N", help="Draw N lines (default: 10).")
     given = parser.parse_args()
     names = [split for split in SPLITS if (given.data / split).exists()]
     if not names or (given.split and given.split not in names):

@@ -217,12 +217,14 @@ def verify(data: Path, *, full: bool, workers: int = 1, decoder: str = "cpu") ->
 
 
 def main() -> None:
-    parser = parser_of("Check a packed data set.", __doc__)
+    parser = parser_of(__doc__)
     add = parser.add_argument
-    add("data", type=Path, metavar="DIR", help="folder made by scripts/make_shards.sh")
-    add("--full", action="store_true", help="read every byte and decode every image")
-    add("--workers", type=positive_int, default=os.cpu_count() or 1, metavar="N", help="processes for --full")
-    add("--decoder", choices=("cpu", "gpu", "none"), default="cpu", help="DALI's, for --full (default: cpu)")
+    add("data", type=Path, metavar="DIR", help="It is a folder made by scripts/make_shards.sh.")
+    add("--full", action="store_true", help="Read every byte and decode every image.")
+    add("--workers", type=positive_int, default=os.cpu_count() or 1, metavar="N", help="With --full, read in N "
+        "processes (default: all cores).")  # fmt: skip
+    add("--decoder", choices=("cpu", "gpu", "none"), default="cpu", help="With --full, decode by this decoder of DALI "
+        "(default: cpu).")  # fmt: skip
     given = parser.parse_args()
     damages = verify(given.data, full=given.full, workers=given.workers if given.full else 1, decoder=given.decoder)
     for damage in damages:

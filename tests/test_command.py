@@ -1,5 +1,7 @@
 """One name in the world: what is installed, what is imported, and from where commands run."""
 
+import argparse
+import json
 import shutil
 import subprocess
 import sys
@@ -112,6 +114,34 @@ def test_every_command_answers_help_without_torch(name: str, tmp_path: Path) -> 
     done = run_python("-c", code, name, "--help", cwd=tmp_path)
     assert done.returncode == 0 and "usage: simclr-dali " + name in done.stdout, done.stderr
     assert done.stdout.splitlines()[-1] == "imported: []"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_shows_examples_first_and_says_of_each_option_a_sentence(name: str, tmp_path: Path) -> None:
+    code = (
+        "import argparse, json, runpy, sys; sys.argv = ['simclr-dali', *sys.argv[1:]]\n"
+        "def told(parser, *_):\n"
+        "    print(json.dumps({str(a.option_strings or a.dest): a.help for a in parser._actions}))\n"
+        "    print(parser.format_help()); sys.exit()\n"
+        "argparse.ArgumentParser.parse_args = told\n"
+        "runpy.run_module('simclr_dali', run_name='__main__')\n"
+    )
+    done = run_python("-c", code, name, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    described, _, text = done.stdout.partition("\n")
+    told = {option: said for option, said in json.loads(described).items() if said != argparse.SUPPRESS}
+    wrong = {
+        option: said
+        for option, said in told.items()
+        if not (said and said[0].isupper() and said.endswith(".") and "%" not in said)
+    }
+    assert not wrong and len(told) >= 3
+    usage, _, rest = text.partition("\n\n")
+    assert usage.startswith(f"usage: simclr-dali {name}") and usage.endswith("[OPTION ...]")
+    assert rest.index("examples:") < rest.index("options:")
+    assert max(map(len, text.splitlines())) <= 120
+    if "--prefix" in text:
+        assert text.index("options:") < text.index("weights of other libraries:") < text.index("--prefix")
 
 
 def test_the_command_names_its_version_and_what_it_can_do(tmp_path: Path) -> None:

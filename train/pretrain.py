@@ -1,4 +1,4 @@
-"""SimCLR pre-training.
+"""Pre-train an encoder with SimCLR.
 
     deepspeed train/pretrain.py --config ds_lars.json                          # ImageNet, the paper's settings
     deepspeed --num_gpus 2 train/pretrain.py --config my.json --data /data/my-shards --run runs/my
@@ -45,45 +45,47 @@ class HelpConfig(argparse.Action):
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = parser_of("SimCLR pre-training", __doc__)
+    parser = parser_of(__doc__)
     parser.add_argument(
         "--help-config",
         nargs="?",
         const="",
         metavar="KEY",
         action=HelpConfig,
-        help="what the keys of a config mean: all of them, or one, or those of a block such as simclr.views",
+        help="Say what the keys of a config mean: all of them, one, or those of a block such as simclr.views.",
     )
-    parser.add_argument("--config", required=True, help="a JSON file, or a preset of train/configs")
-    parser.add_argument("--data", help="folder of packed shards (default: the config's simclr.data)")
+    parser.add_argument("--config", required=True, help="Take this JSON file, or preset of train/configs.")
+    parser.add_argument("--data", help="Train on this folder of shards (default: the config's simclr.data).")
     # torchrun takes --run for one of its own options; --out is what it leaves alone.
-    parser.add_argument("--run", "--out", help="run folder (default: the config's simclr.run, or runs/CONFIG)")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="override one key, as in simclr.epochs=100"
+        "--run", "--out", help="Keep the run in this folder (default: the config's simclr.run, or runs/CONFIG)."
+    )
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="Override one key, as in simclr.epochs=100."
     )
     parser.add_argument(
         "--stop-after-steps",
         type=positive_int,
         metavar="N",
-        help="save and leave after N steps; the same command goes on",
+        help="Save and leave after N steps; the same command goes on.",
     )
     parser.add_argument(
         "--hang-timeout",
         type=positive_int,
         default=1800,
         metavar="SECONDS",
-        help="end the run, naming who holds it up, where a step takes longer (default: 1800)",
+        help="End the run, naming who holds it up, where a step takes longer (default: 1800).",
     )
     parser.add_argument(
         "--plan",
         action="store_true",
-        help="check everything, time a few steps, and say what the run will take and need; nothing is written",
+        help="Check everything, time a few steps, say what the run will take and need, and write nothing.",
     )
     parser.add_argument(
         "--gpus",
         type=positive_int,
         metavar="N",
-        help="with --plan: estimate the run on N GPUs, which need not be here",
+        help="With --plan, estimate the run on N GPUs, which need not be here.",
     )
     given = parser.parse_args()
     if given.gpus and not given.plan:
