@@ -138,7 +138,7 @@ class Evaluation:
             image_size=self.image_size,
             center_fraction=center_fraction(self.image_size),
             interpolation=interpolation,
-            about={**result, "per_class": None},
+            about={**result, "per_class": None, "confused": None},
         )
 
     def encoder_note(self) -> str:

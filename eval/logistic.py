@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from simclr_dali.model.collectives import all_sum
+from simclr_dali.model.collectives import all_rows, all_sum
 
 # Scores computed at a time; bounds memory to ROWS x classes numbers.
+_CONFUSIONS = 1_000  # pairs of classes in a result
 _ROWS = 65_536
 _ITERATIONS = 2000
 _GRADIENT_TOLERANCE = 1e-5  # largest entry; float32 resolves no more on a large set
@@ -128,21 +129,29 @@ class Score:
     """Top-1 in percent by label, NaN for a class without images."""
     count: int
     """Images."""
+    confused: tuple[tuple[int, int, int], ...]
+    """Label, class that was found instead, and images, of the most frequent mistakes, most frequent first."""
 
 
 @torch.inference_mode()
 def score(layer: nn.Linear, features: Tensor, labels: Tensor) -> Score:
     """How often ``layer`` finds the labels [n] of features [n, d], over all ranks."""
     classes = layer.out_features
-    counts = torch.zeros(3, classes, dtype=torch.int64, device=features.device)  # images, first, among five
-    for x, y in zip(features.split(_ROWS), labels.split(_ROWS), strict=True):
-        right = layer(x).topk(min(5, classes), dim=1).indices == y[:, None]
-        for row, chosen in zip(counts, (y, y[right[:, 0]], y[right.any(1)]), strict=True):
-            row += torch.bincount(chosen, minlength=classes)
-    images, first, five = all_sum(counts).cpu()
-    total = int(images.sum())
-    per_class = (100 * first.double() / images).tolist()
-    return Score(100 * int(first.sum()) / total, 100 * int(five.sum()) / total, tuple(per_class), total)
+    best = [layer(x).topk(min(5, classes), dim=1).indices for x in features.split(_ROWS)]
+    found = all_rows(torch.cat(best)).cpu()
+    truth = all_rows(labels).cpu()
+    total = len(truth)
+    right = found[:, 0] == truth
+    images, first = (torch.bincount(some, minlength=classes) for some in (truth, truth[right]))
+    five = int((found == truth[:, None]).any(1).sum())
+    pairs, counts = torch.unique((truth * classes + found[:, 0])[~right], return_counts=True)
+    order = counts.argsort(descending=True, stable=True)[:_CONFUSIONS]
+    confused = tuple(
+        (pair // classes, pair % classes, count)
+        for pair, count in zip(pairs[order].tolist(), counts[order].tolist(), strict=True)
+    )
+    per_class = tuple((100 * first.double() / images).tolist())
+    return Score(100 * int(right.sum()) / total, 100 * five / total, per_class, total, confused)
 
 
 def interval_95(percent: float, count: int) -> tuple[float, float]:
@@ -173,4 +182,5 @@ def reported(found: Score, classes: tuple[str, ...]) -> dict[str, object]:
             name: None if math.isnan(top1) else round(top1, 2)
             for name, top1 in zip(classes, found.per_class, strict=True)
         },
+        "confused": [[classes[label], classes[other], count] for label, other, count in found.confused],
     }

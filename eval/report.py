@@ -45,11 +45,10 @@ from markupsafe import Markup
 import simclr_dali
 from simclr_dali.eval.report_pictures import Pictures, pictures
 from simclr_dali.eval.report_plots import colors, plots
+from simclr_dali.eval.report_probes import confusion, probe_rows, worst_classes
 from simclr_dali.eval.report_run import Run, read_runs
 from simclr_dali.shards.durable import write_durably
 from simclr_dali.shards.nested import flat
-
-_WORST = 3  # classes that are named
 
 
 def main(given: argparse.Namespace) -> None:
@@ -91,6 +90,7 @@ def page(runs: list[Run], *, with_pictures: bool = True) -> str:
         no_pictures=missing,
         probes=[row for run in runs for row in probe_rows(run)],
         worst=[words for run in runs for words in worst_classes(run)],
+        confusions=[found for run in runs if (found := confusion(run))],
         first_run=runs[0].path,
         differences=differences(runs),
         settings=settings_of(runs[0]),
@@ -125,46 +125,6 @@ def head(run: Run, color: str) -> dict[str, str]:
         state = f"not finished: {run.steps:,} steps are done"
     loss = f"; the last loss is {run.metrics['loss'][-1]:.3f}" if "loss" in run.metrics else ""
     return {"name": run.name, "color": color, "what": what, "state": state + loss}
-
-
-def probe_rows(run: Run) -> list[list[str]]:
-    """Run, protocol, top-1 with its interval, top-5, images, weights and file of each result."""
-    rows = []
-    for found in run.probes:
-        of_k = {key: value for key, value in found.items() if key[:1] == "k" and isinstance(value, dict)}
-        for label, result in of_k.items() or [("", found)]:
-            if "top1" not in result:
-                continue
-            low, high = result.get("top1_interval_95", (float("nan"),) * 2)
-            step = found.get("checkpoint_step")
-            weights = "untrained" if found.get("untrained") else f"step {step:,}" if isinstance(step, int) else "a file"
-            rows.append(
-                [
-                    run.name,
-                    found["protocol"] + (f", k {label[1:]}" if label else ""),
-                    f"{result['top1']:.2f} ({low:.1f} .. {high:.1f})",
-                    f"{result['top5']:.2f}" if "top5" in result else "",
-                    f"{found.get('val_images', 0):,}",
-                    weights,
-                    found["file"],
-                ]
-            )
-    return rows
-
-
-def worst_classes(run: Run) -> list[str]:
-    """The classes that each linear probe finds hardest and easiest."""
-    said = []
-    for found in run.probes:
-        classes = found.get("per_class")
-        if isinstance(classes, dict) and len(classes) > 2 * _WORST:
-            ordered = sorted(classes.items(), key=lambda item: float(item[1]))
-            hardest, easiest = (
-                ", ".join(f"{name} {top1:.0f} %" for name, top1 in some)
-                for some in (ordered[:_WORST], ordered[: -_WORST - 1 : -1])
-            )
-            said.append(f"{run.name}, {found['file']}: hardest are {hardest}; easiest are {easiest}.")
-    return said
 
 
 def start_rows(run: Run) -> list[list[str]]:

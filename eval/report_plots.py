@@ -6,6 +6,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from bokeh.models.annotations import Legend, Span
+from bokeh.models.sources import ColumnDataSource
 from bokeh.models.tools import HoverTool
 from bokeh.plotting import figure
 
@@ -13,6 +14,8 @@ from simclr_dali.eval.report_run import Curve, Run
 
 # On white and on black paper alike.
 _INK = "#808080"
+# Of train.step_times, which a run folder knows by these names.
+_PARTS = ("input", "forward", "loss", "backward", "update", "other")
 # Okabe and Ito's colors, which color-blind people tell apart, but for those that are too light on white paper.
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
 
@@ -117,6 +120,14 @@ def plots(runs: list[Run]) -> Iterator[Plot]:
     for one in _CURVES:
         if (made := _lines(runs, one)) is not None:
             yield Plot(one.title, one.look_for, made)
+    if (made := _times(runs)) is not None:
+        yield Plot(
+            "Where the time of a step goes",
+            "Milliseconds by part, on rank 0, by the clock of the GPU where there is one. Input is time without views; "
+            "other lies between steps, as reports and checkpoints do. With several passes, forward is the first, and "
+            "backward holds the second.",
+            made,
+        )
     if (made := _paths(runs)) is not None:
         yield Plot(
             "Alignment against uniformity",
@@ -154,12 +165,17 @@ def _canvas(x_axis: str, y_axis: str, **options: Any) -> Any:
 
 def _finish(made: Any, runs: list[Run], drawn: list[tuple[str, list[Any]]]) -> Any:
     if len(runs) > 1:
-        legend = Legend(items=drawn, orientation="horizontal", click_policy="hide", label_text_color=_INK)
-        legend.background_fill_alpha, legend.border_line_color = 0, None
-        legend.label_text_font_size, legend.spacing = "9pt", 8
+        legend = Legend(items=drawn, click_policy="hide")
+        _style(legend)
         legend.ncols = 2
         made.add_layout(legend, "below")
     return made
+
+
+def _style(legend: Any) -> None:
+    legend.orientation, legend.label_text_color = "horizontal", _INK
+    legend.background_fill_alpha, legend.border_line_color = 0, None
+    legend.label_text_font_size, legend.spacing = "9pt", 8
 
 
 def _lines(runs: list[Run], what: _Curves) -> Any | None:
@@ -191,6 +207,27 @@ def _lines(runs: list[Run], what: _Curves) -> Any | None:
 def _mark(made: Any, dimension: Literal["width", "height"], location: float, color: str) -> None:
     """A dotted line through the whole figure."""
     made.add_layout(Span(dimension=dimension, location=location, line_color=color, line_dash="dotted", line_width=1.5))
+
+
+def _times(runs: list[Run]) -> Any | None:
+    """A bar for each run."""
+    having = [run for run in runs if run.speed.keys() >= {f"ms_{part}" for part in _PARTS}]
+    if not having:
+        return None
+    names = [run.name for run in having]
+    made = _canvas("ms per step", "", y_range=names[::-1])
+    columns = {part: [float(np.median(run.speed[f"ms_{part}"])) for run in having] for part in _PARTS}
+    made.hbar_stack(
+        list(_PARTS), y="name", height=0.6, source=ColumnDataSource({"name": names, **columns}),
+        color=[*_COLORS[: len(_PARTS) - 1], _INK], legend_label=list(_PARTS),
+    )  # fmt: skip
+    if len(names) == 1:
+        made.yaxis.visible = False
+    legend = made.legend[0]
+    made.add_layout(legend, "below")
+    _style(legend)
+    made.add_tools(HoverTool(tooltips=[("part", "$name"), ("ms per step", "@$name{0,0.0}")]))
+    return made
 
 
 def _paths(runs: list[Run]) -> Any | None:

@@ -62,6 +62,8 @@ def test_accuracy_counts() -> None:
     features = torch.arange(8.0).expand(4, 8)  # class 7 first, then 6, 5, 4, 3
     found = score(layer, features, torch.tensor([7, 6, 3, 2]))
     assert (found.top1, found.top5, found.count) == (25.0, 75.0, 4)
+    assert found.confused == ((2, 7, 1), (3, 7, 1), (6, 7, 1))
+    assert score(layer, features, torch.tensor([6, 6, 3, 7])).confused == ((6, 7, 2), (3, 7, 1))
     assert found.per_class[7] == 100 and found.per_class[6] == 0 and math.isnan(found.per_class[0])
 
 

@@ -49,6 +49,7 @@ def test_chance_is_explained_once(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_line_fits_a_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setattr("simclr_dali.model.process._line_is_open", False)  # and put back, for the tests behind
     progress().show([line(9)], SPEED, SPENT)
     out = capsys.readouterr().out
     assert out.startswith("\r\033[K") and not out.endswith("\n") and len(out) == len("\r\033[K") + 59

@@ -59,13 +59,22 @@ def test_a_page_says_what_the_run_folder_says(runs: list[Path], tmp_path: Path) 
     page = (tmp_path / "page.html").read_text()
     for title in (
         "Loss", "Telling images apart", "Similarity", "Nearest neighbours while training", "Learning rate",
-        "Size of the gradient", "Speed", "Waiting for data", "Alignment against uniformity",
+        "Size of the gradient", "Speed", "Waiting for data", "Where the time of a step goes",
+        "Alignment against uniformity",
     ):  # fmt: skip
         assert f"<h3>{title}</h3>" in page
     found = json.loads((runs[0] / "linear.json").read_text())
     assert f'<td>fast</td><td class="number">{found["top1"]:.2f} (' in page and "<td>knn, k 20</td>" in page
     assert "the run was stopped there and went on" in page and f"{metrics(runs[0])[-1]['loss']:.3f}" in page
     assert "one &lt;b&gt;" in page and "one <b>" not in page
+    # Each mistake of the probe is in the matrix, and the diagonal has what is right.
+    shown = page.partition('<table class="matrix">')[2].partition("</table>")[0]
+    classes = list(found["per_class"])
+    assert re.findall(r"<tr><th>([^<]+)</th>", shown) == classes
+    wrong = [int(count) for count in re.findall(r'class="wrong">(\d+)<', shown)]
+    assert sorted(wrong) == sorted(count for _, _, count in found["confused"]) and sum(wrong) > 0
+    right = re.findall(r'class="right">(\d+) %<', shown)
+    assert [int(share) for share in right] == [round(share) for share in found["per_class"].values()]
     assert len(page) < 5e6
     # Nothing is fetched: no address but in Bokeh's own code, which holds some as text.
     outside = re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL)
@@ -103,6 +112,18 @@ def test_runs_are_laid_over_each_other_with_what_they_differ_in(runs: list[Path]
     assert "2 runs compared" in page and "<tr><td>simclr.seed</td><td>0</td><td>5</td></tr>" in page
     assert "not finished: 12 steps are done" in page and "simclr.knn_every_epochs" in page
     assert "<tr><td>simclr.data" not in page.partition("all settings of")[0]
+
+
+def test_of_many_classes_the_most_frequent_confusions_are_listed(runs: list[Path], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(runs[0], run)
+    found = json.loads((run / "linear.json").read_text())
+    found["per_class"] = {f"class {number}": 50.0 for number in range(30)} | {"empty": None}
+    found["confused"] = [[f"class {number}", "class 0", 100 - number] for number in range(1, 30)]
+    (run / "linear.json").write_text(json.dumps(found))
+    page = write_report([run], with_pictures=False).read_text()
+    assert page.count('<td>class 0</td><td class="number">') == 12 and 'class="matrix"' not in page
+    assert '<td>class 1</td><td>class 0</td><td class="number">99</td>' in page
 
 
 def test_damaged_and_missing_files_cost_only_what_they_hold(runs: list[Path], tmp_path: Path) -> None:

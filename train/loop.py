@@ -61,7 +61,7 @@ def train(
             lr = learning_rate(step, config.optimizer.params.lr, warmup_steps, job.total_steps)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            reporter.add(step, lr, train_step(engine, views, loss))
+            reporter.add(step, lr, train_step(engine, views, loss, reporter.mark))
             reporter.waited(views.waited())
 
             done = step + 1

@@ -19,6 +19,7 @@ from simclr_dali.shards.durable import refusals_named, write_durably
 from simclr_dali.shards.errors import UserError
 from simclr_dali.train.progress import Progress
 from simclr_dali.train.step import StepResult
+from simclr_dali.train.step_times import StepTimes, unmarked
 
 Listener = Callable[[Sequence[Mapping[str, float]], Mapping[str, float]], None]
 
@@ -29,8 +30,9 @@ class Reporter:
     metrics.jsonl has one line per step: step, epoch, lr, loss, what the loss reports by name (of NT-Xent: model.ntxent,
     Contrast and NTXent.derived), and gradient_norm, of all parameters together, after averaging. speed.jsonl has one
     per drain: step, images_per_s (images, each of which gives two views), wait_share (share of the host's time spent
-    waiting for input, which on a GPU leaves out what the device itself waits) and, on a GPU, gpu_memory_gb (the most
-    that torch has held of rank 0's so far, in 1e9 bytes).
+    waiting for input, which on a GPU leaves out what the device itself waits), ms_input, ms_forward and so on
+    (milliseconds of a step by train.step_times.PARTS, on rank 0) and, on a GPU, gpu_memory_gb (the most that torch has
+    held of rank 0's so far, in 1e9 bytes).
     """
 
     def __init__(
@@ -61,6 +63,9 @@ class Reporter:
         self._pending: list[tuple[int, float, Tensor]] = []
         self._waited = 0.0
         self._since = time.perf_counter()
+        self._times = StepTimes(process.device)
+        self.mark = self._times.mark if process.rank == 0 else unmarked
+        """For train.step.train_step."""
         if process.rank == 0:
             for name in ("metrics.jsonl", "speed.jsonl", "knn.jsonl"):
                 _drop_lines_from(run / name, first_step)
@@ -72,6 +77,7 @@ class Reporter:
 
     def paused(self) -> None:
         """Leave the time since the last drain out of the rates; something else than steps was done."""
+        self._times.forget()
         self._since = time.perf_counter()
 
     def add(self, step: int, lr: float, result: StepResult) -> None:
@@ -146,6 +152,8 @@ class Reporter:
             "images_per_s": round(len(self._pending) * self._batch / seconds, 2),
             "wait_share": round(self._waited / seconds, 4),
         }
+        for part, spent in self._times.spent().items():
+            found[f"ms_{part}"] = round(1000 * spent / len(self._pending), 3)
         if self._process.device.type == "cuda":
             found["gpu_memory_gb"] = round(torch.cuda.max_memory_reserved(self._process.device) / 1e9, 3)
         return found

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from simclr_dali.model.precision import at_least_float32
 from simclr_dali.train.micro_batches import MicroBatches
+from simclr_dali.train.step_times import unmarked
 
 # Embeddings [R, D] of this rank (view 0 of b images, then view 1) -> a scalar to minimise, and detached scalars to
 # report, by name. Both are means over this rank's rows; the gradient of the mean over ranks is what is followed.
@@ -26,33 +27,55 @@ class StepResult(NamedTuple):
     """Of all parameters together, after averaging over ranks."""
 
 
-def train_step(engine: Any, micro_batches: Sequence[Tensor] | MicroBatches, loss: Loss) -> StepResult:
+def train_step(
+    engine: Any,
+    micro_batches: Sequence[Tensor] | MicroBatches,
+    loss: Loss,
+    mark: Callable[[str], None] = unmarked,
+) -> StepResult:
     """Update the engine's model on one global batch; ``micro_batches`` [2b, 3, h, w] are this rank's share of it.
 
     With several micro-batches the loss still sees the whole global batch (gradient caching, Gao et al. 2021): all are
     embedded without gradient, the loss and its gradient dz are computed once, and each is embedded again with its
     slice of dz. That costs one more forward pass, and BatchNorm sees micro-batches instead of the rank's whole share.
     ``micro_batches`` is gone through twice then.
+
+    mark: told where each part of the step begins (train.step_times).
     """
+    mark("input")
     if len(micro_batches) == 1:
         (views,) = micro_batches
-        value, metrics = loss(engine(views))
+        mark("forward")
+        z = engine(views)
+        mark("loss")
+        value, metrics = loss(z)
+        mark("backward")
         engine.backward(value)
         norm = _gradient_norm(engine.module)
+        mark("update")
         engine.step()
+        mark("other")
         return StepResult(value.detach(), metrics, norm)
+    embedded = []
     with torch.no_grad(), _buffers_kept(engine.module):
-        embedded = [at_least_float32(engine(views)) for views in micro_batches]
+        for views in micro_batches:
+            mark("forward")
+            embedded.append(at_least_float32(engine(views)))
+            mark("input")
+    mark("loss")
     z = _by_view(embedded).requires_grad_()
     value, metrics = loss(z)
     (dz,) = torch.autograd.grad(value, z)
+    mark("backward")
     for number, (views, dz_slice) in enumerate(zip(micro_batches, _by_micro_batch(dz, embedded), strict=True)):
         # The gradient of <z, dz> for constant dz is what the loss would send back through this micro-batch. The loss
         # has its scale already; the engine must not divide it by the number of micro-batches.
         engine.backward((engine(views) * dz_slice).sum(), scale_wrt_gas=False)
         if number + 1 == len(micro_batches):  # until then gradients add up
             norm = _gradient_norm(engine.module)
+            mark("update")
         engine.step()
+    mark("other")
     return StepResult(value.detach(), metrics, norm)
 
 
