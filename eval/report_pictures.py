@@ -11,6 +11,7 @@ import numpy.typing as npt
 import PIL.Image
 import PIL.ImageOps
 import torch
+from sklearn.manifold import TSNE
 
 from simclr_dali.eval.evaluation import own_device
 from simclr_dali.eval.nearest import OTHER_CLASS, SAME_CLASS
@@ -34,6 +35,7 @@ _VIEWS, _QUERIES, _NEIGHBOURS = 4, 4, 6
 # That are embedded at most, of all runs of a page together: neighbours and the map are of these.
 _IMAGES, _FIRST_IMAGES, _SECONDS = 600, 32, 40.0
 _SIDE, _SMALL = 168, 34  # pixels
+_FEWEST_ON_A_MAP, _MARGIN = 12, 2.0  # pictures; percent of a side
 
 
 class Shown(NamedTuple):
@@ -69,8 +71,7 @@ class Pictures:
     neighbours: list[list[Shown]]
     """Of each query: itself, then the most similar ones."""
     dots: list[Dot]
-    explained: float
-    """Share of the embeddings' variance that the map's two directions have."""
+    """The map; empty where there are too few pictures."""
 
 
 def pictures(run: Run, runs: int = 1) -> Pictures:
@@ -101,14 +102,12 @@ def pictures(run: Run, runs: int = 1) -> Pictures:
     features = found.features.cpu()
     small = dict(zip(ids.tolist(), _read(split, ids), strict=True))
     where = f"{len(ids):,} images of {split.shards.split}"
-    dots, explained = _map(split, ids, features, small)
     return Pictures(
         f"step {run.steps:,}, the last one that was taken",
         views,
         where,
         list(_neighbours(split, ids, features, small)),
-        dots,
-        explained,
+        _map(split, ids, features, small),
     )
 
 
@@ -181,25 +180,23 @@ def _neighbours(
 
 def _map(
     split: Split, ids: npt.NDArray[np.int64], features: torch.Tensor, small: dict[int, PIL.Image.Image]
-) -> tuple[list[Dot], float]:
-    """Where each picture lies on the two main directions of the unit embeddings, by rank along each, so that none is
-    crowded out; and how much of the variance these directions have."""
-    unit = torch.nn.functional.normalize(features.double(), dim=1)
-    centered = unit - unit.mean(dim=0)
-    _, singular, directions = torch.linalg.svd(centered, full_matrices=False)
-    placed = (centered @ directions[:2].T).numpy()
-    if placed.shape[1] < 2:
-        return [], 0.0
-    ranks = placed.argsort(axis=0).argsort(axis=0) / max(1, len(placed) - 1)
-    explained = float((singular[:2] ** 2).sum() / (singular**2).sum().clamp(min=1e-30))
+) -> list[Dot]:
+    """Where t-SNE (van der Maaten and Hinton 2008) puts each picture by its unit embedding; nothing of a few."""
+    if len(ids) < _FEWEST_ON_A_MAP:
+        return []
+    unit = torch.nn.functional.normalize(features.double(), dim=1).numpy()
+    neighbours = min(30.0, (len(ids) - 1) / 3)  # scikit-learn's default, as far as there are so many
+    placed = TSNE(perplexity=neighbours, init="pca", random_state=0).fit_transform(unit)
+    low, high = placed.min(axis=0), placed.max(axis=0)
+    places = _MARGIN + (100 - 2 * _MARGIN) * (placed - low) / np.maximum(high - low, 1e-9)
     labels = split.shards.samples["label"][ids]
     dots = []
-    for sample, label, (x, y) in zip(ids.tolist(), labels.tolist(), ranks.tolist(), strict=True):
+    for sample, label, (left, top) in zip(ids.tolist(), labels.tolist(), places.tolist(), strict=True):
         picture = small[sample].copy()
         picture.thumbnail((_SMALL, _SMALL))
         color = f"hsl({(label * 137.5) % 360:.0f} 70% 50%)" if split.shards.classes else ""
-        dots.append(Dot(address(picture, 70), 100 * x, 100 * (1 - y), color, _class(split, sample)))
-    return dots, explained
+        dots.append(Dot(address(picture, 70), left, top, color, _class(split, sample)))
+    return dots
 
 
 def _class(split: Split, sample: int) -> str:

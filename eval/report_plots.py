@@ -200,6 +200,8 @@ def _lines(runs: list[Run], what: _Curves) -> Any | None:
             _mark(made, "height", start["step"], color)
     if what.chance and (level := _chance(runs, what.chance)):
         _mark(made, "width", level, _INK)
+    if what.scale == 100:  # a share: one of nothing is to lie on the axis
+        made.y_range.start = 0
     made.add_tools(HoverTool(tooltips=[("step", "$x{0,0}"), (what.axis, "$y{0,0.000}")], mode="mouse"))
     return _finish(made, runs, drawn)
 

@@ -22,7 +22,7 @@ from simclr_dali.shards.errors import UserError, run_main
 
 FOLDER = Path("runs/quickstart")
 TOOLS = Path(sys.executable).parent  # of the virtual environment
-# Images that pre-training sees in all, whatever the set: 20 passes over the drawn one, 2 minutes on 2 cores.
+# Images that pre-training sees in all, whatever the set: 20 passes over the drawn one, 2 to 3 minutes on 2 cores.
 IMAGES_SEEN = 48_000
 
 
@@ -59,6 +59,7 @@ def main() -> None:
     probe = [sys.executable, ROOT / "eval/linear.py", "--ckpt", run]
     stage("Probing the encoder as it was before training", [*probe, "--untrained"])
     stage("Probing the trained encoder", probe)
+    stage("Drawing it in one picture", [sys.executable, ROOT / "scripts/overview.py", run, FOLDER / "overview.svg"])
     stage("Writing the report", [sys.executable, ROOT / "eval" / "report.py", run])
 
     summary = report(run, pictures, packed, time.monotonic() - started)
@@ -124,6 +125,7 @@ def report(run: Path, pictures: Path, packed: Path, seconds: float) -> dict[str,
         ("shards", f"{packed}/"),
         ("run, checkpoints", f"{run}/"),
         ("these figures", f"{FOLDER / 'summary.json'}"),
+        ("one picture", f"{FOLDER / 'overview.svg'}"),
         ("curves and more", f"{run / 'report.html'}"),
     ]
     print("\n" + "\n".join(f"  {name:18} {value}" for name, value in rows), flush=True)

@@ -1,9 +1,13 @@
 """The quickstart: pictures whose color says nothing, and a whole job from a folder to a table."""
 
+import base64
+import io
 import json
+import xml.etree.ElementTree
 from pathlib import Path
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 
@@ -51,6 +55,28 @@ def test_a_folder_becomes_a_table(pictures: Path, tmp_path: Path) -> None:
     assert "finished" in (run / "report.html").read_text() and done.stdout.rstrip().endswith("report.html")
     for label in ("chance", "untrained encoder", "trained encoder", "images/s", "summary.json"):
         assert label in done.stdout
+    assert_whole((tmp_path / "runs/quickstart/overview.svg").read_text())
+
+
+def test_the_picture_of_the_front_page_is_one_of_the_quickstart() -> None:
+    text = (ROOT / "scripts/overview.svg").read_text()
+    assert_whole(text)
+    assert "740 steps without labels" in text and len(text) < 200_000
+
+
+def assert_whole(text: str) -> None:
+    """All pictures are in it, the curve lies in its axes, and nothing is fetched."""
+    space = "{http://www.w3.org/2000/svg}"
+    root = xml.etree.ElementTree.fromstring(text)
+    images = [image.attrib["href"].partition(",") for image in root.iter(f"{space}image")]
+    assert len(images) == 3 * 3 + 3 * 5 and {kind for kind, _, _ in images} == {"data:image/jpeg;base64"}
+    for _, _, data in images:
+        assert PIL.Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB").size > (40, 40)
+    (curve,) = root.iter(f"{space}polyline")
+    x, y = np.array([point.split(",") for point in curve.attrib["points"].split()], float).T
+    levels = [float(line.attrib["y1"]) for line in root.iter(f"{space}line")]
+    assert (np.diff(x) > 0).all() and y.min() > 50 and y.max() < 220 and min(levels) < y.max() and y.min() < max(levels)
+    assert sum("%" in (text.text or "") for text in root.iter(f"{space}text")) == 3  # two probes and chance
 
 
 def test_a_folder_inside_its_own_results_is_refused_and_kept(tmp_path: Path) -> None:

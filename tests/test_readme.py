@@ -16,7 +16,10 @@ from tests.conftest import ROOT, TIMEOUT, run_command, run_python
 from tests.runs import TINY, TOOLS, environment, free_port
 
 # In the order in which someone reads them, and makes what the next one uses.
-DOCUMENTS = ["README.md", *(f"{folder}/README.md" for folder in ("shards", "train", "eval", "pipeline", "tests"))]
+DOCUMENTS = [
+    "README.md",
+    *(f"{folder}/README.md" for folder in ("shards", "train", "eval", "pipeline", "model", "tests")),
+]
 DOCUMENTS.insert(3, "train/GUIDES.md")
 COMMANDS = list(
     dict.fromkeys(
@@ -89,15 +92,19 @@ def test_every_command_of_the_readme_runs_as_it_stands(reader: Path) -> None:
         assert done.returncode == 0, f"{command}\n{adapted(command, reader)}\n{done.stdout}\n{done.stderr}"
 
 
-def test_the_readmes_lines_of_python_run(run: Path, packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_readmes_lines_of_python_run(
+    run: Path, packed: Path, reader: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The loader's example as it stands, on two CPU threads and for one batch."""
-    front, load, loader = (
+    front, load, loss, loader = (
         block
-        for path in ("README.md", "eval/README.md", "pipeline/README.md")
+        for path in ("README.md", "eval/README.md", "model/README.md", "pipeline/README.md")
         for block in re.findall(r"```python\n(.*?)```", (ROOT / path).read_text(), flags=re.S)
     )
     names = {"images": torch.zeros(2, 3, 64, 64, dtype=torch.uint8)}
-    for lines in (front, load):
+    assert run_python(ROOT / "eval/linear.py", "--ckpt", run).returncode == 0
+    monkeypatch.chdir(reader)
+    for lines in (front, load, loss):
         exec(lines.replace("runs/ds_lars", str(run)), names)
     small = loader.replace("/data/imagenet-shards", str(packed)).replace("global_batch=4096", "global_batch=64")
     small = small.replace('torch.device("cuda", 0)', 'torch.device("cpu")').replace("    ...\n", "    break\n")
