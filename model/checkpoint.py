@@ -140,6 +140,12 @@ def newest(run: Path) -> Checkpoint | None:
     return None
 
 
+def newest_step(run: Path) -> int | None:
+    """The step of the newest checkpoint of a run folder, sound or not; None where there is none."""
+    found = _steps(run / _FOLDER)
+    return int(found[-1].name.removeprefix("step-")) if found else None
+
+
 def load(path: Path) -> Checkpoint:
     """Read a run folder (its newest checkpoint), a checkpoint's folder or its ``state.pt``.
 

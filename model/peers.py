@@ -1,6 +1,7 @@
 """Notices that another rank of this machine was killed from outside, and says so: its launcher does not."""
 
 import os
+import socket
 import sys
 import threading
 import time
@@ -22,10 +23,14 @@ class Peers:
 
     def __init__(self, store: Any, rank: int, world: int) -> None:
         """All ranks call it together, once they have joined. store: the one at which they met."""
-        everywhere: list[tuple[str, str]] = [("", "")] * world
+        everywhere: list[tuple[str, str, str]] = [("", "", "")] * world
         here, own = _machine(), str(os.getpid())
-        dist.all_gather_object(everywhere, (here, own))
-        pids = {other: int(pid) for other, (machine, pid) in enumerate(everywhere) if machine == here}
+        dist.all_gather_object(everywhere, (here, own, socket.gethostname()))
+        pids = {other: int(pid) for other, (machine, pid, _) in enumerate(everywhere) if machine == here}
+        self.hosts = tuple(host for _, _, host in everywhere)
+        """Of each rank, the name of its machine."""
+        self.elsewhere = tuple(other for other in range(world) if other not in pids)
+        """Ranks on other machines."""
         self._pids = {other: pid for other, pid in pids.items() if other != rank and is_alive(pid)}
         self._store = store
         self._leaving = threading.Event()
@@ -85,10 +90,10 @@ def is_alive(pid: int) -> bool:
 
 
 def _machine() -> str:
-    """Equal where two processes see each other's numbers: one boot of one machine, and one namespace of processes."""
+    """Equal where two processes see each other's numbers and reach each other without a network."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
+        return " ".join([boot, *(str(Path(f"/proc/self/ns/{kind}").readlink()) for kind in ("pid", "net"))])
     except OSError:
         return f"unknown to others {os.urandom(8).hex()}"
 

@@ -15,6 +15,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from simclr_dali.model.peers import Peers
 from simclr_dali.shards.cores import usable_cores
+from simclr_dali.shards.interface import interface_towards
 from simclr_dali.shards.launch import NOBODY_HINT, Launch, LaunchError, check_port, read_launch
 
 T = TypeVar("T")
@@ -70,6 +71,9 @@ def init_distributed(patience: timedelta) -> Process:
         device = torch.device("cpu")
         torch.set_num_threads(cores)
     backend = "nccl" if on_gpu() else "gloo"
+    # gloo would take the interface to which this machine's own name resolves, which often is its loopback.
+    if local_world < launch.world and (interface := interface_towards(os.environ["MASTER_ADDR"])):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     if launch.world > 1:
         store = _meet(launch)
     else:

@@ -18,7 +18,9 @@ ARROWS = {
 }
 # Of shards, model takes only what writes files, names mistakes, counts cores and reads launchers: it knows nothing of
 # packed data.
-MODEL_TAKES = {f"simclr_dali.shards.{name}" for name in ("cores", "errors", "durable", "launch", "wording")}
+MODEL_TAKES = {
+    f"simclr_dali.shards.{name}" for name in ("cores", "errors", "durable", "interface", "launch", "wording")
+}
 RULES = "see tests/README.md"
 SOURCES = [path for package in (*ARROWS, "scripts", "tests") for path in sorted((ROOT / package).rglob("*.py"))]
 

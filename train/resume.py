@@ -1,5 +1,6 @@
 """What a run keeps to go on with, and going on with it."""
 
+import socket
 import sys
 from collections.abc import Collection
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import pydantic
 import torch
+import torch.distributed as dist
 
 from simclr_dali.model import checkpoint, migrations
 from simclr_dali.model.checkpoint import CheckpointError
@@ -54,10 +56,25 @@ def state_to_go_on_with(run: Path, config: Config, shards: ShardSet, process: Pr
     """The newest sound checkpoint of ``run`` (:func:`state_of`); None where there is none.
 
     Rank 0 reads it and gives it to the others. Damaged ones that are newer are named and set aside.
-    Raises UserError where the run was made with another data set or other settings, CheckpointError where all are
-    damaged.
+    Raises UserError where the run was made with another data set or other settings, or another machine has a newer
+    checkpoint than rank 0's, CheckpointError where all are damaged.
     """
+    _refuse_newer_elsewhere(run, process)
     return on_rank_0(process, lambda: _read(run, config, shards))
+
+
+def _refuse_newer_elsewhere(run: Path, process: Process) -> None:
+    """Where run folders are each machine's own, rank 0 may not be where it was, and would begin anew without a word."""
+    everywhere: list[Any] = [None] * process.world
+    dist.all_gather_object(everywhere, (socket.gethostname(), str(run.absolute()), checkpoint.newest_step(run)))
+    host, folder, own = everywhere[0]
+    for rank, (other, place, newest) in enumerate(everywhere):
+        if newest is not None and (own is None or newest > own):
+            has = "no checkpoint" if own is None else f"none after step {own}"
+            raise UserError(
+                f"rank {rank} on {other} has a checkpoint of step {newest} in {place}, and rank 0 on {host} has {has} "
+                f"in {folder}; start {other} as the first machine, copy its run folder to {host}, or give another --run"
+            )
 
 
 def computed_by(

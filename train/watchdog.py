@@ -14,7 +14,8 @@ from simclr_dali.model.process import Process, print_now
 from simclr_dali.shards.errors import say_goodbye
 
 EXIT_CODE = 3
-_REPORT_EVERY = 1.0  # seconds
+SILENCE = 60.0  # seconds
+_REPORT_EVERY, _LISTEN_EVERY = 1.0, 3.0  # seconds
 _PATIENCE_WITH_STORE = 10.0  # seconds; rank 0, which holds it, may be the one that hangs
 
 
@@ -23,15 +24,23 @@ class Watchdog:
 
     A rank that waits for another stays as long as the one it waits for, so the message lists where all of them are:
     one that reports something else than waiting for the others, or does not report any more, is to blame.
+
+    Machines that are cut off or frozen are noticed sooner, after SILENCE seconds (or half of ``timeout``, where that is
+    less): rank 0, which holds the key-value store, listens to the ranks of other machines, and they ask whether it
+    answers.
     """
 
     def __init__(self, process: Process, timeout: float) -> None:
-        self._process, self._timeout = process, timeout
+        self._process, self._timeout, self._silence = process, timeout, min(SILENCE, timeout / 2)
         self._since, self._place = time.monotonic(), "the start"
         self._ended = threading.Event()
         # The key-value store through which the ranks found each other.
         self._store = dist.distributed_c10d._get_default_store()
-        for work in (self._report, self._look):
+        self._heard_of: dict[int, tuple[bytes, float]] = {}  # by rank: its last report, and when it was new here
+        self._answered = time.monotonic()  # when rank 0's store did
+        elsewhere = process.peers.elsewhere if process.peers else ()
+        self._listens_to = elsewhere if process.rank == 0 else tuple(rank for rank in elsewhere if rank == 0)
+        for work in (self._report, self._look, *((self._listen,) if self._listens_to else ())):
             threading.Thread(target=work, name=f"watchdog {work.__name__}", daemon=True).start()
 
     def at(self, place: str) -> None:
@@ -56,8 +65,11 @@ class Watchdog:
             asked = time.monotonic()
             if self._ended.wait(period):
                 return
-            if time.monotonic() - asked > period + 5:  # this whole process was stopped for a while
-                self._since = time.monotonic()
+            now = time.monotonic()
+            if now - asked > period + 5:  # this whole process was stopped for a while
+                self._since = self._answered = now
+                self._heard_of = {rank: (report, now) for rank, (report, _) in self._heard_of.items()}
+            self._end_where_silent(now)
             stuck = time.monotonic() - self._since
             if stuck < self._timeout:
                 continue
@@ -70,6 +82,35 @@ class Watchdog:
             faulthandler.dump_traceback(all_threads=True)
             say_goodbye()
             os._exit(EXIT_CODE)
+
+    def _listen(self) -> None:
+        """What ranks on other machines report, which shows that they are there; asking hangs where the network does."""
+        while not self._ended.wait(_LISTEN_EVERY):
+            for rank in self._listens_to:
+                key = f"place/{rank}"
+                with suppress(RuntimeError):  # rank 0 has left: its silence shows it
+                    report = self._store.get(key) if self._store.check([key]) else b""
+                    now = time.monotonic()
+                    self._answered = now
+                    if self._heard_of.get(rank, (None, 0.0))[0] != report:
+                        self._heard_of[rank] = (report, now)
+
+    def _end_where_silent(self, now: float) -> None:
+        """End this process where a rank on another machine has not been heard of for too long."""
+        hosts = self._process.peers.hosts if self._process.peers else ()
+        if self._process.rank and self._listens_to and now - self._answered > self._silence:
+            self._end(f"rank 0 on {hosts[0]} has not answered for {now - self._answered:.0f} s")
+        for rank, (_, since) in list(self._heard_of.items()):
+            if now - since > self._silence:
+                self._end(f"rank {rank} on {hosts[rank]} has not been heard of for {now - since:.0f} s")
+
+    def _end(self, what: str) -> None:
+        _tell(
+            f"error: rank {self._process.rank}: {what}: its machine is cut off, frozen, or gone, or its process was "
+            f"killed; the same command goes on from the last checkpoint, on fewer machines too"
+        )
+        say_goodbye()
+        os._exit(EXIT_CODE)
 
     def _list_others(self) -> None:
         try:
