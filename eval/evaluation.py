@@ -208,6 +208,7 @@ def origin(source: Pretrained, image_size: int) -> dict[str, Any]:
         "layout": source.layout,
         "input": source.encoder.input_range(),
         **source.encoder.conventions(),
+        **({"published": source.name} if source.name else {}),
         "checkpoint": str(source.path),
         "checkpoint_sha256": source.sha256,
     }
@@ -296,7 +297,7 @@ def cache_of(data: DataChoice) -> Cache:
 
 def image_size_of(chosen: EncoderChoice, source: Pretrained) -> int:
     """Side of the view that the encoder is asked with, in pixels: as chosen, as pre-trained, or as is usual for it."""
-    return chosen.image_size or source.image_size or source.architecture.encoder.usual_image_size()
+    return chosen.image_size or source.view_size
 
 
 def own_device() -> tuple[torch.device, int]:

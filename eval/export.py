@@ -24,6 +24,7 @@ import os
 import shutil
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -52,6 +53,7 @@ import torch
 
 from simclr_dali.eval.evaluation import image_size_of, open_encoder
 from simclr_dali.eval.export_formats import FEATURES, FORMATS, SCORES
+from simclr_dali.eval.inference import classifier_of
 from simclr_dali.model.pretrained import Pretrained
 from simclr_dali.shards.durable import refusals_named
 
@@ -68,6 +70,7 @@ def main(arguments: argparse.Namespace) -> None:
         raise UserError(f"{out} exists already; give another --out, or remove it")
     chosen = EncoderChoice.of(arguments)
     source = open_encoder(chosen)
+    source = replace(source, classifier=classifier_of(source))
     print(source.in_words())
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     warnings.simplefilter("ignore", FutureWarning)  # of torch about its own code

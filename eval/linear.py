@@ -32,7 +32,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1] / ".package")
 
 from simclr_dali.eval.arguments import DataChoice, EncoderChoice, add_arguments, add_keep_decoded_argument
-from simclr_dali.eval.protocols import ABOUT, FAST, NAMES, SCHEDULES, SWEEP, Schedule, named
+from simclr_dali.eval.protocols import ABOUT, FAST, NAMES, SCHEDULES, SWEEP, Schedule, protocol_name
 from simclr_dali.shards.command_line import parser_of, positive_int, seed
 from simclr_dali.shards.errors import UserError, run_main
 
@@ -45,7 +45,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = parser_of((__doc__ or "").format(**about))
     add_arguments(parser)
     parser.add_argument(
-        "--protocol", type=named, choices=NAMES, default=FAST, help="Follow this protocol (default: fast)."
+        "--protocol", type=protocol_name, choices=NAMES, default=FAST, help="Follow this protocol (default: fast)."
     )
     parser.add_argument("--epochs", type=positive_int, help="Train for so many epochs, reported beside the protocol.")
     parser.add_argument(

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from simclr_dali.model.collectives import all_rows, all_sum
 
 # Scores computed at a time; bounds memory to ROWS x classes numbers.
-_CONFUSIONS = 1_000  # pairs of classes in a result
 _ROWS = 65_536
+_CONFUSIONS = 1_000  # pairs of classes in a result
 _ITERATIONS = 2000
 _GRADIENT_TOLERANCE = 1e-5  # largest entry; float32 resolves no more on a large set
 _CONVERGED = 1e-3  # of the gradient at zero

@@ -47,7 +47,7 @@ def parse_arguments() -> argparse.Namespace:
 if __name__ == "__main__":
     ARGUMENTS = parse_arguments()  # --help and mistakes are answered before torch is imported, which takes seconds
 
-from simclr_dali.eval.use import open_classifier, scored
+from simclr_dali.eval.inference import classify_files, open_classifier
 from simclr_dali.pipeline.image_files import ImageFiles, find_images, refuse_failures
 
 
@@ -64,7 +64,7 @@ def main(arguments: argparse.Namespace) -> None:
             f"{classifier.classes[0]!r}; give a line for each, class and name"
         )
     found = []
-    for place, best in scored(classifier, files, arguments.top, arguments.batch):
+    for place, best in classify_files(classifier, files, arguments.top, arguments.batch):
         lines = [
             {"class": names.get(one.name, one.name), "label": one.label, "score": round(one.score, 6)} for one in best
         ]

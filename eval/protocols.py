@@ -7,6 +7,8 @@ beside its name.
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from simclr_dali.model import mmpretrain_names
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -83,9 +85,8 @@ ABOUT = {
     **{name: schedule.source for name, schedule in SCHEDULES.items()},
 }
 NAMES = tuple(ABOUT)
-_ALIASES = {"resnet50_8xb512-linear-coslr-90e_in1k": "mmpretrain-lars-90e"}  # what mmpretrain calls its config
 
 
-def named(text: str) -> str:
+def protocol_name(text: str) -> str:
     """The type of an argument that is one of NAMES, or mmpretrain's name of its config."""
-    return _ALIASES.get(text.rpartition("/")[2].removesuffix(".py"), text)
+    return mmpretrain_names.PROTOCOLS.get(mmpretrain_names.config_name(text), text)

@@ -74,8 +74,8 @@ class Pictures:
     """The map; empty where there are too few pictures."""
 
 
-def pictures(run: Run, runs: int = 1) -> Pictures:
-    """What there is to look at of ``run``, one of ``runs`` on a page.
+def pictures(run: Run, runs: int = 1, *, with_map: bool = True) -> Pictures:
+    """What there is to look at of ``run``, one of ``runs`` on a page; the map is left out where nobody asks for it.
 
     Raises UserError where the data or the checkpoint is not there any more.
     """
@@ -107,7 +107,7 @@ def pictures(run: Run, runs: int = 1) -> Pictures:
         views,
         where,
         list(_neighbours(split, ids, features, small)),
-        _map(split, ids, features, small),
+        _map(split, ids, features, small) if with_map else [],
     )
 
 

@@ -14,8 +14,6 @@ from simclr_dali.eval.report_run import Curve, Run
 
 # On white and on black paper alike.
 _INK = "#808080"
-# Of train.step_times, which a run folder knows by these names.
-_PARTS = ("input", "forward", "loss", "backward", "update", "other")
 # Okabe and Ito's colors, which color-blind people tell apart, but for those that are too light on white paper.
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
 
@@ -212,16 +210,21 @@ def _mark(made: Any, dimension: Literal["width", "height"], location: float, col
 
 
 def _times(runs: list[Run]) -> Any | None:
-    """A bar for each run."""
-    having = [run for run in runs if run.speed.keys() >= {f"ms_{part}" for part in _PARTS}]
+    """A bar for each run, of the parts that it names, in their order."""
+    parts = list(dict.fromkeys(name.removeprefix("ms_") for run in runs for name in run.speed if name[:3] == "ms_"))
+    having = [run for run in runs if any(f"ms_{part}" in run.speed for part in parts)]
     if not having:
         return None
     names = [run.name for run in having]
     made = _canvas("ms per step", "", y_range=names[::-1])
-    columns = {part: [float(np.median(run.speed[f"ms_{part}"])) for run in having] for part in _PARTS}
+    columns = {
+        part: [float(np.median(run.speed[f"ms_{part}"])) if f"ms_{part}" in run.speed else 0.0 for run in having]
+        for part in parts
+    }
+    inks = [_INK if part == "other" else _COLORS[number % len(_COLORS)] for number, part in enumerate(parts)]
     made.hbar_stack(
-        list(_PARTS), y="name", height=0.6, source=ColumnDataSource({"name": names, **columns}),
-        color=[*_COLORS[: len(_PARTS) - 1], _INK], legend_label=list(_PARTS),
+        parts, y="name", height=0.6, source=ColumnDataSource({"name": names, **columns}), color=inks,
+        legend_label=parts,
     )  # fmt: skip
     if len(names) == 1:
         made.yaxis.visible = False

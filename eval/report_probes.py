@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 from simclr_dali.eval.report_run import Run
 
 _WORST = 3  # classes that are named
-_IN_A_MATRIX = 20  # classes
+_MOST_IN_A_MATRIX = 20  # classes
 _PAIRS = 12  # in a list
 
 
@@ -45,7 +45,7 @@ def probe_rows(run: Run) -> list[list[str]]:
                     run.name,
                     found["protocol"] + (f", k {label[1:]}" if label else ""),
                     f"{result['top1']:.2f} ({low:.1f} .. {high:.1f})",
-                    f"{result['top5']:.2f}" if "top5" in result else "",
+                    "" if result.get("top5") is None else f"{result['top5']:.2f}",
                     f"{found.get('val_images', 0):,}",
                     weights,
                     found["file"],
@@ -57,7 +57,7 @@ def probe_rows(run: Run) -> list[list[str]]:
 def worst_classes(run: Run) -> list[str]:
     """The classes that each linear probe finds hardest and easiest."""
     said = []
-    for found in run.probes:
+    for found in _linear(run):
         classes = found.get("per_class")
         if isinstance(classes, dict) and len(classes) > 2 * _WORST:
             ordered = sorted(
@@ -71,20 +71,23 @@ def worst_classes(run: Run) -> list[str]:
     return said
 
 
+def _linear(run: Run) -> list[dict[str, Any]]:
+    """Results of linear probes of what was trained, of the newest weights last."""
+    found = [one for one in run.probes if one["file"].startswith("linear") and not one.get("untrained")]
+    return sorted(found, key=lambda one: int(one.get("checkpoint_step") or 0))
+
+
 def confusion(run: Run) -> Confusion | None:
-    """Of the newest linear probe that recorded it and is not of untrained weights."""
+    """Of the newest linear probe that recorded it."""
     having = [
-        found
-        for found in run.probes
-        if isinstance(found.get("confused"), list) and isinstance(found.get("per_class"), dict)
+        one for one in _linear(run) if isinstance(one.get("confused"), list) and isinstance(one.get("per_class"), dict)
     ]
-    trained = [found for found in having if not found.get("untrained")]
     if not having:
         return None
-    found = max(trained or having, key=lambda one: int(one.get("checkpoint_step") or 0))
+    found = having[-1]
     title, classes = f"{run.name}, {found['file']}", list(found["per_class"])
     pairs = [(str(label), str(other), int(count)) for label, other, count in found["confused"]]
-    if len(classes) > _IN_A_MATRIX:
+    if len(classes) > _MOST_IN_A_MATRIX:
         return Confusion(title, classes, [], pairs[:_PAIRS])
     return Confusion(title, classes, _matrix(classes, found["per_class"], pairs), pairs)
 

@@ -112,7 +112,12 @@ def find_encoder(
 def _head(tensors: dict[str, Tensor], beginning: str, whose: str) -> tuple[Tensor, Tensor] | None:
     """Of the libraries whose keys say that a layer is a classifier, and not one of a projector."""
     places = {"torchvision": f"{beginning}fc", "mmpretrain": f"{beginning.removesuffix('backbone.')}head.fc"}
-    weight, bias = (tensors.get(f"{places.get(whose)}.{name}") for name in ("weight", "bias"))
+    return linear_head(tensors, places[whose]) if whose in places else None
+
+
+def linear_head(tensors: dict[str, Tensor], place: str) -> tuple[Tensor, Tensor] | None:
+    """Weight [classes, width] and bias of the linear layer called ``place``; None where there is no such layer."""
+    weight, bias = (tensors.get(f"{place}.{name}") for name in ("weight", "bias"))
     if weight is None or bias is None or weight.dim() != 2 or bias.shape != weight.shape[:1]:
         return None
     return weight.float(), bias.float()

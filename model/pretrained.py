@@ -12,8 +12,8 @@ from simclr_dali.model import checkpoint
 from simclr_dali.model.checkpoint import Checkpoint, CheckpointError
 from simclr_dali.model.classifier import Classifier, is_classifier
 from simclr_dali.model.encoder import Encoder
-from simclr_dali.model.foreign import find_encoder, require_complete
-from simclr_dali.model.published import WEIGHTS, fetched, is_published
+from simclr_dali.model.foreign import find_encoder, linear_head, require_complete
+from simclr_dali.model.published import WEIGHTS, fetch, is_published
 from simclr_dali.model.resnet import ResNet
 from simclr_dali.model.simclr import Architecture, build_model
 from simclr_dali.model.untrusted import exported_about, read_tensors
@@ -59,6 +59,11 @@ class Pretrained:
     interpolation: str = "bilinear"
     """By which the pictures that ``head`` was fitted to became views."""
 
+    @property
+    def view_size(self) -> int:
+        """Side of the views, in pixels, that it is asked with: as pre-trained, or as is usual for its kind."""
+        return self.image_size or self.architecture.encoder.usual_image_size()
+
     def in_words(self) -> str:
         """For people: what was found, and what it is taken for."""
         other = {key: value for key, value in self.encoder.conventions().items() if key.startswith("stem_")}
@@ -92,9 +97,8 @@ def open_pretrained(
     that cannot be.
     """
     name = str(path) if is_published(path) else None
-    path = fetched(name) if name else path
-    if (path / EXPORTED).is_file() and not (path / "checkpoints").exists():
-        path = path / EXPORTED  # a folder of eval/export.py --format hub
+    path = fetch(name) if name else path
+    path = path / EXPORTED if is_hub_folder(path) else path
     if path.is_dir() or (path.is_file() and path.name == checkpoint.STATE):
         opened = _of_run(checkpoint.load(path), untrained)
     elif not path.is_file():
@@ -119,6 +123,11 @@ def open_pretrained(
     except ValueError as error:
         raise CheckpointError(f"{path} cannot be used so: {error}") from error
     return replace(opened, name=name)
+
+
+def is_hub_folder(path: Path) -> bool:
+    """Whether it is a folder of eval/export.py --format hub, and no run."""
+    return (path / EXPORTED).is_file() and not (path / "checkpoints").exists()
 
 
 def fingerprint(module: nn.Module) -> str:
@@ -230,7 +239,7 @@ def _of_export(path: Path, sha256: str, tensors: dict[str, Tensor], about: dict[
         image_size=about.get("image_size"),
         left_out=head,
         tuned=about.get("tuned"),
-        head=(tensors[f"{HEAD}weight"], tensors[f"{HEAD}bias"]) if head else None,
+        head=linear_head(tensors, HEAD.removesuffix(".")),
         classes=tuple(map(str, about.get("classes", ()))),
         interpolation=about.get("interpolation", "bilinear"),
     )

@@ -6,10 +6,13 @@ stand in its name; a file that has others is never used.
 
 import fcntl
 import hashlib
+import http.client
 import os
 import socket
 import sys
+import time
 import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,10 +23,10 @@ import torch
 from simclr_dali.model.checkpoint import CheckpointError
 from simclr_dali.shards.durable import refusals_named
 
-MIRROR = "SIMCLR_DALI_WEIGHTS"  # in the environment: an address to ask instead of the publisher's
+URL_VARIABLE = "SIMCLR_DALI_WEIGHTS_URL"  # in the environment: an address to ask instead of the publisher's
 _PUBLISHER = "https://download.openmmlab.com/mmselfsup/1.x/simclr"
 _SILENCE = 60.0  # seconds without a byte after which an attempt counts as failed
-_ATTEMPTS = 3
+_ATTEMPTS, _PAUSE = 3, 1.0  # seconds, before the second attempt; then twice as many
 
 
 @dataclass(frozen=True)
@@ -38,8 +41,8 @@ class Published:
         return self.path.rpartition("/")[2]
 
     @property
-    def sha256(self) -> str:
-        """Its first digits."""
+    def sha256_prefix(self) -> str:
+        """The digits of the file's sha256 that its name has."""
         return self.file.removesuffix(".pth").rpartition("-")[2]
 
 
@@ -61,7 +64,7 @@ def is_published(name: str | Path) -> bool:
     return str(name) in WEIGHTS and not Path(name).exists()
 
 
-def fetched(name: str) -> Path:
+def fetch(name: str) -> Path:
     """The file of one of WEIGHTS, fetched where it is not there yet, in torch.hub's folder (TORCH_HOME moves it).
 
     Raises CheckpointError where the server does not give it, or gives another file than the one that was published,
@@ -81,27 +84,36 @@ def fetched(name: str) -> Path:
 
 
 def _is_right(path: Path, published: Published) -> bool:
-    return path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest().startswith(published.sha256)
+    return path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest().startswith(published.sha256_prefix)
 
 
 def _fetch(published: Published, path: Path) -> None:
-    address = f"{os.environ.get(MIRROR, _PUBLISHER).rstrip('/')}/{published.path}"
+    address = f"{os.environ.get(URL_VARIABLE, _PUBLISHER).rstrip('/')}/{published.path}"
     failure = ""
-    for _ in range(_ATTEMPTS):
+    for attempt in range(_ATTEMPTS):
+        time.sleep(attempt * _PAUSE)
         try:
+            urllib.request.Request(address)  # torch.hub would leave its file behind where this fails
             with _silence_ends():
                 # It writes beside the path, and gives the file its name once the digits are right.
-                torch.hub.download_url_to_file(address, str(path), published.sha256, progress=sys.stderr.isatty())
+                torch.hub.download_url_to_file(
+                    address, str(path), published.sha256_prefix, progress=sys.stderr.isatty()
+                )
             return
         except RuntimeError as error:  # the digits are others
             failure = f"what arrives is another file, or cut off ({error})"
         except urllib.error.HTTPError as error:
             failure = f"the server says {error.code} {error.reason}"
+            if error.code < 500:
+                break
         except (urllib.error.URLError, ConnectionError, TimeoutError) as error:
             failure = f"the server does not answer ({error})"
+        except (ValueError, http.client.HTTPException) as error:
+            failure = f"it is no address, or its server speaks no HTTP ({error})"
+            break
     raise CheckpointError(
         f"{address} cannot be used: {failure}; look at the network, put the file into {path.parent} yourself, or name "
-        f"another server in {MIRROR}"
+        f"another server in {URL_VARIABLE}"
     )
 
 

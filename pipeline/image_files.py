@@ -96,7 +96,7 @@ def central_views_of_files(
 
 
 def find_images(paths: Iterable[Path]) -> list[Path]:
-    """Files as they are given, and all pictures in and under folders, sorted (shards.sources.walk).
+    """Files as they are given, and all pictures in and under folders, sorted (shards.walk).
 
     What else lies in a folder is counted in one line. Raises UserError where there are no pictures.
     """

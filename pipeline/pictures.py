@@ -15,8 +15,10 @@ from simclr_dali.pipeline.graph import LoaderConfig
 from simclr_dali.pipeline.image_files import ImageFiles, central_views_of_files, find_images, refuse_failures
 from simclr_dali.shards.errors import UserError
 
+_DECODED = 64  # pictures at a time
 
-def central_views_of_pictures(pictures: Any, config: LoaderConfig, *, batch: int = 64) -> torch.Tensor:
+
+def central_views_of_pictures(pictures: Any, config: LoaderConfig) -> torch.Tensor:
     """The views that an evaluation has of pictures, in order: [n, 3, size, size], normalised.
 
     pictures: one, or any iterable of them: a path (of a folder: all pictures below it, sorted), an image of Pillow's,
@@ -24,15 +26,18 @@ def central_views_of_pictures(pictures: Any, config: LoaderConfig, *, batch: int
     [n, ...], each of any size. Raises UserError, naming the first few, where some cannot be used, and where there are
     none.
     """
-    found, names = in_memory(pictures)
+    found, names = as_files(pictures)
     files = ImageFiles(found)
-    views = [part.views.clone() for part in central_views_of_files(files, config, batch=batch)]
+    views = [part.views.clone() for part in central_views_of_files(files, config, batch=_DECODED)]
     refuse_failures(files.failures, names)
     return torch.cat(views)
 
 
-def in_memory(pictures: Any) -> tuple[list[Path | bytes], list[str]]:
-    """Pictures as ImageFiles takes them, and what to call each. Raises UserError as above."""
+def as_files(pictures: Any) -> tuple[list[Path | bytes], list[str]]:
+    """Pictures as ImageFiles takes them, and what to call each.
+
+    Raises UserError for what is no picture, and where there are none.
+    """
     found: list[Path | bytes] = []
     names: list[str] = []
     for number, picture in enumerate(_each(pictures)):

@@ -41,7 +41,7 @@ def overview(folder: Path) -> str:
     from simclr_dali.eval.report_run import read_run
 
     run = read_run(folder, folder.name)
-    found = pictures(run)
+    found = pictures(run, with_map=False)
     views, curve, neighbours = 20, 3 * (_SIDE + _GAP) + 20 + 70, 3 * (_SIDE + _GAP) + _CURVE + 20 + 106
     images = [
         *_grid(found.views[:_ROWS], views, 3),
@@ -123,7 +123,7 @@ def _curve(metrics: Any, batch: int, left: int) -> dict[str, Any]:
 
 def _ticks(low: float, high: float) -> list[float]:
     """At most six round numbers in a range."""
-    step = next(step for step in (0.5, 1, 2, 5, 10, 100) if (high - low) / step <= 5)
+    step = next((step for step in (0.5, 1, 2, 5, 10, 50) if (high - low) / step <= 5), (high - low) / 5)
     return [step * number for number in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 

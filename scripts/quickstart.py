@@ -59,8 +59,8 @@ def main() -> None:
     probe = [sys.executable, ROOT / "eval/linear.py", "--ckpt", run]
     stage("Probing the encoder as it was before training", [*probe, "--untrained"])
     stage("Probing the trained encoder", probe)
-    stage("Drawing it in one picture", [sys.executable, ROOT / "scripts/overview.py", run, FOLDER / "overview.svg"])
     stage("Writing the report", [sys.executable, ROOT / "eval" / "report.py", run])
+    stage("Drawing it in one picture", [sys.executable, ROOT / "scripts/overview.py", run, FOLDER / "overview.svg"])
 
     summary = report(run, pictures, packed, time.monotonic() - started)
     (FOLDER / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")

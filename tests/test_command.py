@@ -70,7 +70,7 @@ def test_a_wheel_claims_one_top_level_name_and_builds_from_a_clone(clone: Path, 
     here, installed = decoys(tmp_path / "here"), str(tmp_path / "installed")
     code = "import simclr_dali; from simclr_dali import load; print(simclr_dali.__file__, load.__module__)"
     done = run(sys.executable, "-c", code, cwd=here, PYTHONPATH=installed)
-    assert done.stdout.split() == [f"{installed}/simclr_dali/__init__.py", "simclr_dali.eval.use"], done.stderr
+    assert done.stdout.split() == [f"{installed}/simclr_dali/__init__.py", "simclr_dali.eval.inference"], done.stderr
     done = run(sys.executable, "-m", "simclr_dali", "knn", "--help", cwd=here, PYTHONPATH=installed)
     assert done.returncode == 0 and "k nearest neighbours" in done.stdout, done.stderr
 

@@ -2,16 +2,19 @@
 
 import copy
 import pickle
+import shutil
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import pytest
+import safetensors
+import safetensors.torch
 import torch
 
 from scripts.draw_pictures import draw_picture
 from simclr_dali import load, predict
-from simclr_dali.eval.use import Prediction, open_classifier
+from simclr_dali.eval.inference import Prediction, open_classifier
 from simclr_dali.model.checkpoint import CheckpointError
 from simclr_dali.model.vision import imagenet_classes, torchvision
 from simclr_dali.pipeline.features import extract
@@ -142,6 +145,10 @@ def test_the_classifier_of_a_torchvision_file_predicts(resnet18: Path, tmp_path:
     assert [one.label for one in several] == [found.label] * 2
     assert sum(one.score for one in several[0].best) == pytest.approx(1, abs=1e-4)
     assert isinstance(predict(resnet18, tmp_path), list)
+    assert predict(open_classifier(resnet18), image) == predict(resnet18, image)
+    for name in ("top", "batch"):
+        with pytest.raises(UserError, match=f"{name} is 0"):
+            predict(resnet18, image, **{name: 0})
 
 
 def test_runs_and_exports_predict(run: Path, pictures: Path, tmp_path: Path) -> None:
@@ -155,6 +162,30 @@ def test_runs_and_exports_predict(run: Path, pictures: Path, tmp_path: Path) -> 
     assert of_run == of_file and of_hub.label == of_run.label
     assert [one.name for one in of_hub.best] == [one.name for one in of_run.best]
     assert of_hub.score == pytest.approx(of_run.score, abs=1e-5)
+    # A run in whose folder an export lies is a run; one whose head is damaged has no classifier.
+    whole = tmp_path / "whole"
+    shutil.copytree(run, whole)
+    for name in ("linear.pt", "hub/model.safetensors"):
+        shutil.copy(tmp_path / name, whole)
+    assert predict(whole, picture) == of_run
+    state = safetensors.torch.load_file(hub / "model.safetensors")
+    with safetensors.safe_open(hub / "model.safetensors", "pt") as file:
+        metadata = file.metadata()
+    for damaged in ({"fc.weight": state["fc.weight"]}, {**state, "fc.bias": state["fc.bias"][1:]}):
+        rest = {key: value for key, value in state.items() if not key.startswith("fc.")}
+        safetensors.torch.save_file({**rest, **damaged}, tmp_path / "cut.safetensors", metadata)
+        with pytest.raises(CheckpointError, match="no classifier"):
+            predict(tmp_path / "cut.safetensors", picture)
+
+
+def test_the_classifier_of_another_library_is_exported_too(resnet18: Path, tmp_path: Path) -> None:
+    words = ["--ckpt", resnet18, "--format", "safetensors", "--image-size", 64, "--out", tmp_path / "out.safetensors"]
+    done = run_python(ROOT / "eval/export.py", *words)
+    assert done.returncode == 0, done.stderr
+    image = draw_picture("spiral", np.random.default_rng(0), (100, 90))
+    found, expected = open_classifier(tmp_path / "out.safetensors"), open_classifier(resnet18)
+    assert found.classes == expected.classes and torch.equal(found.head.weight, expected.head.weight)
+    assert predict(tmp_path / "out.safetensors", image).name in expected.classes
 
 
 def test_classifiers_whose_classes_nobody_names_are_refused(run: Path, tmp_path: Path) -> None:

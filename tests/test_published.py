@@ -16,8 +16,9 @@ from torch import nn
 
 from scripts.draw_pictures import draw_picture
 from simclr_dali import load, predict
-from simclr_dali.eval.evaluation import result_folder
-from simclr_dali.eval.protocols import named
+from simclr_dali.eval.arguments import EncoderChoice
+from simclr_dali.eval.evaluation import open_encoder, origin, result_folder
+from simclr_dali.eval.protocols import protocol_name
 from simclr_dali.model import published
 from simclr_dali.model.checkpoint import CheckpointError
 from simclr_dali.model.pretrained import open_pretrained
@@ -66,8 +67,9 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Server]:
 
     http = ThreadingHTTPServer(("127.0.0.1", 0), Answers)
     threading.Thread(target=http.serve_forever, daemon=True).start()
-    monkeypatch.setenv(published.MIRROR, f"http://127.0.0.1:{http.server_port}/simclr/")
+    monkeypatch.setenv(published.URL_VARIABLE, f"http://127.0.0.1:{http.server_port}/simclr/")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setattr(published, "_PAUSE", 0.01)
     yield state
     http.shutdown()
     http.server_close()
@@ -101,22 +103,21 @@ def publish(server: Server, monkeypatch: pytest.MonkeyPatch, name: str, network:
 
 
 def test_the_addresses_are_those_of_the_publisher() -> None:
-    """configs/simclr/README.md of mmpretrain."""
-    base = "https://download.openmmlab.com/mmselfsup/1.x/simclr"
-    assert base == published._PUBLISHER
-    linear = "resnet50_linear-8xb512-coslr-90e_in1k"
-    run = "simclr_resnet50_16xb256-coslr-{}e_in1k"
-    assert {name: (found.path, found.sha256) for name, found in published.WEIGHTS.items()} == {
-        run.format(epochs) if kind == "run" else f"resnet50_simclr-{epochs}e-pre_8xb512-linear-coslr-90e_in1k": (
-            f"{run.format(epochs)}/{run.format(epochs)}_20220825-{digits}.pth"
-            if kind == "run"
-            else f"{run.format(epochs)}/{linear}/{linear}_20220825-{digits}.pth",
-            digits,
-        )
-        for epochs, kind, digits in (
-            (200, "run", "4d9cce50"), (200, "linear", "f12c0457"), (800, "run", "85fcc4de"), (800, "linear", "b80ae1e5")
-        )
-    }  # fmt: skip
+    """configs/simclr/README.md of mmpretrain, and where download.openmmlab.com has what it names."""
+    folder = "simclr_resnet50_16xb256-coslr-{}e_in1k/"
+    linear = "resnet50_linear-8xb512-coslr-90e_in1k/resnet50_linear-8xb512-coslr-90e_in1k_20220825-"
+    expected = {
+        "simclr_resnet50_16xb256-coslr-200e_in1k": folder.format(200)
+        + "simclr_resnet50_16xb256-coslr-200e_in1k_20220825-4d9cce50.pth",
+        "simclr_resnet50_16xb256-coslr-800e_in1k": folder.format(800)
+        + "simclr_resnet50_16xb256-coslr-800e_in1k_20220825-85fcc4de.pth",
+        "resnet50_simclr-200e-pre_8xb512-linear-coslr-90e_in1k": f"{folder.format(200)}{linear}f12c0457.pth",
+        "resnet50_simclr-800e-pre_8xb512-linear-coslr-90e_in1k": f"{folder.format(800)}{linear}b80ae1e5.pth",
+    }
+    assert {name: found.path for name, found in published.WEIGHTS.items()} == expected
+    assert [found.sha256_prefix for found in published.WEIGHTS.values()] == [
+        published.WEIGHTS[name].path[-12:-4] for name in published.WEIGHTS
+    ]
 
 
 @torch.no_grad()
@@ -136,6 +137,7 @@ def test_weights_come_once_and_are_those_that_were_published(
     again = open_pretrained(Path(ENCODER))
     assert len(server.asked) == 3  # kept
     assert again.layout == "mmpretrain" and result_folder(again) == Path("runs") / ENCODER
+    assert origin(open_encoder(EncoderChoice(Path(ENCODER))), 224)["published"] == ENCODER
     kept = tmp_path / "torch/hub/checkpoints" / published.WEIGHTS[ENCODER].file
     kept.write_bytes(kept.read_bytes()[:-5])  # damaged since
     load(ENCODER)
@@ -171,15 +173,21 @@ def test_other_bytes_than_were_published_are_never_used(
     data = publish(server, monkeypatch, ENCODER, network)
     (where,) = server.files
     server.files[where] = data[:-1] + bytes([data[-1] ^ 1])
-    with pytest.raises(CheckpointError, match=r"another file, or cut off.*invalid hash value.*SIMCLR_DALI_WEIGHTS"):
+    with pytest.raises(CheckpointError, match=r"another file, or cut off.*invalid hash value.*SIMCLR_DALI_WEIGHTS_URL"):
         load(ENCODER)
     server.files[where], server.cut = data, 99
     with pytest.raises(CheckpointError, match="another file, or cut off"):
         load(ENCODER)
     server.files.clear()
+    before = len(server.asked)
     with pytest.raises(CheckpointError, match="404"):
         load(ENCODER)
-    monkeypatch.setenv(published.MIRROR, "http://127.0.0.1:9/simclr")
+    assert len(server.asked) == before + 1  # it will not be there the second time
+    for wrong in ("/data/mirror", "host/simclr", "http://with space/"):
+        monkeypatch.setenv(published.URL_VARIABLE, wrong)
+        with pytest.raises(CheckpointError, match=r"no address|does not answer"):
+            load(ENCODER)
+    monkeypatch.setenv(published.URL_VARIABLE, "http://127.0.0.1:9/simclr")
     with pytest.raises(CheckpointError, match="does not answer"):
         load(ENCODER)
     assert [path.suffix for path in kept_file(ENCODER, tmp_path).parent.iterdir()] == [".lock"]
@@ -197,9 +205,14 @@ def test_their_configs_are_our_presets(tmp_path: Path) -> None:
     ours = load_config("ds_lars.json", [], data="d")
     for name in (ENCODER, f"{ENCODER}.py", f"configs/simclr/{ENCODER}.py"):
         assert load_config(name, [], data="d") == ours
+    (tmp_path / f"{ENCODER}.py").write_text("lr = 99")  # which is not what the preset has
+    with pytest.raises(UserError, match=r"not read here.*ds_lars\.json"):
+        load_config(str(tmp_path / f"{ENCODER}.py"), [], data="d")
+    (tmp_path / ENCODER).write_text('{"base": "ds_lars.json", "simclr": {"epochs": 7, "warmup_epochs": 1}}')
+    assert load_config(str(tmp_path / ENCODER), [], data="d").simclr.epochs == 7
     longer = load_config("simclr_resnet50_16xb256-coslr-800e_in1k", [], data="d")
     assert longer.simclr.epochs == 800 and longer.train_batch_size == 4096
     with pytest.raises(UserError, match="neither a file nor a preset"):
         load_config("simclr_resnet50_16xb256-coslr-300e_in1k.py", [], data="d")
-    assert named("configs/simclr/benchmarks/resnet50_8xb512-linear-coslr-90e_in1k.py") == "mmpretrain-lars-90e"
-    assert named("fast") == "fast" and named("other") == "other"
+    assert protocol_name("configs/simclr/benchmarks/resnet50_8xb512-linear-coslr-90e_in1k.py") == "mmpretrain-lars-90e"
+    assert protocol_name("fast") == "fast" and protocol_name("other") == "other"

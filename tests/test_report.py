@@ -145,6 +145,21 @@ def test_of_many_classes_the_most_frequent_confusions_are_listed(runs: list[Path
     assert '<td>class 1</td><td>class 0</td><td class="number">99</td>' in page
 
 
+def test_of_few_classes_and_of_fine_tuning_there_is_a_page_too(runs: list[Path], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(runs[0], run)
+    found = json.loads((run / "linear.json").read_text())
+    few = {**found, "top5": None, "per_class": {"a": 50.0, "b": 100.0}, "confused": [["a", "b", 3]]}
+    (run / "linear.json").write_text(json.dumps(few))
+    (run / "finetune-0.1.json").write_text(
+        json.dumps({**few, "protocol": "finetune-0.1", "confused": [["b", "a", 77]]})
+    )
+    page = write_report([run], with_pictures=False).read_text()
+    assert 'class="wrong">3<' in page and ">77<" not in page and "Confusion (run, linear.json)" in page
+    (run / "linear.json").write_text(json.dumps({**few, "untrained": True}))
+    assert "Confusion" not in write_report([run], with_pictures=False).read_text()
+
+
 def test_damaged_and_missing_files_cost_only_what_they_hold(runs: list[Path], tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(runs[0], run)

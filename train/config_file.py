@@ -11,17 +11,12 @@ from typing import Any, get_args
 
 import pydantic
 
-from simclr_dali.model import migrations
+from simclr_dali.model import migrations, mmpretrain_names
 from simclr_dali.shards.errors import UserError
 from simclr_dali.train.config import LR_RULES, Config
 from simclr_dali.train.simclr_block import wrong_value
 
 PRESETS = Path(__file__).resolve().parent / "configs"
-# What mmpretrain calls its configs (configs/simclr): the preset with the same batch, rate, schedule and views.
-_ALIASES = {
-    "simclr_resnet50_16xb256-coslr-200e_in1k": "ds_lars.json",
-    "simclr_resnet50_16xb256-coslr-800e_in1k": "ds_lars_800e.json",
-}
 
 
 def load_config(name: str, overrides: list[str], data: str | None = None, run: str | None = None) -> Config:
@@ -93,10 +88,14 @@ def _read(name: str, folder: Path | None) -> tuple[Path, str]:
     """The config's path and text: a file of that name (in ``folder``, where a base is asked for), else a preset."""
     try:
         path = (folder or Path()) / name
-        if (theirs := name.rpartition("/")[2].removesuffix(".py")) in _ALIASES:
-            path = PRESETS / _ALIASES[theirs]
-        elif not path.is_file():
-            path = PRESETS / name
+        theirs = mmpretrain_names.PRESETS.get(mmpretrain_names.config_name(name))
+        if path.is_file() and path.suffix == ".py" and theirs:
+            raise UserError(
+                f"config {name} is a file of mmpretrain, which is not read here; its name alone stands for the preset "
+                f"{theirs}, and --set changes keys of that"
+            )
+        if not path.is_file():
+            path = PRESETS / (theirs or name)
         if not path.is_file():
             presets = ", ".join(sorted(preset.name for preset in PRESETS.glob("*.json")))
             raise UserError(f"config {name} is neither a file nor a preset; the presets are {presets}")

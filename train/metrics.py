@@ -19,7 +19,7 @@ from simclr_dali.shards.durable import refusals_named, write_durably
 from simclr_dali.shards.errors import UserError
 from simclr_dali.train.progress import Progress
 from simclr_dali.train.step import StepResult
-from simclr_dali.train.step_times import StepTimes, unmarked
+from simclr_dali.train.step_times import StepTimes, no_mark
 
 Listener = Callable[[Sequence[Mapping[str, float]], Mapping[str, float]], None]
 
@@ -64,7 +64,7 @@ class Reporter:
         self._waited = 0.0
         self._since = time.perf_counter()
         self._times = StepTimes(process.device)
-        self.mark = self._times.mark if process.rank == 0 else unmarked
+        self.mark = self._times.mark if process.rank == 0 else no_mark
         """For train.step.train_step."""
         if process.rank == 0:
             for name in ("metrics.jsonl", "speed.jsonl", "knn.jsonl"):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from simclr_dali.model.precision import at_least_float32
 from simclr_dali.train.micro_batches import MicroBatches
-from simclr_dali.train.step_times import unmarked
+from simclr_dali.train.step_times import no_mark
 
 # Embeddings [R, D] of this rank (view 0 of b images, then view 1) -> a scalar to minimise, and detached scalars to
 # report, by name. Both are means over this rank's rows; the gradient of the mean over ranks is what is followed.
@@ -31,7 +31,7 @@ def train_step(
     engine: Any,
     micro_batches: Sequence[Tensor] | MicroBatches,
     loss: Loss,
-    mark: Callable[[str], None] = unmarked,
+    mark: Callable[[str], None] = no_mark,
 ) -> StepResult:
     """Update the engine's model on one global batch; ``micro_batches`` [2b, 3, h, w] are this rank's share of it.
 

@@ -2,7 +2,7 @@
 
 import itertools
 import time
-from collections import Counter
+from collections import defaultdict
 
 import torch
 
@@ -33,19 +33,19 @@ class StepTimes:
     def spent(self) -> dict[str, float]:
         """Seconds by part, up to the last mark, since this was last asked; on a GPU it waits for that mark."""
         marks, self._marks = self._marks, self._marks[-1:]
-        seconds: Counter[str] = Counter()
+        seconds: defaultdict[str, float] = defaultdict(float)
         if marks and isinstance(marks[-1][1], torch.cuda.Event):
             marks[-1][1].synchronize()
         for (part, begun), (_, ended) in itertools.pairwise(marks):
-            seconds[part] += _between(begun, ended)  # type: ignore[assignment]
-        return {part: float(seconds[part]) for part in PARTS} if len(marks) > 1 else {}
+            seconds[part] += _between(begun, ended)
+        return {part: seconds[part] for part in PARTS} if len(marks) > 1 else {}
 
     def forget(self) -> None:
         """Leave out what lies between the last mark and the next one."""
         self._marks.clear()
 
 
-def unmarked(_: str) -> None:
+def no_mark(_: str) -> None:
     """A mark that nobody reads."""
 
 

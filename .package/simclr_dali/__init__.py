@@ -16,7 +16,7 @@ works without being installed, with this folder's parent on the path.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from simclr_dali.eval.use import load, predict
+    from simclr_dali.eval.inference import load, predict
     from simclr_dali.functions import pack, pretrain, probe
 
 __all__ = ["__version__", "command", "load", "pack", "predict", "pretrain", "probe"]
@@ -28,9 +28,9 @@ command: str | None = None
 def __getattr__(name: str) -> Any:
     # Whoever imports one module of ours, or asks a command for its help, does not wait for torch.
     if name in ("load", "predict"):
-        from simclr_dali.eval import use
+        from simclr_dali.eval import inference
 
-        return getattr(use, name)
+        return getattr(inference, name)
     if name in ("pack", "pretrain", "probe"):
         from simclr_dali import functions
 

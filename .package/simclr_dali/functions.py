@@ -121,27 +121,30 @@ def probe(
     data: PathLike | None = None,
     protocol: str = "fast",
     untrained: bool = False,
+    out: PathLike | None = None,
     verbose: bool = False,
     **options: Any,
 ) -> Probed:
     """Probe the encoder of a run, or of any file of weights, by ``simclr-dali linear``.
 
     data: shards with labels and a val split, by default those of the run. untrained: with the weights that the run
-    began with. The result is written beside the run as the command does it, or where ``out`` says. Raises UserError
-    for what the probe refuses.
+    began with. Result and classifier are written into the run folder (beside a file, and to runs/NAME for published
+    weights), or into the folder ``out``. Raises UserError for what the probe refuses.
     """
-    with tempfile.TemporaryDirectory() as scratch:
-        named = options.pop("out", None)
-        out = Path(named) if named is not None else Path(scratch)
-        words = _options(
-            {"ckpt": run, "data": data, "protocol": protocol, "untrained": untrained, "out": out, **options}
-        )
-        _command(["linear", *words], verbose)
-        newest = max(out.glob("linear*.json"), key=lambda path: path.stat().st_mtime_ns)
-        found = json.loads(newest.read_text())
+    words = _options({"ckpt": run, "data": data, "protocol": protocol, "untrained": untrained, "out": out, **options})
+    _command(["linear", *words], verbose)
+    found = json.loads(_newest_result(Path(run), None if out is None else Path(out)).read_text())
     low, high = found["top1_interval_95"]
     return Probed(
         found["top1"], (low, high), found.get("top5"), found["protocol"], found["val_images"], found["per_class"], found
+    )
+
+
+def _newest_result(run: Path, out: Path | None) -> Path:
+    """The result that a probe of ``run`` has just written, to ``out`` or where eval.evaluation.result_folder says."""
+    folders = [out] if out else [run, *run.absolute().parents[:3], Path("runs") / run.name]
+    return max(
+        (path for folder in folders for path in folder.glob("linear*.json")), key=lambda path: path.stat().st_mtime_ns
     )
 
 

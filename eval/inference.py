@@ -20,13 +20,14 @@ from simclr_dali.eval.evaluation import own_device
 from simclr_dali.model.checkpoint import CheckpointError
 from simclr_dali.model.classifier import Classifier, load_classifier
 from simclr_dali.model.encoder import Encoder
-from simclr_dali.model.pretrained import EXPORTED, Pretrained, open_pretrained
+from simclr_dali.model.pretrained import Pretrained, is_hub_folder, open_pretrained
 from simclr_dali.model.vision import imagenet_classes
 from simclr_dali.pipeline.draws import center_fraction
 from simclr_dali.pipeline.graph import LoaderConfig
 from simclr_dali.pipeline.image_files import ImageFiles, central_views_of_files, refuse_failures
-from simclr_dali.pipeline.pictures import central_views_of_pictures, in_memory, is_one
+from simclr_dali.pipeline.pictures import as_files, central_views_of_pictures, is_one
 from simclr_dali.shards.cores import usable_cores
+from simclr_dali.shards.errors import UserError
 
 
 def load(
@@ -43,7 +44,8 @@ def load(
     In eval mode, on the CPU, in float32. Called with a batch [n, 3, h, w], floats normalised as for ImageNet or uint8
     RGB, it embeds that as it is, of any size. Called with pictures (paths, folders, Pillow's images, uint8 arrays and
     tensors, or a list of them, each of its own size; pipeline.pictures), it embeds the views that an evaluation has of
-    them, which ``encoder.views(pictures)`` gives: [n, 3, size, size], size as pre-trained.
+    them, which ``encoder.views(pictures)`` gives: [n, 3, size, size], size as pre-trained. Either is one batch: of a
+    large folder give parts, or take eval/extract.py.
 
     The names of published weights are in model.published, and the other arguments and what is raised in
     model.pretrained.open_pretrained; UserError for pictures that cannot be used.
@@ -52,13 +54,9 @@ def load(
         Path(path), prefix=prefix, unit_range=unit_range, stem_padding=stem_padding, mean=mean, std=std
     )
     encoder = source.encoder
-    encoder.views = partial(_views, encoder, _size(source))
+    encoder.views = partial(_views, encoder, source.view_size)
     encoder.register_forward_pre_hook(_pictures_become_views)
     return encoder
-
-
-def _size(source: Pretrained) -> int:
-    return source.image_size or source.architecture.encoder.usual_image_size()
 
 
 def _views(encoder: Encoder, size: int, pictures: Any) -> Tensor:
@@ -74,7 +72,7 @@ def _pictures_become_views(encoder: Any, given: tuple[Any, ...]) -> tuple[Any, .
 
 
 @dataclass(frozen=True)
-class Likely:
+class ClassScore:
     """A class that a picture may show."""
 
     name: str
@@ -87,7 +85,7 @@ class Likely:
 class Prediction:
     """What a classifier says of a picture."""
 
-    best: tuple[Likely, ...]
+    best: tuple[ClassScore, ...]
     """The likeliest classes, likeliest first."""
 
     @property
@@ -104,17 +102,21 @@ class Prediction:
         return self.best[0].score
 
 
-def predict(model: str | Path, pictures: Any, *, top: int = 5, batch: int = 64) -> Any:
+def predict(model: str | Path | Classifier, pictures: Any, *, top: int = 5, batch: int = 64) -> Any:
     """Classify pictures: a Prediction of one picture, a list of them of several, or of a folder.
 
-    model: what :func:`open_classifier` takes. pictures: as :func:`load` says. top: how many classes are named. On the
-    GPU where there is one. Raises CheckpointError where there is no classifier, and UserError where a picture cannot
-    be used.
+    model: what :func:`open_classifier` takes, or gives, which spares opening it at each call. pictures: as :func:`load`
+    says; any number of them. top: how many classes are named. batch: how many pictures are taken at a time. On the GPU
+    where there is one. Raises CheckpointError where there is no classifier, and UserError where a picture cannot be
+    used.
     """
-    classifier = open_classifier(model)
-    found, names = in_memory(pictures)
+    for name, value in (("top", top), ("batch", batch)):
+        if value < 1:
+            raise UserError(f"{name} is {value}; it must be at least 1")
+    classifier = model if isinstance(model, Classifier) else open_classifier(model)
+    found, names = as_files(pictures)
     files = ImageFiles(found)
-    predictions = [Prediction(best) for _, best in scored(classifier, files, top, batch)]
+    predictions = [Prediction(best) for _, best in classify_files(classifier, files, top, batch)]
     refuse_failures(files.failures, names)
     return predictions[0] if is_one(pictures) else predictions
 
@@ -126,35 +128,46 @@ def open_classifier(path: str | Path) -> Classifier:
     Raises CheckpointError where there is none, and where nobody says what its classes are called.
     """
     path = Path(path)
-    if path.is_dir() and not (path / EXPORTED).is_file():
+    if path.is_dir() and not is_hub_folder(path):
         return load_classifier(path / "linear.pt")
     source = open_pretrained(path)
-    if source.classifier is not None:
-        return source.classifier
+    found = classifier_of(source)
+    if found is not None:
+        return found
     if source.head is None:
         raise CheckpointError(
             f"{path} holds an encoder and no classifier; give the linear.pt of eval/linear.py, the finetune-F.pt of "
             "eval/finetune.py, or weights with a classifier"
         )
+    classes, width = source.head[0].shape
+    raise CheckpointError(
+        f"{path} holds a classifier of {width} features and {classes} classes, {len(source.classes)} names, and an "
+        f"encoder of {source.encoder.width} features; without being given, only the names of ImageNet's 1,000 classes "
+        "are known"
+    )
+
+
+def classifier_of(source: Pretrained) -> Classifier | None:
+    """The classifier that a file holds beside its encoder; None where it has none, or nobody names its classes."""
+    if source.classifier is not None or source.head is None:
+        return source.classifier
     weight, bias = source.head
     known = imagenet_classes()
     classes = source.classes or (known if len(weight) == len(known) else ())
     if len(classes) != len(weight) or weight.shape[1] != source.encoder.width:
-        raise CheckpointError(
-            f"{path} holds a classifier of {weight.shape[1]} features and {len(weight)} classes, and names "
-            f"{len(classes)} of them; its encoder gives {source.encoder.width} features, and only the names of "
-            f"ImageNet's {len(known):,} classes are known without being given"
-        )
+        return None
     head = nn.Linear(weight.shape[1], len(weight))
     head.load_state_dict({"weight": weight, "bias": bias})
-    size = _size(source)
+    size = source.view_size
     return Classifier(
         source.encoder, source.architecture, head.eval(), classes, size, center_fraction(size), source.interpolation,
         {"layout": source.layout},
     )  # fmt: skip
 
 
-def scored(classifier: Classifier, files: ImageFiles, top: int, batch: int) -> Iterator[tuple[int, tuple[Likely, ...]]]:
+def classify_files(
+    classifier: Classifier, files: ImageFiles, top: int, batch: int
+) -> Iterator[tuple[int, tuple[ClassScore, ...]]]:
     """Of every usable picture its place and its ``top`` likeliest classes; ``files.failures`` names the others."""
     device, cores = own_device()
     classifier.encoder.place(device)
@@ -168,5 +181,7 @@ def scored(classifier: Classifier, files: ImageFiles, top: int, batch: int) -> I
         ):
             scores, labels = classifier.scores(views).softmax(1).topk(min(top, len(classifier.classes)), dim=1)
             for place, of, which in zip(places, scores.tolist(), labels.tolist(), strict=True):
-                best = [Likely(classifier.classes[label], label, score) for score, label in zip(of, which, strict=True)]
+                best = [
+                    ClassScore(classifier.classes[label], label, score) for score, label in zip(of, which, strict=True)
+                ]
                 yield place, tuple(best)
