@@ -107,7 +107,7 @@ def pictures(run: Run, runs: int = 1, *, with_map: bool = True) -> Pictures:
         views,
         where,
         list(_neighbours(split, ids, features, small)),
-        _map(split, ids, features, small) if with_map else [],
+        map_of(split, ids, features, small) if with_map else [],
     )
 
 
@@ -178,7 +178,7 @@ def _neighbours(
         yield row[: _NEIGHBOURS + 1]
 
 
-def _map(
+def map_of(
     split: Split, ids: npt.NDArray[np.int64], features: torch.Tensor, small: dict[int, PIL.Image.Image]
 ) -> list[Dot]:
     """Where t-SNE (van der Maaten and Hinton 2008) puts each picture by its unit embedding; nothing of a few."""

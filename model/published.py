@@ -24,7 +24,7 @@ from simclr_dali.model.checkpoint import CheckpointError
 from simclr_dali.shards.durable import refusals_named
 
 URL_VARIABLE = "SIMCLR_DALI_WEIGHTS_URL"  # in the environment: an address to ask instead of the publisher's
-_PUBLISHER = "https://download.openmmlab.com/mmselfsup/1.x/simclr"
+PUBLISHER = "https://download.openmmlab.com/mmselfsup/1.x/simclr"
 _SILENCE = 60.0  # seconds without a byte after which an attempt counts as failed
 _ATTEMPTS, _PAUSE = 3, 1.0  # seconds, before the second attempt; then twice as many
 
@@ -88,7 +88,7 @@ def _is_right(path: Path, published: Published) -> bool:
 
 
 def _fetch(published: Published, path: Path) -> None:
-    address = f"{os.environ.get(URL_VARIABLE, _PUBLISHER).rstrip('/')}/{published.path}"
+    address = f"{os.environ.get(URL_VARIABLE, PUBLISHER).rstrip('/')}/{published.path}"
     failure = ""
     for attempt in range(_ATTEMPTS):
         time.sleep(attempt * _PAUSE)

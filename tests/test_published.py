@@ -104,6 +104,7 @@ def publish(server: Server, monkeypatch: pytest.MonkeyPatch, name: str, network:
 
 def test_the_addresses_are_those_of_the_publisher() -> None:
     """configs/simclr/README.md of mmpretrain, and where download.openmmlab.com has what it names."""
+    assert published.PUBLISHER == "https://download.openmmlab.com/mmselfsup/1.x/simclr"
     folder = "simclr_resnet50_16xb256-coslr-{}e_in1k/"
     linear = "resnet50_linear-8xb512-coslr-90e_in1k/resnet50_linear-8xb512-coslr-90e_in1k_20220825-"
     expected = {

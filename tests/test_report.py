@@ -110,12 +110,12 @@ def test_pictures_whose_embeddings_are_close_lie_together_on_the_map(packed: Pat
     noise = torch.randn(len(ids), 12, generator=torch.Generator().manual_seed(0))
     features = torch.nn.functional.one_hot(labels, 12) + 0.1 * noise
     small = dict.fromkeys(ids.tolist(), PIL.Image.new("RGB", (40, 40)))
-    dots = report_pictures._map(split, ids, features, small)
+    dots = report_pictures.map_of(split, ids, features, small)
     places = np.array([(dot.left, dot.top) for dot in dots])
-    assert places.min() >= 0 and places.max() <= 100 and dots == report_pictures._map(split, ids, features, small)
+    assert places.min() >= 0 and places.max() <= 100 and dots == report_pictures.map_of(split, ids, features, small)
     distances = np.linalg.norm(places[:, None] - places[None], axis=2) + 1e9 * np.eye(len(dots))
     assert (labels.numpy()[distances.argmin(axis=1)] == labels.numpy()).mean() > 0.95
-    assert report_pictures._map(split, ids[:5], features[:5], small) == []
+    assert report_pictures.map_of(split, ids[:5], features[:5], small) == []
 
 
 def test_a_run_whose_data_is_gone_has_a_page_without_pictures(runs: list[Path], tmp_path: Path) -> None:

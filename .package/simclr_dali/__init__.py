@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from simclr_dali.functions import pack, pretrain, probe
 
 __all__ = ["__version__", "command", "load", "pack", "predict", "pretrain", "probe"]
-__version__ = "0.5.0"
+__version__ = "0.6.0"
 command: str | None = None
 """Which command of ``simclr-dali`` runs in this process, if one does."""
 
