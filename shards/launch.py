@@ -10,7 +10,7 @@ import re
 import socket
 import zlib
 from collections.abc import Mapping, MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from simclr_dali.shards.errors import UserError
 
@@ -71,6 +71,8 @@ def read_launch(environment: Environment = os.environ) -> Launch:
                 f"RANK is 0 of 1, but {outer.launcher} started {outer.world} processes; RANK and WORLD_SIZE are left "
                 f"from an earlier run: unset {' '.join(_TORCH)}"
             )
+        if (launch.rank, launch.world) == (outer.rank, outer.world) and not _MARKS.keys() & environment.keys():
+            launch = replace(launch, launcher=outer.launcher or launch.launcher)  # completed below, before
         return _checked(launch)
     launch = _checked(outer)
     if launch.world > 1:

@@ -16,6 +16,7 @@ COMMANDS = {
     "show": ("shards.show", "say what is in packed shards; a sheet of their pictures"),
     "views": ("pipeline.views", "show samples and their two augmented views"),
     "pretrain": ("train.pretrain", "pre-train an encoder, on every GPU of this machine or as many as --num_gpus says"),
+    "doctor": ("train.doctor", "check a machine, or all of a cluster, before a training is started"),
     "linear": ("eval.linear", "linear probe of a frozen encoder"),
     "knn": ("eval.knn", "k nearest neighbours on frozen features"),
     "finetune": ("eval.finetune", "fine-tune on some or all of the labels"),
