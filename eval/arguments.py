@@ -82,10 +82,11 @@ def add_encoder_arguments(parser: argparse.ArgumentParser, *, batch: bool = True
         parser.add_argument(
             "--batch", type=positive_int, default=256, metavar="N", help="Embed N images at a time (default: 256)."
         )
-    _add_foreign_arguments(parser)
+    add_foreign_arguments(parser)
 
 
-def _add_foreign_arguments(parser: argparse.ArgumentParser) -> None:
+def add_foreign_arguments(parser: argparse.ArgumentParser) -> None:
+    """What the keys of another library's weights do not show."""
     group = parser.add_argument_group(
         "weights of other libraries",
         "What a file's keys do not show. Runs and exports of this project say it themselves.",

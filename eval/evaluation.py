@@ -25,7 +25,7 @@ from simclr_dali.pipeline.graph import LoaderConfig
 from simclr_dali.pipeline.kept_place import Place
 from simclr_dali.pipeline.remote import is_remote, open_split
 from simclr_dali.shards.cores import usable_cores
-from simclr_dali.shards.durable import refusals_named, refuse_read_only, write_durably
+from simclr_dali.shards.durable import read_object, refusals_named, refuse_read_only, write_durably
 from simclr_dali.shards.errors import UserError
 
 _PATIENCE = timedelta(hours=2)  # ranks wait for the one with the slowest disk
@@ -179,16 +179,21 @@ class Evaluation:
             raise
 
 
+def _is_same(described: Path, result: dict[str, Any], identity: tuple[str, ...]) -> bool:
+    """Whether a file has a result of the same encoder, data and settings."""
+    before = read_object(described)
+    return bool(before) and all(before.get(key) == json.loads(json.dumps(result.get(key))) for key in identity)
+
+
 def _set_aside(described: Path, weights: Path, result: dict[str, Any], identity: tuple[str, ...]) -> None:
     if not described.is_file():
         return
-    try:
-        before = json.loads(described.read_bytes())
-        same = all(before.get(key) == json.loads(json.dumps(result.get(key))) for key in identity)
-    except (ValueError, AttributeError):
-        same = False
-    if same:
+    if _is_same(described, result, identity):
         return
+    for other in described.parent.glob(f"{described.stem}.*.json"):
+        if other.stem.rpartition(".")[2].isdecimal() and _is_same(other, result, identity):
+            other.unlink()  # the new one stands in its place
+            other.with_suffix(".pt").unlink(missing_ok=True)
     number = 1
     while any((aside := described.with_name(f"{described.stem}.{number}.json")).with_suffix(ending).exists()
               for ending in (".json", ".pt")):  # fmt: skip

@@ -7,8 +7,8 @@
     python eval/predict.py --ckpt runs/ds_lars/linear.pt --names LOC_synset_mapping.txt bird.jpg
 
 Prints the most likely classes of each picture with their scores, which add up to 1 over all classes. Pictures are seen
-as evaluations see them: upright, the central view, at the size the classifier was fitted to. A picture that cannot be
-read is named at the end, with exit code 2; the others are classified.
+as evaluations see them: upright, the central view, at the size the classifier was fitted to. A file that cannot be read
+is named at the end, with exit code 2, and the others are classified; a path that does not exist ends it at once.
 """
 
 import argparse
@@ -21,6 +21,7 @@ if __name__ == "__main__":
     # This script's own folder must not shadow installed modules, and its checkout must win over an installed copy.
     sys.path[0] = str(Path(__file__).resolve().parents[1] / ".package")
 
+from simclr_dali.eval.arguments import add_foreign_arguments
 from simclr_dali.shards.command_line import parser_of, positive_int
 from simclr_dali.shards.errors import UserError, run_main
 
@@ -39,6 +40,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--names", type=Path, metavar="FILE", help="Call the classes as FILE does, a class and a name a line."
     )
+    add_foreign_arguments(parser)
     parser.add_argument("--json", action="store_true", help="Print JSON instead of a table.")
     parser.add_argument("--batch", type=positive_int, default=64, help="Take so many pictures at a time (default: 64).")
     return parser.parse_args()
@@ -52,7 +54,8 @@ from simclr_dali.pipeline.image_files import ImageFiles, find_images, refuse_fai
 
 
 def main(arguments: argparse.Namespace) -> None:
-    classifier = open_classifier(arguments.ckpt)
+    given = {name: getattr(arguments, name) for name in ("prefix", "unit_range", "stem_padding", "mean", "std")}
+    classifier = open_classifier(arguments.ckpt, **given)
     label, layout = classifier.architecture.encoder.label(), classifier.about.get("layout", "unknown")
     print(f"{arguments.ckpt}: {label}, layout of {layout}, takes {classifier.encoder.input_range()}", file=sys.stderr)
     paths = find_images(arguments.images)

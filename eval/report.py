@@ -11,6 +11,7 @@ import argparse
 import datetime
 import json
 from pathlib import Path
+from typing import Any
 
 if __name__ == "__main__":
     import sys
@@ -45,7 +46,7 @@ from markupsafe import Markup
 import simclr_dali
 from simclr_dali.eval.report_pictures import Pictures, pictures
 from simclr_dali.eval.report_plots import colors, plots
-from simclr_dali.eval.report_probes import confusion, probe_rows, worst_classes
+from simclr_dali.eval.report_probes import confusion, probe_rows, without_damage, worst_classes
 from simclr_dali.eval.report_run import Run, read_runs
 from simclr_dali.shards.durable import write_durably
 from simclr_dali.shards.nested import flat
@@ -69,6 +70,7 @@ def write_report(runs: list[Path], out: Path | None = None, *, with_pictures: bo
 
 def page(runs: list[Run], *, with_pictures: bool = True) -> str:
     """The page as HTML. with_pictures: the newest checkpoint is read, and some images of its data are embedded."""
+    runs = [without_damage(run) for run in runs]
     drawn = list(plots(runs))
     shown, missing = pictures_of(runs) if with_pictures else ({}, {})
     script, divs = components([plot.figure for plot in drawn])
@@ -118,13 +120,18 @@ def head(run: Run, color: str) -> dict[str, str]:
         f"{encoder['name']}, {simclr['image_size']} px, batch {run.config['train_batch_size']:,}, {simclr['epochs']} "
         f"epochs of {simclr['data']}"
     )
-    if total:
-        seconds = datetime.timedelta(seconds=round(run.finished.get("seconds", 0)))
-        state = f"finished: {total:,} steps in {seconds}, {run.finished.get('images_per_s', 0):,.0f} images/s"
+    seconds, images_per_s = run.finished.get("seconds"), run.finished.get("images_per_s")
+    if isinstance(total, int) and isinstance(seconds, int | float) and isinstance(images_per_s, int | float):
+        taken = datetime.timedelta(seconds=round(seconds))
+        state = f"finished: {total:,} steps in {taken}, {images_per_s:,.0f} images/s"
     else:
         state = f"not finished: {run.steps:,} steps are done"
     loss = f"; the last loss is {run.metrics['loss'][-1]:.3f}" if "loss" in run.metrics else ""
     return {"name": run.name, "color": color, "what": what, "state": state + loss}
+
+
+def _dict(found: Any) -> dict[str, Any]:
+    return found if isinstance(found, dict) else {}
 
 
 def start_rows(run: Run) -> list[list[str]]:
@@ -133,10 +140,10 @@ def start_rows(run: Run) -> list[list[str]]:
         [
             run.name,
             f"{start['step']:,}",
-            str(start.get("time", "")),
+            str(start.get("time", "")).replace("T", " "),
             str(start.get("processes", "")),
             str(start.get("device", "")),
-            ", ".join(f"{name} {version}" for name, version in start.get("versions", {}).items()),
+            ", ".join(f"{name} {version}" for name, version in _dict(start.get("versions")).items()),
         ]
         for start in run.starts
     ]

@@ -36,6 +36,7 @@ _VIEWS, _QUERIES, _NEIGHBOURS = 4, 4, 6
 _IMAGES, _FIRST_IMAGES, _SECONDS = 600, 32, 40.0
 _SIDE, _SMALL = 168, 34  # pixels
 _FEWEST_ON_A_MAP, _MARGIN = 12, 2.0  # pictures; percent of a side
+_APART = 1e-6  # of unit embeddings
 
 
 class Shown(NamedTuple):
@@ -71,7 +72,9 @@ class Pictures:
     neighbours: list[list[Shown]]
     """Of each query: itself, then the most similar ones."""
     dots: list[Dot]
-    """The map; empty where there are too few pictures."""
+    """The map; empty where there are too few pictures, or their embeddings have collapsed."""
+    labelled: bool
+    """Whether the pictures have classes."""
 
 
 def pictures(run: Run, runs: int = 1, *, with_map: bool = True) -> Pictures:
@@ -108,6 +111,7 @@ def pictures(run: Run, runs: int = 1, *, with_map: bool = True) -> Pictures:
         where,
         list(_neighbours(split, ids, features, small)),
         map_of(split, ids, features, small) if with_map else [],
+        bool(split.shards.classes),
     )
 
 
@@ -185,6 +189,8 @@ def map_of(
     if len(ids) < _FEWEST_ON_A_MAP:
         return []
     unit = torch.nn.functional.normalize(features.double(), dim=1).numpy()
+    if not np.isfinite(unit).all() or np.ptp(unit, axis=0).max() < _APART:  # collapsed: t-SNE divides by the spread
+        return []
     neighbours = min(30.0, (len(ids) - 1) / 3)  # scikit-learn's default, as far as there are so many
     placed = TSNE(perplexity=neighbours, init="pca", random_state=0).fit_transform(unit)
     low, high = placed.min(axis=0), placed.max(axis=0)

@@ -231,6 +231,7 @@ def _times(runs: list[Run]) -> Any | None:
     legend = made.legend[0]
     made.add_layout(legend, "below")
     _style(legend)
+    legend.ncols = 3  # two lines, which a phone has room for
     made.add_tools(HoverTool(tooltips=[("part", "$name"), ("ms per step", "@$name{0,0.0}")]))
     return made
 

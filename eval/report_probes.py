@@ -1,5 +1,6 @@
 """What evaluations found, for a report: figures with their protocol and interval, and which classes are mixed up."""
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from simclr_dali.eval.report_run import Run
@@ -29,8 +30,23 @@ class Confusion(NamedTuple):
     """Label, class that was found instead, images."""
 
 
+def without_damage(run: Run) -> Run:
+    """``run`` with the results that can be shown, and the others named among its trouble."""
+    sound, trouble = [], list(run.trouble)
+    for found in run.probes:
+        alone = replace(run, probes=[found])
+        try:
+            probe_rows(alone)
+            worst_classes(alone)
+            confusion(alone)
+            sound.append(found)
+        except (TypeError, ValueError, KeyError, AttributeError, IndexError, OverflowError) as error:
+            trouble.append(f"{found['file']} is damaged ({type(error).__name__}: {error}); probe again")
+    return replace(run, probes=sound, trouble=trouble)
+
+
 def probe_rows(run: Run) -> list[list[str]]:
-    """Run, protocol, top-1 with its interval, top-5, images, weights and file of each result."""
+    """Run, protocol, top-1 with its interval, top-5, images, weights, data and file of each result."""
     rows = []
     for found in run.probes:
         of_k = {key: value for key, value in found.items() if key[:1] == "k" and isinstance(value, dict)}
@@ -48,6 +64,7 @@ def probe_rows(run: Run) -> list[list[str]]:
                     "" if result.get("top5") is None else f"{result['top5']:.2f}",
                     f"{found.get('val_images', 0):,}",
                     weights,
+                    str(found.get("data", "")).rstrip("/").rpartition("/")[2],
                     found["file"],
                 ]
             )

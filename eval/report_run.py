@@ -67,13 +67,16 @@ def read_run(path: Path, name: str) -> Run:
     """Raises UserError where ``path`` is no run folder."""
     if not (path / "config.json").is_file():
         raise UserError(f"{path} is no run folder (it has no config.json); give the --run of a training")
+    config = read_object(path / "config.json")
+    if not isinstance(config.get("simclr"), dict):
+        raise UserError(f"{path / 'config.json'} is damaged; start the run's command again, which writes it anew")
     lines = list(_lines(path / "metrics.jsonl"))
     if not lines:
         raise UserError(f"{path} has no steps yet (metrics.jsonl is missing or empty); wait for its first lines")
     return Run(
         path=path,
         name=name,
-        config=read_object(path / "config.json"),
+        config=config,
         metrics=curve(lines),
         speed=curve(list(_lines(path / "speed.jsonl"))),
         knn=curve(list(_lines(path / "knn.jsonl"))),
@@ -111,20 +114,21 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
                 found = json.loads(line)
             except ValueError:
                 continue
-            if isinstance(found, dict) and isinstance(found.get("step"), int):
+            if isinstance(found, dict) and type(found.get("step")) is int:
                 yield found
 
 
 def _probes(path: Path) -> Iterator[dict[str, Any]]:
     for file in sorted([*path.glob("linear*.json"), *path.glob("knn*.json"), *path.glob("finetune*.json")]):
         found = read_object(file)
-        if "protocol" in found:
+        if found:
             yield {**found, "file": file.name}
 
 
 def _trouble(path: Path) -> Iterator[str]:
     for file in sorted(path.glob("bad-step-*.json")):
-        about = read_object(file).get("about", {})
+        found = read_object(file).get("about")
+        about = found if isinstance(found, dict) else {}
         yield f"step {about.get('step')}: {about.get('reason')}, on rank {about.get('rank')} ({file.name})"
     for folder in sorted((path / "checkpoints").glob("damaged-*")):
         yield f"a checkpoint was damaged and set aside: {folder.name}"

@@ -118,7 +118,9 @@ def _head(tensors: dict[str, Tensor], beginning: str, whose: str) -> tuple[Tenso
 def linear_head(tensors: dict[str, Tensor], place: str) -> tuple[Tensor, Tensor] | None:
     """Weight [classes, width] and bias of the linear layer called ``place``; None where there is no such layer."""
     weight, bias = (tensors.get(f"{place}.{name}") for name in ("weight", "bias"))
-    if weight is None or bias is None or weight.dim() != 2 or bias.shape != weight.shape[:1]:
+    if weight is None or bias is None or not (weight.is_floating_point() and bias.is_floating_point()):
+        return None
+    if weight.dim() != 2 or bias.shape != weight.shape[:1]:
         return None
     return weight.float(), bias.float()
 

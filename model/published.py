@@ -8,6 +8,7 @@ import fcntl
 import hashlib
 import http.client
 import os
+import re
 import socket
 import sys
 import time
@@ -76,10 +77,14 @@ def fetch(name: str) -> Path:
         return path
     with refusals_named(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.with_suffix(".lock").open("w") as lock:
+        # Opened for reading: another user's, in a folder that is shared, cannot be written.
+        lock = os.open(path.with_suffix(".lock"), os.O_RDONLY | os.O_CREAT, 0o666)
+        try:
             fcntl.flock(lock, fcntl.LOCK_EX)  # of several processes one fetches it
             if not _is_right(path, published):
                 _fetch(published, path)
+        finally:
+            os.close(lock)
     return path
 
 
@@ -88,7 +93,7 @@ def _is_right(path: Path, published: Published) -> bool:
 
 
 def _fetch(published: Published, path: Path) -> None:
-    address = f"{os.environ.get(URL_VARIABLE, PUBLISHER).rstrip('/')}/{published.path}"
+    address = f"{(os.environ.get(URL_VARIABLE) or PUBLISHER).rstrip('/')}/{published.path}"
     failure = ""
     for attempt in range(_ATTEMPTS):
         time.sleep(attempt * _PAUSE)
@@ -108,11 +113,14 @@ def _fetch(published: Published, path: Path) -> None:
                 break
         except (urllib.error.URLError, ConnectionError, TimeoutError) as error:
             failure = f"the server does not answer ({error})"
-        except (ValueError, http.client.HTTPException) as error:
-            failure = f"it is no address, or its server speaks no HTTP ({error})"
+        except (http.client.InvalidURL, ValueError) as error:
+            failure = f"it is no address, or what its server says is no HTTP ({error})"
             break
+        except http.client.HTTPException as error:
+            failure = f"the answer is cut off, or no HTTP ({type(error).__name__})"
+    shown = re.sub(r"//[^/@]*@", "//", address)  # without a password
     raise CheckpointError(
-        f"{address} cannot be used: {failure}; look at the network, put the file into {path.parent} yourself, or name "
+        f"{shown} cannot be used: {failure}; look at the network, put the file into {path.parent} yourself, or name "
         f"another server in {URL_VARIABLE}"
     )
 

@@ -5,7 +5,6 @@ otherwise. So a picture gives the same view here and out of a shard.
 """
 
 import sys
-import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -21,7 +20,7 @@ from simclr_dali.pipeline.reader import Found
 from simclr_dali.pipeline.stream import Stream, ViewSource
 from simclr_dali.shards.decode import decoder
 from simclr_dali.shards.errors import UserError
-from simclr_dali.shards.image import UnusableError, convert, prepare
+from simclr_dali.shards.image import RangeError, UnusableError, convert, prepare
 from simclr_dali.shards.left_out import LeftOut
 from simclr_dali.shards.manifest import SAMPLE
 from simclr_dali.shards.walk import pictures_below
@@ -50,7 +49,6 @@ class ImageFiles:
         self._files = files
         self.samples = np.zeros(len(files), SAMPLE)
         self.failures: dict[int, str] = {}
-        self._decoder_is_free = threading.Lock()
 
     def expect(self, current: Sequence[int], upcoming: Sequence[int]) -> None:
         pass
@@ -70,15 +68,20 @@ class ImageFiles:
         file = self._files[place]
         try:
             found = prepare(file if isinstance(file, bytes) else file.read_bytes())
-            with self._decoder_is_free:
-                sound = decoder("cpu").accepts([found.encoded], [(found.width, found.height)])[0]
+            sound = decoder("cpu").accepts([found.encoded], [(found.width, found.height)])[0]
             if not sound:
                 found = convert(found.encoded)
         except (OSError, UnusableError) as error:
-            self.failures[place] = str(error.strerror if isinstance(error, OSError) else error)
+            advice = "; scale it to 8 bits" if isinstance(error, RangeError) else ""
+            self.failures[place] = str(getattr(error, "strerror", None) or _without_options(error)) + advice
             found = convert(_GRAY)
         self.samples[place]["width"], self.samples[place]["height"] = found.width, found.height
         return found.encoded
+
+
+def _without_options(error: Exception) -> str:
+    """What is wrong, without what the packer's command line has for it."""
+    return str(error).partition("; ")[0]
 
 
 def central_views_of_files(
@@ -102,6 +105,12 @@ def find_images(paths: Iterable[Path]) -> list[Path]:
     """
     found: list[Path] = []
     for path in paths:
+        try:
+            path.stat()
+        except FileNotFoundError:
+            pass  # told below
+        except (OSError, ValueError) as error:
+            raise UserError(f"{str(path)[:80]} cannot be looked at ({error}); give pictures, or a folder") from error
         if path.is_dir():
             left_out = LeftOut()
             inside = sorted(path / file.path for file in pictures_below(path, left_out))

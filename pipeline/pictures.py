@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import PIL.Image
+import PIL.ImageFile
 import PIL.ImageOps
 import torch
 
@@ -21,10 +22,10 @@ _DECODED = 64  # pictures at a time
 def central_views_of_pictures(pictures: Any, config: LoaderConfig) -> torch.Tensor:
     """The views that an evaluation has of pictures, in order: [n, 3, size, size], normalised.
 
-    pictures: one, or any iterable of them: a path (of a folder: all pictures below it, sorted), an image of Pillow's,
-    an array uint8 [h, w], [h, w, 1] or [h, w, 3], a tensor uint8 [h, w], [1, h, w] or [3, h, w], or a batch of those,
-    [n, ...], each of any size. Raises UserError, naming the first few, where some cannot be used, and where there are
-    none.
+    pictures: one, or any iterable of them: a path (of a folder: all pictures below it, sorted), a file that is open, an
+    image of Pillow's (one that was only opened is read from its file), an array uint8 [h, w], [h, w, 1] or [h, w, 3], a
+    tensor uint8 [h, w], [1, h, w] or [3, h, w], or a batch of those, [n, ...], each of any size. Raises UserError,
+    naming the first few, where some cannot be used, and where there are none.
     """
     found, names = as_files(pictures)
     files = ImageFiles(found)
@@ -55,13 +56,15 @@ def is_one(pictures: Any) -> bool:
         return not Path(pictures).is_dir()
     if isinstance(pictures, np.ndarray | torch.Tensor):
         return pictures.ndim < 4
-    return isinstance(pictures, PIL.Image.Image)
+    return isinstance(pictures, PIL.Image.Image) or hasattr(pictures, "read")
 
 
 def _each(pictures: Any) -> Iterable[Any]:
     if isinstance(pictures, np.ndarray | torch.Tensor) and pictures.ndim == 4:
         return pictures
-    if isinstance(pictures, str | os.PathLike | PIL.Image.Image | np.ndarray | torch.Tensor):
+    if isinstance(pictures, str | os.PathLike | PIL.Image.Image | np.ndarray | torch.Tensor) or hasattr(
+        pictures, "read"
+    ):
         return [pictures]
     if isinstance(pictures, Iterable) and not isinstance(pictures, bytes | dict):
         return pictures
@@ -71,17 +74,37 @@ def _each(pictures: Any) -> Iterable[Any]:
 def _readable(picture: Any, number: int) -> list[Path | bytes]:
     """Files, or the bytes of one."""
     if isinstance(picture, str | os.PathLike):
+        if not os.fspath(picture):
+            raise UserError(f"picture {number} is an empty path; give the path of a file or folder")
         return list(find_images([Path(picture)]))
-    if isinstance(picture, torch.Tensor | np.ndarray):
-        picture = _image_of(picture, number)
-    if not isinstance(picture, PIL.Image.Image):
-        raise UserError(
-            f"picture {number} is {_kind(picture)}; give a path, an image of Pillow's, an array or a tensor"
-        )
     try:
-        return [_encoded(PIL.ImageOps.exif_transpose(picture))]
+        if hasattr(picture, "read") and not isinstance(picture, PIL.Image.Image):  # a file that is open
+            return [bytes(picture.read())]
+        if isinstance(picture, torch.Tensor | np.ndarray):
+            picture = _image_of(picture, number)
+        if not isinstance(picture, PIL.Image.Image):
+            raise UserError(
+                f"picture {number} is {_kind(picture)}; give a path, an image of Pillow's, an array or a tensor"
+            )
+        return [_as_opened(picture) or _encoded(PIL.ImageOps.exif_transpose(picture))]
+    except UserError:
+        raise
     except Exception as error:  # what was opened is read only now, and Pillow raises a dozen kinds
         raise UserError(f"picture {number} cannot be read ({type(error).__name__}: {error}); leave it out") from error
+
+
+def _as_opened(picture: PIL.Image.Image) -> bytes | None:
+    """The file of an image that was only opened, which is then read as any other file is; None of all others."""
+    if not isinstance(picture, PIL.ImageFile.ImageFile) or not picture.tile or picture.tell():
+        return None
+    file = picture.fp
+    if file is None:
+        return None
+    at = file.tell()
+    file.seek(0)
+    data = bytes(file.read())
+    file.seek(at)
+    return data
 
 
 def _encoded(picture: PIL.Image.Image) -> bytes:
@@ -104,8 +127,8 @@ def _image_of(pixels: Any, number: int) -> PIL.Image.Image:
     if kind != "uint8" or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 3)) or not array.size:
         layout = "[3, h, w]" if isinstance(pixels, torch.Tensor) else "[h, w, 3]"
         raise UserError(
-            f"picture {number} is {kind} of shape {list(shape)}; give uint8 RGB {layout} (a batch of normalised floats "
-            f"[n, 3, h, w] is taken by the encoder as it is)"
+            f"picture {number} is {kind} of shape {list(shape)}; give uint8 RGB {layout} (an encoder takes a batch of "
+            f"normalised floats [n, 3, h, w] as it is)"
         )
     return PIL.Image.fromarray(np.ascontiguousarray(array))
 

@@ -38,9 +38,10 @@ def overview(folder: Path) -> str:
     import jinja2
 
     from simclr_dali.eval.report_pictures import pictures
+    from simclr_dali.eval.report_probes import without_damage
     from simclr_dali.eval.report_run import read_run
 
-    run = read_run(folder, folder.name)
+    run = without_damage(read_run(folder, folder.name))
     found = pictures(run, with_map=False)
     views, curve, neighbours = 20, 3 * (_SIDE + _GAP) + 20 + 70, 3 * (_SIDE + _GAP) + _CURVE + 20 + 106
     images = [
@@ -67,7 +68,7 @@ def overview(folder: Path) -> str:
         ],
         images=images,
         curve=_curve(run.metrics, run.config["train_batch_size"], curve),
-        probes=_probes(run.probes),
+        probes=_probes(run.probes, str(Path(run.config["simclr"]["data"]).resolve())),
     )
 
 
@@ -103,7 +104,7 @@ def _curve(metrics: Any, batch: int, left: int) -> dict[str, Any]:
     losses = [float(part.mean()) for part in parts]
     chance = math.log(2 * batch - 1)
     top, bottom, right = _TOP + 4, _TOP + 2 * (_SIDE + _GAP) - 26, left + _CURVE
-    high, low = math.ceil(2 * max(chance, *losses)) / 2, math.floor(2 * min(losses)) / 2
+    high, low = math.ceil(2 * max(chance, *losses)) / 2, math.floor(2 * min(losses) - 1e-9) / 2
 
     def height(loss: float) -> float:
         return round(bottom - (bottom - top) * (loss - low) / (high - low), 1)
@@ -127,15 +128,16 @@ def _ticks(low: float, high: float) -> list[float]:
     return [step * number for number in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
-def _probes(probes: list[dict[str, Any]]) -> list[str]:
-    """What linear probes of the fast protocol say, of the trained encoder first."""
-    fast = sorted((one for one in probes if one["protocol"] == "fast"), key=lambda one: bool(one["untrained"]))
-    lines = []
-    for one in fast:
-        low, high = one["top1_interval_95"]
-        what = "untrained encoder" if one["untrained"] else "linear probe on val"
-        lines.append(f"{what}: {one['top1']:.1f} % ({low:.1f} .. {high:.1f})")
-    return [*lines, *([f"chance: {100 / fast[0]['classes']:.1f} %"] if fast else [])]
+def _probes(probes: list[dict[str, Any]], data: str) -> list[str]:
+    """What the newest probes of the fast protocol on the run's own data say, of the trained encoder first."""
+    own = {one["file"]: one for one in probes if str(one.get("data", "")).rstrip("/") == data.rstrip("/")}
+    lines, classes = [], 0
+    for file, what in (("linear.json", "linear probe on val"), ("linear-untrained.json", "untrained encoder")):
+        if file in own:
+            low, high = own[file]["top1_interval_95"]
+            lines.append(f"{what}: {own[file]['top1']:.1f} % ({low:.1f} .. {high:.1f})")
+            classes = own[file]["classes"]
+    return [*lines, *([f"chance: {100 / classes:.1f} %"] if classes else [])]
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The one decoder: what training decodes with is what packing and verification ask."""
 
 import functools
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -51,9 +52,14 @@ class Decoder:
         """device_id: CUDA device, or None for the CPU."""
         self._device_id = device_id
         self._pipeline: Pipeline | None = None
+        self._free = threading.Lock()
 
     def accepts(self, images: Sequence[bytes], sizes: Sequence[tuple[int, int]]) -> list[bool]:
-        """For each image whether it decodes to ``sizes`` (width, height); any number of images."""
+        """For each image whether it decodes to ``sizes`` (width, height); any number of images, in any thread."""
+        with self._free:
+            return self._accepts(images, sizes)
+
+    def _accepts(self, images: Sequence[bytes], sizes: Sequence[tuple[int, int]]) -> list[bool]:
         verdicts: list[bool] = []
         for at in range(0, len(images), BATCH):
             some, of_size = images[at : at + BATCH], sizes[at : at + BATCH]

@@ -1,5 +1,6 @@
 """Files that are either there, complete and on disk, or not there; and what to say when a disk refuses."""
 
+import errno
 import json
 import os
 from collections.abc import Iterator
@@ -59,6 +60,8 @@ def refusals_named(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if error.errno == errno.ENOENT and not path.absolute().parent.exists():
+            raise UserError(f"cannot write {path}: there is no folder {path.parent}; make it first") from error
         raise UserError(
             f"cannot write {path} ({error.strerror}); make room or choose another target; what is finished is kept, "
             f"and the same command goes on from there"

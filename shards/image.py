@@ -23,6 +23,7 @@ MAX_PIXELS = 89_478_485
 FULL_CHROMA_ABOVE = 90  # quality; up to it color is stored at half the resolution (4:2:0)
 REENCODE = ("jpeg",)
 _SAMPLE_FORMAT, _UNSIGNED = 339, 1  # TIFF 6.0, section 19
+_ORIENTATION = 0x0112  # of EXIF 2.32, table 4
 _WHOLE_16_BIT = (0.0, 65535.0)
 
 
@@ -117,7 +118,10 @@ def convert(encoded: bytes, storage: Storage | None = None, *, reason: str | Non
                 reasons = _oddities(picture, deep_color=deep_color)
                 if deep_color:
                     _check_deep_color(picture, storage.value_range)
-                upright = PIL.ImageOps.exif_transpose(_eight_bit(picture, storage.value_range))
+                levels = _eight_bit(picture, storage.value_range)
+                if levels is not picture:  # made of an array, which has no EXIF
+                    levels.getexif()[_ORIENTATION] = picture.getexif().get(_ORIENTATION, 1)
+                upright = PIL.ImageOps.exif_transpose(levels)
                 small = _shrink(upright if upright.mode == "L" else upright.convert("RGB"), storage.resize)
     except PIL.UnidentifiedImageError as error:
         raise UnusableError("no format of pictures is recognised") from error
@@ -167,7 +171,7 @@ def _oddities(picture: PIL.Image.Image, *, deep_color: bool) -> list[str]:
         found.append("16 bit")
     if picture.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in picture.info:
         found.append("transparency dropped")
-    if 2 <= picture.getexif().get(0x0112, 1) <= 8:
+    if 2 <= picture.getexif().get(_ORIENTATION, 1) <= 8:
         found.append("EXIF rotation")
     return found
 

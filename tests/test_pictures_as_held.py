@@ -1,8 +1,13 @@
 """load and predict on pictures as programs hold them: the views are those of an evaluation."""
 
 import copy
+import json
 import pickle
 import shutil
+import struct
+import warnings
+import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -64,22 +69,26 @@ def test_a_picture_may_be_held_in_many_ways(run: Path, tmp_path: Path) -> None:
     turned = PIL.Image.Exif()
     turned[0x0112] = 6
     image.rotate(90, expand=True).save(tmp_path / "turned.png", exif=turned)
+    held = PIL.Image.open(tmp_path / "turned.png")
+    held.load()
     for given in (
         image, pixels, tensor, [pixels], pixels[None], [tensor], (image,), image.convert("RGBA"),
-        PIL.Image.open(tmp_path / "turned.png"), str(tmp_path / "a.png"),
+        held, str(tmp_path / "a.png"),
     ):  # fmt: skip
         assert torch.allclose(encoder(given), of_file, atol=1e-5), type(given)
     gray = image.convert("L")
     level = np.asarray(gray)
     for given in (level, level[:, :, None], torch.from_numpy(level.copy()), torch.from_numpy(level.copy())[None]):
         assert torch.allclose(encoder(given), encoder(gray), atol=1e-5)
-    # Each of its own size, in the order given; a batch of floats, or of bytes, is taken as it is.
+    # Each of its own size, in the order given; a batch of floats is taken as it is.
     several = encoder([image, gray.resize((40, 200)), tmp_path / "a.png"])
     assert torch.allclose(several[0], several[2], atol=1e-5) and not torch.allclose(several[0], several[1])
     views = encoder.views([image, image])
     assert views.shape == (2, 3, 32, 32) and torch.equal(encoder(views), several[[0, 2]])
-    assert encoder(torch.zeros(2, 3, 90, 61, dtype=torch.uint8)).shape == (2, encoder.width)
-    assert encoder.views(torch.zeros(2, 3, 90, 61, dtype=torch.uint8)).shape == (2, 3, 32, 32)
+    assert torch.allclose(encoder(torch.stack([tensor, tensor])), of_file, atol=1e-5)  # as predict does, too
+    assert encoder(torch.zeros(2, 3, 90, 61)).shape == (2, encoder.width)
+    with (tmp_path / "a.png").open("rb") as file:
+        assert torch.allclose(encoder(file), of_file, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -90,6 +99,9 @@ def test_a_picture_may_be_held_in_many_ways(run: Path, tmp_path: Path) -> None:
         (3, ["int"]),
         ({"a": 1}, ["dict"]),
         ([b"jpeg"], ["picture 0", "bytes"]),
+        ("", ["empty path"]),
+        ("x" * 5000, ["cannot be looked at"]),
+        (torch.zeros(2, 8, 8, 3, dtype=torch.uint8), ["picture 0", "[8, 8, 3]", "[3, h, w]"]),
         (torch.zeros(3, 8, 8), ["float32", "[3, 8, 8]", "uint8"]),
         (np.zeros((8, 8, 4), np.uint8), ["[8, 8, 4]", "[h, w, 3]"]),
         (torch.zeros(8, 8, 3, dtype=torch.uint8), ["[8, 8, 3]", "[3, h, w]"]),
@@ -110,8 +122,66 @@ def test_damaged_pictures_are_named_all_at_once(run: Path, tmp_path: Path) -> No
     with pytest.raises(UserError, match=r"2 of 3.*cut\.jpg.*text\.jpg"):
         load(run)([tmp_path / name for name in ("good.jpg", "cut.jpg", "text.jpg")])
     opened = PIL.Image.open(tmp_path / "cut.jpg")
-    with pytest.raises(UserError, match="picture 0 cannot be read"):
+    with pytest.raises(UserError, match=r"picture 0 .*truncated"):
         load(run)(opened)
+
+
+def test_what_was_only_opened_is_read_as_its_file_is(run: Path, tmp_path: Path) -> None:
+    """Also where Pillow would have given something else: 16 bits, a JPEG's own chroma, a palette."""
+    encoder = load(run)
+    image = draw_picture("spiral", np.random.default_rng(0), (90, 61))
+    image.save(tmp_path / "a.jpg", quality=80)
+    image.convert("P").save(tmp_path / "a.gif")
+    image.convert("CMYK").save(tmp_path / "b.jpg", quality=95)
+    for name in ("a.jpg", "a.gif", "b.jpg"):
+        opened = PIL.Image.open(tmp_path / name)
+        assert torch.equal(encoder.views(opened), encoder.views(tmp_path / name)), name
+        opened.load()
+        assert (encoder.views(opened) - encoder.views(tmp_path / name)).abs().mean() < 0.1
+    dim = (np.asarray(image).astype(np.uint16) * 16).astype(">u2")
+    header = struct.pack(">IIBBBBB", 90, 61, 16, 2, 0, 0, 0)
+    rows = b"".join(b"\0" + row.tobytes() for row in dim)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    packed = b"".join(
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks
+    )
+    (tmp_path / "dim.png").write_bytes(b"\x89PNG\r\n\x1a\n" + packed)
+    for given in (tmp_path / "dim.png", PIL.Image.open(tmp_path / "dim.png")):
+        with pytest.raises(UserError, match=r"16 bits.*scale it to 8 bits") as caught:
+            encoder(given)
+        assert "--" not in str(caught.value)
+
+
+def test_gray_of_16_bits_stands_upright(tmp_path: Path, run: Path) -> None:
+    level = np.asarray(draw_picture("rays", np.random.default_rng(0), (90, 61)).convert("L")).astype(np.uint16) * 257
+    turned = PIL.Image.Exif()
+    turned[0x0112] = 6
+    for name in ("a.png", "a.tif"):
+        PIL.Image.fromarray(np.rot90(level).copy()).save(tmp_path / name, exif=turned)
+        PIL.Image.fromarray(level).save(tmp_path / f"upright-{name}")
+        found, expected = load(run).views(tmp_path / name), load(run).views(tmp_path / f"upright-{name}")
+        assert (found - expected).abs().mean() < 0.1 < (found - expected.rot90(1, (2, 3))).abs().mean(), name
+
+
+def test_many_threads_may_ask_one_encoder(run: Path, pictures: Path) -> None:
+    encoder = load(run)
+    files = sorted(path for path in (pictures / "val").rglob("*") if path.is_file())[:12]
+    expected = encoder.views(files)
+    with ThreadPoolExecutor(6) as pool:
+        found = list(pool.map(encoder.views, files * 4, timeout=200))
+    assert all(torch.equal(view[0], expected[number % 12]) for number, view in enumerate(found))
+
+
+def test_values_that_were_not_normalised_are_named_once(run: Path) -> None:
+    encoder = load(run)
+    with pytest.warns(UserWarning, match="values from .* normalised"):
+        encoder(torch.rand(2, 3, 32, 32))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        encoder(torch.rand(2, 3, 32, 32))
+        load(run)(torch.randn(2, 3, 32, 32))
+    with pytest.warns(UserWarning, match="from 0 to 255"):
+        load(run)(torch.arange(256.0).expand(1, 3, 16, 256))
 
 
 @torch.no_grad()
@@ -127,6 +197,7 @@ def test_a_loaded_encoder_is_a_module_like_any_other(run: Path) -> None:
     exported = torch.export.export(encoder, (batch,)).module()
     assert torch.allclose(exported(batch), encoder(batch), atol=1e-6)
     compiled = torch.compile(encoder, backend="eager")
+    assert torch.allclose(compiled(image), expected, atol=1e-6)
     assert torch.allclose(compiled(batch), encoder(batch), atol=1e-6)
 
 
@@ -149,6 +220,14 @@ def test_the_classifier_of_a_torchvision_file_predicts(resnet18: Path, tmp_path:
     for name in ("top", "batch"):
         with pytest.raises(UserError, match=f"{name} is 0"):
             predict(resnet18, image, **{name: 0})
+    other = predict(resnet18, image, unit_range=True)
+    assert other.score != pytest.approx(found.score, rel=1e-3)
+    state = torch.load(resnet18, weights_only=True)
+    torch.save({**state, "fc.bias": state["fc.bias"] * float("nan")}, tmp_path / "nan.pth")
+    with pytest.raises(UserError, match="no numbers"):
+        predict(tmp_path / "nan.pth", image)
+    done = run_python(ROOT / "eval/predict.py", "--ckpt", resnet18, "--unit-range", tmp_path / "bird.png", "--json")
+    assert json.loads(done.stdout)[0]["predictions"][0]["label"] == other.label, done.stderr
 
 
 def test_runs_and_exports_predict(run: Path, pictures: Path, tmp_path: Path) -> None:

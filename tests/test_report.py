@@ -160,6 +160,46 @@ def test_of_few_classes_and_of_fine_tuning_there_is_a_page_too(runs: list[Path],
     assert "Confusion" not in write_report([run], with_pictures=False).read_text()
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"top1": None}, {"top1": "high"}, {"top1_interval_95": None}, {"top5": "x"}, {"confused": [None]},
+        {"confused": [["a", "b"]]}, {"confused": [["a", "b", "many"]]}, {"per_class": {"a": "x", "b": 1}},
+        {"checkpoint_step": "x", "confused": [["a", "b", 1]]}, {"val_images": None}, {"protocol": None},
+    ],
+)  # fmt: skip
+def test_a_damaged_result_is_named_and_the_page_is_there(
+    damage: dict[str, Any], runs: list[Path], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(runs[0], run)
+    found = json.loads((run / "linear.json").read_text())
+    (run / "linear-sweep.json").write_text(json.dumps({**found, **damage}))
+    page = write_report([run], with_pictures=False).read_text()
+    assert f"({found['top1_interval_95'][0]:.1f} .." in page  # of the sound one
+    assert "linear-sweep.json is damaged" in page or f"{found['top1']:.2f}" in page.partition("linear-sweep.json")[0]
+
+
+def test_other_damage_costs_only_its_own_line(runs: list[Path], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(runs[0], run)
+    (run / "finished.json").write_text('{"steps": "many"}')
+    (run / "starts.jsonl").write_text('{"step": 0, "versions": null}\n{"step": true}\n')
+    (run / "bad-step-00000003-rank-0.json").write_text('{"about": null}')
+    page = write_report([run], with_pictures=False).read_text()
+    assert "not finished: 30 steps" in page and "step None" in page
+    (run / "config.json").write_text('{"simc')
+    assert_sentence(run_command("report", run), "config.json is damaged")
+
+
+def test_a_collapsed_encoder_has_no_map(packed: Path) -> None:
+    split = Split.local(packed, "train")
+    ids = np.arange(40)
+    small = dict.fromkeys(ids.tolist(), PIL.Image.new("RGB", (40, 40)))
+    for features in (torch.ones(40, 8), torch.zeros(40, 8), torch.full((40, 8), float("nan"))):
+        assert report_pictures.map_of(split, ids, features, small) == []
+
+
 def test_damaged_and_missing_files_cost_only_what_they_hold(runs: list[Path], tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(runs[0], run)
