@@ -11,7 +11,7 @@
     onnx         images [n, 3, size, size] -> features [n, width]
     pt2          the same, as torch.export.load(OUT).module()
     hub          a folder with model.safetensors, config.json (timm's) and a model card filled from the run:
-                 timm.create_model("local-dir:OUT", pretrained=True)
+                 timm.create_model("local-dir:OUT", pretrained=True), where timm has such a network
 
 A classifier (linear.pt, finetune-F.pt) is written with its head: as fc, or as a second output "scores". What was
 written is read back by the program it is for (safetensors and hub by ours), and must compute the same within 1e-4

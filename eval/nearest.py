@@ -55,6 +55,7 @@ from simclr_dali.pipeline.remote import open_split
 from simclr_dali.pipeline.subset import keys
 from simclr_dali.shards.durable import refuse_read_only
 from simclr_dali.shards.image import rgb
+from simclr_dali.shards.lettering import font, lettered
 from simclr_dali.shards.show import save
 
 _SIDE, _CAPTION, _TITLE, _FRAME = 160, 30, 20, 4  # pixels
@@ -107,11 +108,11 @@ def grid(
     result = PIL.Image.new("RGB", (width, _TITLE + len(queries) * (_SIDE + _CAPTION)), "white")
     pen = PIL.ImageDraw.Draw(result)
     known = any(query.parent.name in names for query in queries)
-    pen.text((4, 4), "query", fill="black")
-    pen.text((_SIDE + _QUERY_GAP + 4, 4), "most similar first", fill="black")
+    pen.text((4, 4), "query", fill="black", font=font())
+    pen.text((_SIDE + _QUERY_GAP + 4, 4), "most similar first", fill="black", font=font())
     if known:
-        pen.text((_SIDE + _QUERY_GAP + 150, 4), "same class", fill=SAME_CLASS)
-        pen.text((_SIDE + _QUERY_GAP + 230, 4), "another class (x)", fill=OTHER_CLASS)
+        pen.text((_SIDE + _QUERY_GAP + 150, 4), "same class", fill=SAME_CLASS, font=font())
+        pen.text((_SIDE + _QUERY_GAP + 230, 4), "another class (x)", fill=OTHER_CLASS, font=font())
     reader = SampleReader(split)
     for line, (query, ids, of_row) in enumerate(zip(queries, found.numpy(), cosines.tolist(), strict=True)):
         reader.expect(np.unique(split.shards.samples["shard"][ids]).tolist(), [])
@@ -132,7 +133,7 @@ def grid(
                 pen.rectangle(frame, outline=color, width=_FRAME)
             result.paste(picture, at)
             words = "\n".join(part[:26] for part in captions[column].split("\n"))
-            pen.multiline_text((x + 4, y + _SIDE), words, fill="black")
+            pen.multiline_text((x + 4, y + _SIDE), lettered(words), fill="black", font=font())
     reader.close()
     return result
 

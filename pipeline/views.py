@@ -60,6 +60,7 @@ from simclr_dali.pipeline.reader import SampleReader
 from simclr_dali.pipeline.remote import open_split
 from simclr_dali.pipeline.replay import Replay, read
 from simclr_dali.shards.image import rgb
+from simclr_dali.shards.lettering import font, lettered
 from simclr_dali.shards.manifest import ShardSet
 from simclr_dali.shards.show import save
 from simclr_dali.shards.wording import printable
@@ -158,7 +159,7 @@ def sheet(split: Split, batch: Replay) -> tuple[PIL.Image.Image, list[str]]:
     pen = PIL.ImageDraw.Draw(result)
     for column in range(columns):
         title = f"view {column}" if column else "as stored, with the boxes of its views"
-        pen.text((_GAP + column * (_SIDE + _GAP), 5), title, fill="black")
+        pen.text((_GAP + column * (_SIDE + _GAP), 5), title, fill="black", font=font())
     lines = []
     for row, one in enumerate(found):
         width, height = one.original.size
@@ -173,7 +174,9 @@ def sheet(split: Split, batch: Replay) -> tuple[PIL.Image.Image, list[str]]:
                 pen.rectangle(frame, outline=VIEW_COLORS[column - 1], width=_FRAME)
             result.paste(picture, at)
             folded = [part for words in captions[column] for part in textwrap.wrap(printable(words), _SIDE // 6)]
-            pen.multiline_text((x, y + _SIDE + 2), "\n".join(folded[:4]), fill="black", spacing=2)
+            pen.multiline_text(
+                (x, y + _SIDE + 2), lettered("\n".join(folded[:4])), fill="black", spacing=2, font=font()
+            )
             if column:
                 lines.append(f"sample {one.sample} ({one.name}) view {column}: {'; '.join(captions[column])}")
     return result, lines

@@ -18,4 +18,4 @@ if ! PIP_CONSTRAINT=$PWD/scripts/constraints.txt .venv/bin/python -m pip install
   exit 1
 fi
 echo "$wanted $PWD" >.venv/installed
-echo "setup: done in $((SECONDS - started)) s"
+echo "setup: done in $((SECONDS - started)) s; for commands of your own: source .venv/bin/activate"

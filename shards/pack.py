@@ -49,6 +49,7 @@ from simclr_dali.shards.value_range import check_bit_depth, measure_range, parse
 from simclr_dali.shards.wording import size_text
 
 DEFAULT_MAX_BAD = 0.1  # percent
+_NAMED = 10  # pictures in a message
 
 
 def pack(
@@ -218,8 +219,11 @@ def _write(
             bad += left_out
             _check_bad(bad, lost, given, max_bad, splits)
     seconds = time.monotonic() - started
+    if not todo:
+        print(f"all {given:,} images were packed before")
+        return
     print(
-        f"packed {todo_images:,} images{f' ({share:.0%} of all)' if share < 1 else ''} in {seconds:.1f} s "
+        f"went through {todo_images:,} images{f' ({share:.0%} of all)' if share < 1 else ''} in {seconds:.1f} s "
         f"({todo_images / seconds:,.0f} images/s)"
     )
 
@@ -239,12 +243,13 @@ def _check_bad(bad: int, lost: int, images: int, max_bad: float, splits: list[li
     if not bad or bad + lost <= (images + lost) * max_bad / 100:
         return
     records = (record_of(task.tar) for tasks in splits for task in tasks)
-    left_out = (read_record(path).changes.left_out for path in records if path.exists())
-    first = next(filter(None, left_out))[0]
+    left_out = [one for path in records if path.exists() for one in read_record(path).changes.left_out]
+    named = "; ".join(f"{one[0]} ({one[1]})" for one in left_out[:_NAMED])
+    more = f" and {bad - _NAMED} more" if bad > _NAMED else ""
     raise UserError(
         f"{bad} of {images:,} images cannot be decoded{f' and {lost} are lost' if lost else ''}, more than --max-bad "
-        f"{max_bad:g} %; one is {first[0]} "
-        f"({first[1]}); allow more, or repair them and remove {splits[0][0].tar.parent.parent} before you pack again"
+        f"{max_bad:g} %: {named}{more}; allow more, or repair them and remove {splits[0][0].tar.parent.parent} before "
+        "you pack again"
     )
 
 

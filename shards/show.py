@@ -18,6 +18,7 @@ from simclr_dali.shards.command_line import parser_of, positive_int
 from simclr_dali.shards.durable import refusals_named
 from simclr_dali.shards.errors import UserError, run_main
 from simclr_dali.shards.image import rgb
+from simclr_dali.shards.lettering import font, lettered
 from simclr_dali.shards.manifest import ShardSet, load_split, unseal
 from simclr_dali.shards.sources.source import SPLITS
 from simclr_dali.shards.wording import counted, size_text
@@ -34,7 +35,8 @@ def summary(shards: ShardSet) -> list[str]:
     short = np.minimum(rows["width"], rows["height"])
     return [
         f"{shards.split}: {counted(len(rows), 'image')}, {size_text(sizes.sum())} in {counted(len(sizes), 'shard')} "
-        f"({min(in_shard):,} to {max(in_shard):,} images, {size_text(sizes.min())} to {size_text(sizes.max())})",
+        f"({_range(*(f'{count:,}' for count in (min(in_shard), max(in_shard))))} images, "
+        f"{_range(size_text(sizes.min()), size_text(sizes.max()))})",
         _class_line(shards),
         "  short side, pixels",
         *histogram(short, [0, 64, 128, 192, 224, 256, 320, 384, 512, 768, 1024, 2048]),
@@ -43,11 +45,17 @@ def summary(shards: ShardSet) -> list[str]:
     ]
 
 
+def _range(low: str, high: str) -> str:
+    return low if low == high else f"{low} to {high}"
+
+
 def _class_line(shards: ShardSet) -> str:
     if not shards.classes:
         return "  without labels"
     of_class = np.bincount(shards.samples["label"], minlength=len(shards.classes))
     few, many = int(of_class.argmin()), int(of_class.argmax())
+    if of_class[few] == of_class[many]:
+        return f"  {counted(len(shards.classes), 'class', 'classes')}, {counted(int(of_class[few]), 'image')} each"
     return (
         f"  {counted(len(shards.classes), 'class', 'classes')}, from {counted(int(of_class[few]), 'image')} "
         f"({shards.classes[few]}) to {of_class[many]:,} ({shards.classes[many]})"
@@ -85,7 +93,7 @@ def sheet(shards: ShardSet, columns: int, lines: int) -> PIL.Image.Image:
         small.thumbnail((THUMBNAIL, THUMBNAIL))
         x, y = place % columns * THUMBNAIL, place // columns * (THUMBNAIL + CAPTION)
         result.paste(small, (x + (THUMBNAIL - small.width) // 2, y + (THUMBNAIL - small.height) // 2))
-        pen.text((x + 2, y + THUMBNAIL), shards.class_name(int(row["label"]))[:20], fill="black")
+        pen.text((x + 2, y + THUMBNAIL), lettered(shards.class_name(int(row["label"]))[:20]), fill="black", font=font())
     return result
 
 

@@ -14,8 +14,8 @@ from tests.conftest import assert_sentence, run_command
 
 def test_summary_counts_images_classes_and_sizes(packed: Path) -> None:
     text = "\n".join(summary(load_split(packed, "train")))
-    assert "train: 240 images" in text and "in 6 shards (40 to 40 images" in text
-    assert "12 classes, from 20 images" in text
+    assert "train: 240 images" in text and "in 6 shards (40 images" in text
+    assert "12 classes, 20 images each" in text
     assert "64 .. 128          240" in text
 
 

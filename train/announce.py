@@ -20,6 +20,7 @@ from simclr_dali.train.job import Job
 
 # One H200 whose JPEG engine was off decoded a fifth more slowly with 8 cores than with 16.
 CORES_OF_A_GPU = 16
+_MOST_OF_AN_EPOCH = 0.9
 
 
 def announce(job: Job, step: int, about_kept: str) -> None:
@@ -50,10 +51,18 @@ def announce(job: Job, step: int, about_kept: str) -> None:
     )
     print_rank_0(
         process,
-        f"global batch {batch} ({process.world} x {passes} x {micro_batch}), {job.order.steps_per_epoch} steps per "
-        f"epoch, {config.simclr.epochs} epochs; each view meets {2 * batch - 2} negatives, a loss of "
+        f"global batch {batch} ({process.world} x {passes} x {micro_batch}), "
+        f"{counted(job.order.steps_per_epoch, 'step')} per epoch, {counted(config.simclr.epochs, 'epoch')}; "
+        f"each view meets {2 * batch - 2} negatives, a loss of "
         f"ln({2 * batch - 1}) = {math.log(2 * batch - 1):.3f} is chance",
     )
+    taken = job.order.steps_per_epoch * batch
+    if taken < _MOST_OF_AN_EPOCH * len(shards):
+        print_rank_0(
+            process,
+            f"warning: an epoch takes {taken:,} of {len(shards):,} images, others each time, since only whole batches "
+            f"count; a smaller train_batch_size takes more of them",
+        )
     if passes > 1:
         print_rank_0(
             process, f"{passes} passes of {micro_batch} images: the loss sees the whole batch, BatchNorm only a pass"

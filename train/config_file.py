@@ -166,6 +166,7 @@ _OTHER_NAMES = {
     "workers": "simclr.loader_threads",
     "crop_size": "simclr.image_size",
     "arch": "simclr.encoder.name",
+    "optimizer": "optimizer",
     "backbone": "simclr.encoder.name",
 }
 

@@ -12,6 +12,7 @@ They print nothing unless ``verbose``. What a command refuses is raised as UserE
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -187,7 +188,9 @@ def _command(words: list[Any], verbose: bool) -> None:
         print(done.stderr, end="", file=sys.stderr)
     if done.returncode:
         lines = done.stderr.strip().splitlines()
-        sentence = next((line.removeprefix("error: ") for line in reversed(lines) if line.startswith("error: ")), None)
+        # Ours, or argparse's behind the name of the command.
+        told = (line.partition("error: ") for line in reversed(lines) if re.match(r"(simclr-dali \w+: )?error: ", line))
+        sentence = next((sentence for _, _, sentence in told), None)
         if sentence:
             raise UserError(sentence)
         raise RuntimeError(f"simclr-dali {words[0]} ended with {done.returncode}: {done.stderr[-2000:]}")
