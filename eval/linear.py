@@ -111,6 +111,8 @@ def main(arguments: argparse.Namespace) -> None:
         f"protocol {name}{changed}{job.encoder_note()}: {in_words(found.top1, found.top5, len(job.classes))} "
         f"on {found.count:,} images ({result['seconds']:.0f} s); {out}.json",
     )
+    if (out.parent / "report.html").is_file():
+        print_rank_0(job.process, f"simclr-dali report {out.parent} shows it beside the run's curves")
     leave(job.process)
 
 

@@ -35,7 +35,7 @@ def _lettered(character: str) -> str:
     base = "".join(one for one in unicodedata.normalize("NFKD", character) if not unicodedata.combining(one))
     if base and all(map(_has, base)):
         return base
-    return character.encode("ascii", "backslashreplace").decode()
+    return character.encode("unicode_escape").decode()
 
 
 def _has(character: str) -> bool:

@@ -21,7 +21,17 @@ from tqdm import tqdm
 
 from simclr_dali.shards.command_line import parser_of, positive_int
 from simclr_dali.shards.errors import UserError, run_main
-from simclr_dali.shards.manifest import BLOCK, Shard, ShardSet, member_name, read_split, size_damage, unseal
+from simclr_dali.shards.manifest import (
+    BLOCK,
+    MANIFEST,
+    TABLE,
+    Shard,
+    ShardSet,
+    member_name,
+    read_split,
+    size_damage,
+    unseal,
+)
 from simclr_dali.shards.parallel import map_unordered
 from simclr_dali.shards.sources.source import SPLITS
 from simclr_dali.shards.tar import END_OF_ARCHIVE, around_image
@@ -199,7 +209,8 @@ def verify(data: Path, *, full: bool, workers: int = 1, decoder: str = "cpu") ->
     Raises UserError where ``data`` holds no split at all.
     """
     found = [split for split in SPLITS if (data / split).exists()]
-    if not found:
+    described = [*(data / split / name for split in found for name in (MANIFEST, TABLE)), data / "report.json"]
+    if not any(path.exists() for path in described):  # pictures, perhaps, that are not packed yet
         raise UserError(
             f"{data} holds no packed split (train, val or test); give the folder made by scripts/make_shards.sh"
         )

@@ -239,7 +239,7 @@ def test_everything_under_a_source_is_packed_or_counted(tmp_path: Path) -> None:
     counted = [*found["train"]["not_packed"], *found["val"]["not_packed"], *found["beside"]]
     assert packed == 11 and packed + sum(one["count"] for one in counted) == count
     assert {one["reason"]: one["count"] for one in found["beside"]} == {
-        "of the split test (pack it with --split test)": 4,
+        "of the split test (--split test packs it, where it has labels as the others have)": 4,
         "beside the splits": 4,
         "hidden": 1,
     }

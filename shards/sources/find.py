@@ -201,7 +201,7 @@ def _without_splits(root: Path, splits: tuple[str, ...], exclude: frozenset[Path
 
 def of_split(split: str) -> str:
     """The reason for which files of a split are left out that was not asked for."""
-    return f"of the split {split} (pack it with --split {split})"
+    return f"of the split {split} (--split {split} packs it, where it has labels as the others have)"
 
 
 def _beside(root: Path, data: Path, found: list[Source], exclude: frozenset[Path]) -> LeftOut:
