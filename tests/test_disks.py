@@ -9,6 +9,7 @@ from simclr_dali.shards.manifest import load_split
 from simclr_dali.shards.pack import pack
 from simclr_dali.shards.plan import Options
 from simclr_dali.shards.sources.class_list import read_classes
+from simclr_dali.shards.sources.find import of_split
 from simclr_dali.shards.verify import verify
 from tests.conftest import assert_sentence, run_command, tree
 from tests.drawn import (
@@ -57,7 +58,7 @@ def test_kaggles_tree_is_taken_from_wherever_it_is_pointed_at(given: str, tmp_pa
     put(root / "LOC_val_solution.csv", solution())
     pack(root / given, tmp_path / "out")
     assert len(labels(tmp_path / "out", "train")) == 8 and len(set(labels(tmp_path / "out", "val"))) == 2
-    assert left_out(tmp_path / "out")["of the split test (--split test packs it, where it has labels as the others have)"] == 1
+    assert left_out(tmp_path / "out")[of_split("test")] == 1
     pack(root / given, tmp_path / "out", Options(split="test"))
     assert labels(tmp_path / "out", "test") == [""]
 

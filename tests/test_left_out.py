@@ -11,6 +11,7 @@ from simclr_dali.pipeline.image_files import find_images
 from simclr_dali.shards.errors import UserError
 from simclr_dali.shards.left_out import LeftOut
 from simclr_dali.shards.pack import pack
+from simclr_dali.shards.sources.find import of_split
 from simclr_dali.shards.walk import walk
 from tests.conftest import run_command
 from tests.drawn import class_folders, encoded, labels, left_out, link, put, put_tar, report, samples, stored
@@ -239,7 +240,7 @@ def test_everything_under_a_source_is_packed_or_counted(tmp_path: Path) -> None:
     counted = [*found["train"]["not_packed"], *found["val"]["not_packed"], *found["beside"]]
     assert packed == 11 and packed + sum(one["count"] for one in counted) == count
     assert {one["reason"]: one["count"] for one in found["beside"]} == {
-        "of the split test (--split test packs it, where it has labels as the others have)": 4,
+        of_split("test"): 4,
         "beside the splits": 4,
         "hidden": 1,
     }
