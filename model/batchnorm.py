@@ -21,10 +21,11 @@ _gather = getattr(collectives, "all_gather_single", None) or collectives.all_gat
 # Images that BatchNorm must see at a time, over all processes: the two views of one alone become opposites. Up to some
 # more its statistics are noise, which a run survives.
 MIN_BATCHNORM_IMAGES, NOISY_BATCHNORM_IMAGES = 2, 16
+_ALL_RANKS = object()
 
 
 class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """BatchNorm whose training statistics cover the batches of all ranks; keys and defaults of nn.BatchNorm.
+    """BatchNorm whose training statistics cover the batches of all ranks of a group; keys and defaults of nn.BatchNorm.
 
     Ranks may hold batches of different size. In eval mode it is nn.BatchNorm. Statistics, their gradients and the
     running ones are in float32 at least, whatever the input is in; the output has the input's dtype.
@@ -142,23 +143,64 @@ def _kernels() -> Any:
     return batchnorm_kernels
 
 
-def synchronised(module: Module, device: torch.device, *, compiled: bool = False, kernels: bool = False) -> Module:
-    """``module``, which will run on ``device``, with every BatchNorm replaced by one that sees all ranks.
+def groups_of_ranks(size: int) -> Any:
+    """The process group of this rank, of all ranks cut into groups of ``size`` in their order. All ranks call it.
 
-    Parameters, buffers and keys stay as they are. With one rank nothing is replaced, unless ``kernels`` are asked for.
-    Where nothing is compiled on a GPU it is torch's, whose own kernels there need no copies in float32.
+    None where a group is one rank.
     """
-    group = dist.group.WORLD if dist.is_initialized() and dist.get_world_size() > 1 else None
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    if size == 1 or world == 1:
+        return None
+    if size == world:
+        return dist.group.WORLD
+    own, _ = dist.new_subgroups(group_size=size)
+    return own
+
+
+def average_statistics(module: nn.Module) -> None:
+    """Give all ranks the mean of their running statistics, which differ where BatchNorm sees groups of them.
+
+    All ranks call it. Training does not read them, so it computes the same with and without.
+    """
+    world = dist.get_world_size()
+    buffers = [buffer for buffer in module.buffers() if buffer.is_floating_point()]
+    if world == 1 or not buffers:
+        return
+    flat = torch.cat([buffer.flatten() for buffer in buffers])
+    dist.all_reduce(flat)
+    flat /= world
+    torch._foreach_copy_(
+        buffers,
+        [part.view_as(buffer) for part, buffer in zip(flat.split([b.numel() for b in buffers]), buffers, strict=True)],
+    )
+
+
+def synchronised(
+    module: Module,
+    device: torch.device,
+    *,
+    compiled: bool = False,
+    kernels: bool = False,
+    group: Any = _ALL_RANKS,
+) -> Module:
+    """``module``, which will run on ``device``, with every BatchNorm replaced by one that sees all ranks of ``group``.
+
+    group: as groups_of_ranks gives it; by default all ranks. Parameters, buffers and keys stay as they are. With one
+    rank nothing is replaced, unless ``kernels`` are asked for. Where nothing is compiled on a GPU it is torch's, whose
+    own kernels there need no copies in float32.
+    """
+    if group is _ALL_RANKS:
+        group = dist.group.WORLD if dist.is_initialized() and dist.get_world_size() > 1 else None
     if group is None and not kernels:
         return module
     if device.type == "cuda" and not compiled and not kernels:
-        return nn.SyncBatchNorm.convert_sync_batchnorm(module)
+        return nn.SyncBatchNorm.convert_sync_batchnorm(module, group)
     name_of_group = group.group_name if group else ""
     for name, child in list(module.named_children()):
         if isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d):
             setattr(module, name, SyncBatchNorm(child, name_of_group, kernels=kernels))
         else:
-            synchronised(child, device, compiled=compiled, kernels=kernels)
+            synchronised(child, device, compiled=compiled, kernels=kernels, group=group)
     return module
 
 

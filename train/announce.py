@@ -67,7 +67,10 @@ def announce(job: Job, step: int, about_kept: str) -> None:
         print_rank_0(
             process, f"{passes} passes of {micro_batch} images: the loss sees the whole batch, BatchNorm only a pass"
         )
-    together = micro_batch * process.world
+    processes = config.batchnorm_processes(process.world, process.local_world)
+    together = micro_batch * processes
+    if processes < process.world:
+        print_rank_0(process, f"BatchNorm sees the images of {counted(processes, 'process', 'processes')} at a time")
     if together < NOISY_BATCHNORM_IMAGES:
         larger = "train_batch_size" if together == batch else "train_micro_batch_size_per_gpu"
         print_rank_0(

@@ -195,6 +195,23 @@ class Config(Block):
         """Micro-batches of a process in a step. Raises what :meth:`micro_batch` raises."""
         return self.local_batch(world) // self.micro_batch(world)
 
+    def batchnorm_processes(self, world: int, local_world: int) -> int:
+        """Processes whose images BatchNorm sees together. Raises UserError where they do not divide all of them."""
+        named = {"all": world, "node": local_world}
+        group = self.simclr.batchnorm_group
+        size = named[group] if isinstance(group, str) else group
+        if world % size:
+            raise UserError(
+                f"simclr.batchnorm_group is {group!r}, {size} processes, which do not divide the {world} that were "
+                "started; give a divisor of them, or start as many processes on each machine"
+            )
+        if self.micro_batch(world) * size < MIN_BATCHNORM_IMAGES:
+            raise UserError(
+                f"simclr.batchnorm_group is {group!r}, so BatchNorm would see one image at a time, whose two views "
+                "become opposites; give more processes, or a larger train_micro_batch_size_per_gpu"
+            )
+        return size
+
     def micro_batch(self, world: int) -> int:
         """Images a process embeds at a time: the largest divisor of its share that is at most the configured number.
 

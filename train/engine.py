@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from simclr_dali.model.batchnorm import synchronised
+from simclr_dali.model.batchnorm import groups_of_ranks, synchronised
 from simclr_dali.model.lars import LARS, parameter_groups
-from simclr_dali.model.process import Process, init_distributed, on_gpu
+from simclr_dali.model.process import Process, from_all_ranks, init_distributed, on_gpu
 from simclr_dali.model.simclr import SimCLR
 from simclr_dali.shards.errors import UserError
 from simclr_dali.train.compilation import compile_network, resolved
@@ -81,6 +81,24 @@ def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     return torch.optim.SGD(groups, sgd.lr, sgd.momentum, nesterov=sgd.nesterov)
 
 
+def _processes_of_batchnorm(config: Config, process: Process) -> int:
+    """How many ranks, one after the other, see their images together. All ranks call it.
+
+    Raises UserError where a machine's ranks are to, and machines differ or their ranks do not follow each other.
+    """
+    size = config.batchnorm_processes(process.world, process.local_world)
+    if config.simclr.batchnorm_group != "node":
+        return size
+    hosts = process.peers.hosts if process.peers else ("",)
+    blocks = [set(hosts[first : first + size]) for first in range(0, len(hosts), size)]
+    if len(set(from_all_ranks(size))) > 1 or any(len(block) > 1 for block in blocks):
+        raise UserError(
+            "simclr.batchnorm_group is 'node', which needs as many processes on each machine, with ranks that follow "
+            f"each other (they are on {', '.join(hosts)}); with srun: --distribution=block"
+        )
+    return size
+
+
 def build_engine(model: SimCLR, config: Config, process: Process) -> tuple[Any, torch.optim.Optimizer]:
     """Wrap ``model``, whose BatchNorms then see all ranks, in a DeepSpeed engine. Rank 0's parameters and buffers are
     given to all ranks.
@@ -90,7 +108,8 @@ def build_engine(model: SimCLR, config: Config, process: Process) -> tuple[Any, 
     if config.simclr.batchnorm_kernels and (process.device.type != "cuda" or not find_spec("triton")):
         raise UserError("simclr.batchnorm_kernels is true, which needs a GPU and Triton; set it to false")
     setting, backend = resolved(config.simclr.compile, process.device), None
-    synchronised(model, process.device, compiled=setting != "no", kernels=config.simclr.batchnorm_kernels)
+    group = groups_of_ranks(_processes_of_batchnorm(config, process))
+    synchronised(model, process.device, compiled=setting != "no", kernels=config.simclr.batchnorm_kernels, group=group)
     model.to(process.device)
     for buffer in model.buffers():  # the engine gives all ranks the parameters of rank 0, but not the buffers
         dist.broadcast(buffer, 0)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 import simclr_dali
+from simclr_dali.model.batchnorm import average_statistics
 from simclr_dali.model.ntxent import NTXent
 from simclr_dali.model.process import print_now, print_rank_0
 from simclr_dali.model.schedule import learning_rate
@@ -76,6 +77,8 @@ def train(
             if save_now:
                 watchdog.at(f"step {step}, its checkpoint")
                 begin_checkpoint(job, engine, optimizer, saver, reporter, done, keep_forever)
+            if knn.due(done) and simclr.batchnorm_group != "all":
+                average_statistics(engine.module)
             if knn.due(done) and not leave:  # after a stop, the check is made when the run goes on
                 knn.check(engine.module, done)
                 reporter.paused()
@@ -156,6 +159,8 @@ def begin_checkpoint(
     if not all_finite(engine.module, optimizer):  # the last step's update came after its loss
         reporter.refuse(done - 1, "weights are not finite", saver.last_kept)
     refuse_drift(engine.module, job.process, done)
+    if job.config.simclr.batchnorm_group != "all":
+        average_statistics(engine.module)
     if job.process.rank == 0:
         state = state_of(engine.module, optimizer, job.config, job.split.shards, done)
         state["begun_with"] = job.begun_with

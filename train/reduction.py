@@ -29,7 +29,7 @@ class GradientReduction:
         # NCCL connects a group at its first message, which is not to be in the middle of a backward pass.
         dist.all_reduce(torch.zeros(1, device=next(model.parameters()).device), group=self._group)
         parameters: list[Tensor] = [p for p in reversed(list(model.parameters())) if p.requires_grad]
-        self._buckets = [_Bucket(group) for group in _by_size(parameters)]
+        self._buckets = [_Bucket(group) for group in by_size(parameters)]
         self._bucket_of = {p: bucket for bucket in self._buckets for p in bucket.parameters}
         self._arrivals = dict.fromkeys(parameters, 0)
         self._sent = 0
@@ -111,7 +111,7 @@ class _Bucket:
                 parameter.grad = view
 
 
-def _by_size(parameters: list[Tensor]) -> list[list[Tensor]]:
+def by_size(parameters: list[Tensor]) -> list[list[Tensor]]:
     """Consecutive parameters of one dtype and device, each group of BUCKET_BYTES or a little more but for the last."""
     groups: list[list[Tensor]] = []
     size = BUCKET_BYTES

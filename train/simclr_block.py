@@ -163,6 +163,9 @@ class Simclr(Block):
     compile: Literal["auto", "no", "inductor", "coordinate-descent-tuning", "max-autotune-no-cudagraphs"] = "auto"
     """How torch.compile compiles encoder and projector: auto is inductor on a GPU and no on a CPU; the last two are
     inductor's searches for faster kernels, which take minutes once."""
+    batchnorm_group: Literal["all", "node"] | Positive = "all"
+    """Over which processes BatchNorm's statistics go: all of them (the paper's), those of a machine, or so many in the
+    order of their ranks. Smaller groups send less; embeddings and gradients go over all in any case."""
     batchnorm_kernels: bool = False
     """BatchNorm with its ReLU by our own Triton kernels (model/batchnorm_kernels.py); on a GPU, where nobody has
     measured them yet."""
