@@ -47,12 +47,13 @@ def test_groups_are_parts_that_one_process_normalises_apart(world: int, size: in
     count, buffers = len(gradients), len(statistics[0])
     assert torch.allclose(torch.cat([rank[0] for rank in ranks]), torch.cat(outputs), atol=1e-10)
     for number, expected in enumerate(gradients):
-        assert expected is not None and torch.allclose(sum(rank[1 + number] for rank in ranks), expected, atol=1e-9)
+        together = torch.stack([rank[1 + number] for rank in ranks]).sum(0)
+        assert expected is not None and torch.allclose(together, expected, atol=1e-9)
     for number in range(buffers):
         for rank, found in enumerate(ranks):
             own = statistics[rank // size][number]
             assert torch.allclose(found[1 + count + number].double(), own, atol=1e-9)
-            mean = sum(one[number] for one in statistics) / len(statistics)
+            mean = torch.stack([one[number] for one in statistics]).mean(0)
             assert torch.allclose(found[1 + count + buffers + number].double(), mean, atol=1e-9)
 
 
@@ -104,7 +105,7 @@ def refused(rank: int, hosts: tuple[str, ...]) -> str:
     seen: Any = Seen()
     seen.hosts = hosts
     config = configured(batchnorm_group="node")
-    network = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    network: Any = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     try:
         build_engine(network, config, Process(rank, 4, 2, CPU, 1, peers=seen))
     except UserError as error:

@@ -3,12 +3,17 @@
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
 from simclr_dali.model import checkpoint
+from simclr_dali.model.process import Process
 from simclr_dali.train.config_file import load_config
-from simclr_dali.train.plan import checkpoint_bytes, goes_on_from
+from simclr_dali.train.plan import checkpoint_bytes, elsewhere, goes_on_from
+from simclr_dali.train.plan_measures import InputRate, Steps
 from tests.conftest import assert_sentence, run_command, tree
 from tests.runs import launch, metrics, pretrain, tiny_config
 
@@ -98,3 +103,21 @@ def test_a_folder_that_is_not_there_begins_at_0(tmp_path: Path, train_split: obj
     config = load_config(str(tiny_config(tmp_path)), [], data="unused")
     assert goes_on_from(tmp_path / "a" / "b", config, train_split) == 0  # type: ignore[arg-type]
     assert not (tmp_path / "a").exists()
+
+
+def test_other_numbers_of_gpus_are_told_on_paper() -> None:
+    """From what one GPU was seen to take: on 8 an eighth of it and a little more, on 64 more by Ethernet than else."""
+    config = load_config("ds_lars.json", [], data="d")
+    job: Any = SimpleNamespace(config=config, process=Process(0, 1, 1, torch.device("cuda"), 16))
+    rate = InputRate(images_per_s=5_000.0, disk=0.0, room=140 << 30)
+    steps = Steps([1.5], "timed", 23 << 30, "measured", 9.0, uncompiled=False)
+    alone, eight, many = (elsewhere(job, 1000, rate, steps, gpus) for gpus in (1, 8, 64))
+    assert "4096 images each in 16 x 256" in alone and "512 images each in 2 x 256" in eight
+
+    def seconds(text: str, network: str) -> int:
+        hours, minutes, rest = re.findall(rf"(\d+):(\d+):(\d+) by {network}", text)[0]
+        return 3600 * int(hours) + 60 * int(minutes) + int(rest)
+
+    assert seconds(alone, "InfiniBand") == pytest.approx(1500, rel=0.02)
+    assert 1500 / 8 < seconds(eight, "InfiniBand") < 1.3 * 1500 / 8
+    assert seconds(many, "InfiniBand") < seconds(many, "Ethernet") and seconds(many, "InfiniBand") < 1500 / 16

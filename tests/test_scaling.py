@@ -10,8 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from scripts.bench.scaling import of_network, resnet50
-from scripts.bench.scaling_model import (
+from scripts.bench.scaling import resnet50
+from simclr_dali.model.ntxent import NTXent
+from simclr_dali.model.process import Process
+from simclr_dali.model.simclr import build_model
+from simclr_dali.train.config import Config
+from simclr_dali.train.engine import build_engine
+from simclr_dali.train.scaling import (
     FLOAT,
     H200,
     NETWORKS,
@@ -21,13 +26,9 @@ from scripts.bench.scaling_model import (
     cures,
     efficiency,
     last_that_pays,
+    of_network,
     step_of,
 )
-from simclr_dali.model.ntxent import NTXent
-from simclr_dali.model.process import Process
-from simclr_dali.model.simclr import build_model
-from simclr_dali.train.config import Config
-from simclr_dali.train.engine import build_engine
 from simclr_dali.train.step import train_step
 from tests.conftest import ROOT, run_python, run_ranks
 from tests.runs import TINY

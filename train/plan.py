@@ -9,6 +9,7 @@ import os
 import shutil
 import statistics
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from simclr_dali.model import checkpoint
@@ -26,11 +27,10 @@ from simclr_dali.train.knn_monitor import KnnMonitor
 from simclr_dali.train.plan_measures import InputRate, Steps, input_rate, time_steps
 from simclr_dali.train.progress import WAITING, duration
 from simclr_dali.train.resume import refuse_other_data, refuse_other_settings
+from simclr_dali.train.scaling import H200, NETWORKS, of_network, step_of
 from simclr_dali.train.trackers import chosen
 from simclr_dali.train.watchdog import Watchdog
 
-# Of the images/s that were measured on one GPU, times their number; what several machines reach was not measured.
-_SCALING = (0.75, 1.0)
 # Inductor's step of a ResNet-50 took 0.68 of the uncompiled one on an H200 (scripts/bench/README.md).
 _COMPILED = 0.68
 _SHARED_MEMORY = 1 << 30  # bytes of /dev/shm that several processes of a machine want
@@ -58,7 +58,7 @@ def make_plan(job: Job, watchdog: Watchdog, gpus: int | None = None) -> None:
     for name, text in described(job, left, rate, steps):
         print_rank_0(process, f"{name:12} {text}")
     if gpus:
-        print_rank_0(process, f"{f'{gpus} GPUs':12} {elsewhere(job, left, steps, gpus)}")
+        print_rank_0(process, f"{f'{gpus} GPUs':12} {elsewhere(job, left, rate, steps, gpus)}")
     found = from_all_ranks(warnings(job, rate, steps))
     for warning in dict.fromkeys(warning for of_rank in found for warning in of_rank):
         print_rank_0(process, f"warning: {warning}")
@@ -156,7 +156,7 @@ def knn_seconds(job: Job, images_per_s: float) -> float:
     return checks * min(simclr.knn_images, len(job.split.shards)) / (6 * images_per_s)
 
 
-def elsewhere(job: Job, left: int, steps: Steps, gpus: int) -> str:
+def elsewhere(job: Job, left: int, rate: InputRate, steps: Steps, gpus: int) -> str:
     """The same run on so many GPUs, as an estimate. Raises UserError where they cannot share the batch."""
     config, process = job.config, job.process
     local, micro_batch, passes = config.local_batch(gpus), config.micro_batch(gpus), config.passes(gpus)
@@ -166,9 +166,19 @@ def elsewhere(job: Job, left: int, steps: Steps, gpus: int) -> str:
     shared = f"{local} images each in {passes} x {micro_batch}, about {size_text(takes)} of memory a GPU"
     if process.device.type != "cuda":
         return f"{shared}; how fast they are cannot be told from a CPU"
-    one = config.train_batch_size / statistics.median(steps.seconds) / process.world
-    slow, fast = (duration(left * config.train_batch_size / (one * gpus * share)) for share in _SCALING)
-    return f"{shared}; {fast} to {slow}, where {gpus} GPUs like this one reach 75 to 100 % of {gpus} times its speed"
+    own = config.train_batch_size // process.world
+    here = replace(
+        H200,
+        fixed=0.0,  # in what was measured, an image's share of it
+        per_image=statistics.median(steps.seconds) / own / (4 / 3 if config.passes(process.world) > 1 else 1),
+        input=rate.images_per_s,
+    )
+    network = of_network(build_model(config.architecture(), 0), config.architecture().projector[-1])
+    taken = [
+        f"{duration(left * step_of(here, by, network, gpus, config.train_batch_size, passes).seconds)} by {name}"
+        for name, by in NETWORKS.items()
+    ]
+    return f"{shared}; on paper {' or '.join(taken)} (train/scaling.py says what it assumes)"
 
 
 def warnings(job: Job, rate: InputRate, steps: Steps) -> list[str]:

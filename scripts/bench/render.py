@@ -37,6 +37,13 @@ def spread(value: Spread, digits: int = 0, unit: str = "") -> str:
     return in_words(value, digits, unit)
 
 
+def largest(step: dict[str, Any]) -> str:
+    """Of a step on paper, the largest part that is not compute, with its share."""
+    parts = {name: ms for name, ms in step["ms"].items() if name != "compute"}
+    name = max(parts, key=lambda part: parts[part])
+    return f"{name} {parts[name] / sum(step['ms'].values()):.0%}"
+
+
 def seconds(milliseconds: Spread, digits: int, unit: str) -> str:
     return spread({name: value / 1e3 for name, value in milliseconds.items()}, digits, unit)
 
@@ -83,7 +90,7 @@ def names() -> dict[str, Any]:
     checked = {path.stem: json.loads(path.read_text()) for path in sorted((RESULTS / "gpu-check").glob("*.json"))}
     if tried := [stage for stage, found in checked.items() if found["on"]["device"] != "gpu"]:
         raise ValueError(f"results/gpu-check/{tried[0]}.json was made on a CPU; only results of a GPU belong there")
-    helpers = (number, spread, seconds, inverse, of_list, megabytes, times, of_variant, of_order, of_machine)
+    helpers = (largest, number, spread, seconds, inverse, of_list, megabytes, times, of_variant, of_order, of_machine)
     return {
         "r": results,
         "loader": results["loader-cpu"],
@@ -93,6 +100,7 @@ def names() -> dict[str, Any]:
         "h200": results["step-variants-h200"],
         "probe": results["probe-cpu"],
         "orders": results["shuffle"]["orders"],
+        "on_paper": json.loads((RESULTS / "on-paper" / "scaling.json").read_text()),
         "stages": WORDS,
         "checked": checked,
         "middle": statistics.median,

@@ -6,7 +6,7 @@
     python scripts/bench/scaling.py --json FILE
 
 Nothing here was run on several GPUs. A step of one H200 was measured, links are what their makers say, and the rest is
-scripts/bench/scaling_model.py, which says what it assumes; what a step sends is counted in real runs of 1, 2 and 4
+train/scaling.py, which says what it assumes; what a step sends is counted in real runs of 1, 2 and 4
 processes by a test (tests/test_scaling.py), number by number.
 """
 
@@ -20,7 +20,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:1] = [str(ROOT), str(ROOT / ".package")]
 
-from scripts.bench.scaling_model import (
+from simclr_dali.shards.command_line import file_to_write, positive_int
+from simclr_dali.shards.errors import run_main
+from simclr_dali.train.scaling import (
     H200,
     NETWORKS,
     SPREAD,
@@ -29,10 +31,9 @@ from scripts.bench.scaling_model import (
     cures,
     efficiency,
     last_that_pays,
+    of_network,
     step_of,
 )
-from simclr_dali.shards.command_line import file_to_write, positive_int
-from simclr_dali.shards.errors import run_main
 
 GPUS = [2**power for power in range(13)]  # 1 to 4,096
 BATCHES = [4096, 8192, 16384, 32768, 65536, 131072]
@@ -59,23 +60,6 @@ def resnet50() -> Model:
     from simclr_dali.model.simclr import Architecture, build_model
 
     return of_network(build_model(Architecture(ResNet("resnet50", 1.0, "7x7"), (2048, 128)), 0), 128)
-
-
-def of_network(network: Any, embedding: int) -> Model:
-    """What a network of model.simclr sends, whose embeddings have this width."""
-    from torch import nn
-
-    from simclr_dali.train.reduction import by_size
-
-    parameters = [parameter for parameter in reversed(list(network.parameters())) if parameter.requires_grad]
-    norms = [module for module in network.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    return Model(
-        type(network).__name__,
-        sum(parameter.numel() for parameter in parameters),
-        tuple(norm.num_features for norm in norms),
-        embedding,
-        tuple(sum(parameter.numel() for parameter in group) for group in by_size(parameters)),
-    )
 
 
 def main(given: argparse.Namespace) -> None:
@@ -167,7 +151,7 @@ def plot(model: Model, given: argparse.Namespace) -> str:
         made = figure(
             width=900, height=420, x_axis_type="log", x_axis_label="GPUs", y_axis_label="efficiency, %",
             title=f"{NETWORKS[name].name}; solid: BatchNorm over all GPUs, dashed: over a machine",
-            y_range=Range1d(0, 105),
+            y_range=Range1d(start=0, end=105),
         )  # fmt: skip
         for batch, color in zip(given.batch, palette, strict=False):
             for kind, dash in ((model, "solid"), (replace(model, group="node"), "dashed")):

@@ -20,6 +20,10 @@ section 3): inside a machine by its switch, between machines log2 m hops by as m
 import math
 from dataclasses import dataclass, replace
 
+from torch import Tensor, nn
+
+from simclr_dali.train.reduction import by_size
+
 IMAGENET = 1_281_167  # images of train
 FLOAT = 4  # bytes
 
@@ -78,6 +82,19 @@ class Model:
     """Of a number on the wire."""
     group: str = "all"
     """Over which GPUs BatchNorm's statistics go: "all", or "node"."""
+
+
+def of_network(network: nn.Module, embedding: int) -> Model:
+    """What a network of model.simclr sends, whose embeddings have this width."""
+    parameters: list[Tensor] = [p for p in reversed(list(network.parameters())) if p.requires_grad]
+    norms = [module for module in network.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    return Model(
+        type(network).__name__,
+        sum(p.numel() for p in parameters),
+        tuple(norm.num_features for norm in norms),
+        embedding,
+        tuple(sum(p.numel() for p in group) for group in by_size(parameters)),
+    )
 
 
 # ResNet-50, 224 px, bfloat16, compiled, on one H200: 70.6 ms for 256 images. Uncompiled steps of 128, 256 and 512 took
@@ -149,13 +166,16 @@ def all_reduce(network: Network, gpus: int, size: float) -> float:
     return collective(network, gpus, size, 2)
 
 
-def step_of(gpu: Gpu, network: Network, model: Model, gpus: int, batch: int) -> Step:
-    """A step of ``batch`` images on ``gpus`` GPUs. Raises ValueError where they cannot share it."""
+def step_of(gpu: Gpu, network: Network, model: Model, gpus: int, batch: int, passes: int | None = None) -> Step:
+    """A step of ``batch`` images on ``gpus`` GPUs, in ``passes`` micro-batches, or as few as memory allows.
+
+    Raises ValueError where they cannot share it.
+    """
     if batch % gpus:
         raise ValueError(f"a batch of {batch} cannot be shared by {gpus} GPUs")
     own = batch // gpus
     most = int(_LARGEST_SHARE * gpu.memory / gpu.memory_per_image)
-    passes = next(count for count in range(1, own + 1) if own % count == 0 and own // count <= most)
+    passes = passes or next(count for count in range(1, own + 1) if own % count == 0 and own // count <= most)
     compute = passes * gpu.fixed + own * gpu.per_image
     if passes > 1:
         compute *= 1 + (1 - _BACKWARD)
