@@ -16,7 +16,7 @@ import tarfile
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +30,8 @@ FORMAT = "simclr-dali shards"
 VERSION = 1
 MANIFEST, TABLE = "manifest.json", "samples.npy"
 BLOCK = 512  # bytes; every tar member starts on a block
+_BLOCK_OF_TABLE, SHARED_TABLE = 8 << 20, 256 << 20  # bytes read at a time; above it a table is mapped
+ROWS_AT_A_TIME = 1 << 22  # of a table that is checked
 
 # offset and length (bytes) delimit the encoded image inside its tar; width and height are in pixels as stored,
 # before any EXIF rotation; crc32 is zlib's, over the encoded image.
@@ -192,19 +194,27 @@ def read_split(folder: Path) -> ShardSet:
             f"{manifest_path} lists {sum(s.samples for s in shards)} samples, samples.npy holds {len(samples)}; pack "
             f"again"
         )
-    if samples["shard"].max() >= len(shards) or not min(samples["width"].min(), samples["height"].min()):
-        raise UserError(f"{folder / TABLE} names shards or sizes that cannot be; pack the data set again")
-    pixels = samples["width"].astype(np.int64) * samples["height"]
+    for first in range(0, len(samples), ROWS_AT_A_TIME):
+        _check_rows(folder / TABLE, first, samples[first : first + ROWS_AT_A_TIME], len(shards), classes, max_pixels)
+    allow_pixels(max_pixels)  # for who looks at the pictures with Pillow
+    return ShardSet(folder, split, classes, shards, samples, hashlib.sha256(raw).hexdigest())
+
+
+def _check_rows(
+    path: Path, first: int, rows: npt.NDArray[Any], shards: int, classes: tuple[str, ...], max_pixels: int
+) -> None:
+    """Raise UserError where some rows of the table, from row ``first`` on, say what cannot be."""
+    if rows["shard"].max() >= shards or not min(rows["width"].min(), rows["height"].min()):
+        raise UserError(f"{path} names shards or sizes that cannot be; pack the data set again")
+    pixels = rows["width"].astype(np.int64) * rows["height"]
     if pixels.max() > max_pixels:
         raise UserError(
-            f"{folder / TABLE}: sample {pixels.argmax()} has {pixels.max():,} pixels, more than the {max_pixels:,} "
-            f"that were allowed when it was packed; pack the data set again"
+            f"{path}: sample {first + pixels.argmax()} has {pixels.max():,} pixels, more than the {max_pixels:,} that "
+            f"were allowed when it was packed; pack the data set again"
         )
-    allow_pixels(max_pixels)  # for who looks at the pictures with Pillow
     lowest, highest = (0, len(classes) - 1) if classes else (-1, -1)
-    if samples["label"].min() < lowest or samples["label"].max() > highest:
-        raise UserError(f"{folder / TABLE} has labels that name none of its {len(classes)} classes; pack it again")
-    return ShardSet(folder, split, classes, shards, samples, hashlib.sha256(raw).hexdigest())
+    if rows["label"].min() < lowest or rows["label"].max() > highest:
+        raise UserError(f"{path} has labels that name none of its {len(classes)} classes; pack it again")
 
 
 def _no_split(folder: Path) -> str:
@@ -234,10 +244,16 @@ def _no_split(folder: Path) -> str:
 def _load_table(path: Path, sha256: str) -> npt.NDArray[Any]:
     if not path.is_file():
         raise UserError(f"{path} is missing; copy it back or pack the data set again")
-    if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK_OF_TABLE):
+            digest.update(block)
+    if digest.hexdigest() != sha256:
         raise UserError(f"{path} is not the table its manifest describes (its sha256 differs); copy it again")
     try:
-        samples: npt.NDArray[Any] = np.load(path, allow_pickle=False)
+        # Processes of a machine share the pages of a large one; a small one is safe from whoever cuts its file.
+        shared: Literal["r"] | None = "r" if path.stat().st_size > SHARED_TABLE else None
+        samples: npt.NDArray[Any] = np.load(path, mmap_mode=shared, allow_pickle=False)
     except (ValueError, EOFError, MemoryError) as error:
         raise UserError(f"{path} is no table of samples ({error}); pack the data set again") from error
     if not isinstance(samples, np.ndarray) or samples.dtype != SAMPLE or samples.ndim != 1:

@@ -93,6 +93,21 @@ def test_a_lane_reads_few_shards_at_a_time() -> None:
             assert len(set(shard_of[ids])) <= 2 * order.window + 1
 
 
+@pytest.mark.parametrize("machines", [1, 2, 8, 16])
+def test_a_machine_reads_its_share_of_the_shards_only(machines: int) -> None:
+    """Of ImageNet's size: over an epoch 1/machines of all samples, out of hardly more than 1/machines of all shards."""
+    order = Order((1000,) * 1281, 4096, 64, 8, 0)
+    per_machine = []
+    for rank in range(machines):
+        ids = np.concatenate([order.batch(3, step, rank, machines) for step in range(order.steps_per_epoch)])
+        assert len(ids) == len(set(ids.tolist())) == order.steps_per_epoch * 4096 // machines
+        per_machine.append(set((ids // 1000).tolist()))
+        # A border between two lanes may cut a shard, which both then read.
+        assert len(per_machine[-1]) <= 1281 / machines + 2
+    assert set().union(*per_machine) == set(range(1281))
+    assert sum(map(len, per_machine)) <= 1281 + machines
+
+
 def test_order_is_pinned() -> None:
     # Changing these numbers changes every run that goes on from a checkpoint.
     assert Order((5, 4, 6), 6, 2, 1, 42).batch(1, 1).tolist() == [1, 0, 6, 11, 14, 10]

@@ -70,7 +70,7 @@ def test_our_own_keys_outside_of_a_run_are_still_ours(tmp_path: Path) -> None:
 def test_other_statistics_on_request(tmp_path: Path) -> None:
     model = torchvision_resnet()
     torch.save(model.state_dict(), tmp_path / "a.pth")
-    encoder = load(tmp_path / "a.pth", mean=CIFAR[0], std=CIFAR[1])
+    encoder = open_pretrained(tmp_path / "a.pth", mean=CIFAR[0], std=CIFAR[1]).encoder
     normalised = (LEVELS / 255 - column([0.485, 0.456, 0.406])) / column([0.229, 0.224, 0.225])
     with torch.no_grad():
         expected = model((LEVELS / 255 - column(CIFAR[0])) / column(CIFAR[1]))

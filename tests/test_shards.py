@@ -8,15 +8,21 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import PIL.Image
 import pytest
+import torch
 import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nvidia.dali import fn, pipeline_def
 
+from simclr_dali.pipeline.files import LocalFiles, Split
+from simclr_dali.pipeline.graph import LoaderConfig
+from simclr_dali.pipeline.loader import central_views
+from simclr_dali.shards import manifest
 from simclr_dali.shards.errors import UserError
-from simclr_dali.shards.manifest import load_split
+from simclr_dali.shards.manifest import load_split, read_split, write_split
 from simclr_dali.shards.pack import pack
 from simclr_dali.shards.plan import Options, storage_order
 from simclr_dali.shards.tar import header
@@ -106,6 +112,37 @@ def test_seed_changes_the_order_only(odd_pictures: Path, tmp_path: Path) -> None
 def test_storage_order_is_pinned() -> None:
     # A change here would make a half-done pack of an older version go on differently.
     assert storage_order(10, 0, "train").tolist() == [4, 7, 0, 8, 9, 1, 5, 6, 2, 3]
+
+
+def test_a_large_table_is_mapped_and_says_the_same(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So processes of a machine share its pages, of which hundred millions of samples have three gigabytes."""
+    small = load_split(packed, "train")
+    monkeypatch.setattr(manifest, "SHARED_TABLE", 0)
+    monkeypatch.setattr(manifest, "ROWS_AT_A_TIME", 7)
+    large = load_split(packed, "train")
+    assert isinstance(large.samples, np.memmap) and not isinstance(small.samples, np.memmap)
+    assert (large.samples == small.samples).all() and large.fingerprint == small.fingerprint
+    setting = LoaderConfig(32, torch.device("cpu"))
+    views = [
+        torch.cat([batch.views.clone() for batch in central_views(Split(shards, files), setting, batch=48)])
+        for shards, files in ((small, lambda: LocalFiles(small)), (large, lambda: LocalFiles(large)))
+    ]
+    assert torch.equal(*views)
+
+
+def test_each_row_of_a_table_is_checked_whichever_block_it_is_in(
+    packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(manifest, "ROWS_AT_A_TIME", 7)
+    shards = load_split(packed, "val")
+    for column, value, sentence in (("label", 12, "labels"), ("width", 0, "sizes"), ("shard", 9, "shards")):
+        rows = shards.samples.copy()
+        rows[column][-1] = value
+        folder = tmp_path / column
+        folder.mkdir()
+        write_split(folder, "val", list(shards.classes), list(shards.shards), rows, {})
+        with pytest.raises(UserError, match=sentence):
+            read_split(folder)
 
 
 @pytest.mark.parametrize("damage", ["manifest", "table", "missing tar", "short tar", "no split"])

@@ -5,7 +5,7 @@
 
     encoder = load("runs/ds_lars")
     encoder("bird.jpg")        # pooled features [1, 2048], of the view that an evaluation has
-    encoder(images)            # pooled features [n, 2048], of a batch [n, 3, h, w] as it is
+    encoder(images)            # pooled features [n, 2048], of a batch of floats [n, 3, h, w] as it is
     encoder.features(images)   # the feature map [n, 2048, 7, 7]
     predict("runs/ds_lars", "bird.jpg").name
 
