@@ -108,6 +108,7 @@ from simclr_dali.train.announce import announce, record_start
 from simclr_dali.train.config import Config
 from simclr_dali.train.config_file import load_config
 from simclr_dali.train.determinism import compute_deterministically
+from simclr_dali.train.elastic import leave_where_left_over
 from simclr_dali.train.engine import build_engine, start
 from simclr_dali.train.initial_weights import take_weights
 from simclr_dali.train.job import Job, begin_tracking, build_order, keep_decoded
@@ -125,6 +126,7 @@ def main(arguments: argparse.Namespace) -> None:
     split = open_split(config.simclr.data, "train", config.shard_cache())
     shards = split.shards
     order = build_order(config, shards)
+    leave_where_left_over(config)
     stop = StopRequest()
     if config.simclr.deterministic:
         compute_deterministically()

@@ -4,7 +4,8 @@
 #   HEAD=node-0 NODES=2 GPUS=8 scripts/launch/torchrun.sh --config ds_lars.json --data /data/imagenet-shards
 #
 # All that follows goes to train/pretrain.py, whose --run is called --out here (torchrun takes --run for its own).
-# RESTARTS=3 starts all ranks again, up to so many times, where one has died; the run goes on from its last checkpoint.
+# RESTARTS=3 asks torchrun to start all ranks again, up to so many times, where one has died: the run then goes on from
+# its last checkpoint. When it was tried with a killed rank, torchrun did not always bring the ranks up again.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
