@@ -3,7 +3,7 @@
 import argparse
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from simclr_dali.pipeline.kept_place import Place
 from simclr_dali.shards.command_line import positive_int
@@ -35,8 +35,8 @@ class EncoderChoice:
 
     @staticmethod
     def of(given: argparse.Namespace) -> "EncoderChoice":
-        names = ("ckpt", "untrained", "prefix", "stem_padding", "unit_range", "mean", "std", "image_size")
-        return EncoderChoice(**{name: getattr(given, name) for name in names})
+        names = ("ckpt", "untrained", "image_size")
+        return EncoderChoice(**{name: getattr(given, name) for name in names}, **conventions_of(given))
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,11 @@ def add_foreign_arguments(parser: argparse.ArgumentParser) -> None:
             f"--{name}", type=float, nargs=3, metavar=("R", "G", "B"),
             help=f"Normalise values in 0..1 by this {name} (default: ImageNet's).",
         )  # fmt: skip
+
+
+def conventions_of(given: argparse.Namespace) -> dict[str, Any]:
+    """What add_foreign_arguments asks for, as model.pretrained.open_pretrained takes it."""
+    return {name: getattr(given, name) for name in ("prefix", "stem_padding", "unit_range", "mean", "std")}
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:

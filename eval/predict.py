@@ -21,7 +21,7 @@ if __name__ == "__main__":
     # This script's own folder must not shadow installed modules, and its checkout must win over an installed copy.
     sys.path[0] = str(Path(__file__).resolve().parents[1] / ".package")
 
-from simclr_dali.eval.arguments import add_foreign_arguments
+from simclr_dali.eval.arguments import add_foreign_arguments, conventions_of
 from simclr_dali.shards.command_line import parser_of, positive_int
 from simclr_dali.shards.errors import UserError, run_main
 
@@ -54,8 +54,7 @@ from simclr_dali.pipeline.image_files import ImageFiles, find_images, refuse_fai
 
 
 def main(arguments: argparse.Namespace) -> None:
-    given = {name: getattr(arguments, name) for name in ("prefix", "unit_range", "stem_padding", "mean", "std")}
-    classifier = open_classifier(arguments.ckpt, **given)
+    classifier = open_classifier(arguments.ckpt, **conventions_of(arguments))
     label, layout = classifier.architecture.encoder.label(), classifier.about.get("layout", "unknown")
     print(f"{arguments.ckpt}: {label}, layout of {layout}, takes {classifier.encoder.input_range()}", file=sys.stderr)
     paths = find_images(arguments.images)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from simclr_dali.model import checkpoint, migrations
+from simclr_dali.model import migrations
 from simclr_dali.model.checkpoint import CheckpointError
 from simclr_dali.model.encoder import Encoder
 from simclr_dali.model.simclr import Architecture
@@ -90,18 +90,6 @@ class Classifier:
 
 def is_classifier(state: dict[Any, Any]) -> bool:
     return state.get("format") == _FORMAT
-
-
-def load_classifier(path: Path) -> Classifier:
-    """The classifier of a file of ours. Raises CheckpointError where it is none."""
-    if not path.is_file():
-        raise CheckpointError(f"{path} is no file; give the linear.pt or finetune-F.pt that an evaluation wrote")
-    state = checkpoint.plain_values(path.read_bytes())
-    if state is None or not is_classifier(state):
-        raise CheckpointError(
-            f"{path} holds no classifier; give the linear.pt of eval/linear.py or the finetune-F.pt of eval/finetune.py"
-        )
-    return Classifier.of_state(state, path)
 
 
 def save_classifier(path: Path, classifier: Classifier) -> None:

@@ -40,6 +40,11 @@ class Process:
     peers: Peers | None = None
     """Those on this machine, where there are others."""
 
+    @property
+    def device_name(self) -> str:
+        """Of the GPU, or "CPU"."""
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
+
 
 def on_gpu() -> bool:
     """Whether this machine's GPUs are used. ``DS_ACCELERATOR=cpu`` keeps a machine with GPUs on its CPU."""

@@ -28,7 +28,6 @@ def lettered(text: str) -> str:
     return "".join(map(_lettered, text))
 
 
-@functools.cache
 def _lettered(character: str) -> str:
     if character == "\n" or _has(character):
         return character
@@ -43,9 +42,3 @@ def _has(character: str) -> bool:
         return bytes(font().getmask(character)) != bytes(font().getmask(_NOBODY_HAS))
     except (UnicodeEncodeError, RuntimeError):  # half of a surrogate pair, as names that are no UTF-8 have
         return False
-
-
-def forget() -> None:
-    """Look for fonts anew."""
-    font.cache_clear()
-    _lettered.cache_clear()

@@ -25,7 +25,7 @@ from tests.runs import TOOLS, environment, free_port, metrics, reached, tiny_con
 LAUNCH = ROOT / "scripts/launch"
 CPU = Process(0, 2, 1, torch.device("cpu"), 2)
 FACTS = Facts(
-    host="a", launcher="srun", device="NVIDIA H200", gpus=1, cores=16, interface="eth0", resolves_to="10.0.0.1",
+    host="a", launcher="srun", device="NVIDIA H200", gpus=1, cores=16, interface="eth0",
     clock=100.0, versions={"torch": "2.13"}, code="c0de", data="", open_files=65536, locked_memory=-1,
     shared_memory=8 << 30,
 )  # fmt: skip

@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from simclr_dali import load
-from simclr_dali.model.classifier import load_classifier
+from simclr_dali.eval.inference import open_classifier
 from simclr_dali.model.pretrained import fingerprint
 from simclr_dali.pipeline.draws import PROBE
 from simclr_dali.pipeline.graph import LoaderConfig
@@ -120,7 +120,7 @@ def test_a_killed_fine_tuning_ends_as_if_undisturbed(run: Path, packed: Path, tm
     kill_between(state, result, [sys.executable, *command, "--out", killed])
     again = run_python(*command, "--out", killed)
     assert again.returncode == 0 and "going on from step" in again.stdout, again.stderr
-    models = [load_classifier(folder / "finetune-0.2.pt") for folder in (tmp_path / "quiet", killed)]
+    models = [open_classifier(folder / "finetune-0.2.pt") for folder in (tmp_path / "quiet", killed)]
     assert fingerprint(models[0].encoder) == fingerprint(models[1].encoder)
     assert torch.equal(models[0].head.weight, models[1].head.weight)
     # Unlike a probe it changes the encoder, statistics included, and says on how many images of which.
@@ -148,7 +148,7 @@ def test_two_processes_tune_as_one(run: Path, tmp_path: Path) -> None:
     one = run_python(script, "--ckpt", run, *WORDS, "--out", tmp_path / "1")
     two = launch_script(2, script, "--ckpt", run, *WORDS, "--out", tmp_path / "2")
     assert one.returncode == two.returncode == 0, one.stderr + two.stderr
-    models = [load_classifier(tmp_path / n / "finetune-0.2.pt") for n in "12"]
+    models = [open_classifier(tmp_path / n / "finetune-0.2.pt") for n in "12"]
     results = [json.loads((tmp_path / n / "finetune-0.2.json").read_text()) for n in "12"]
     assert results[0]["images_sha256"] == results[1]["images_sha256"] and results[1]["processes"] == 2
     before = load(run).layer4[-1].conv2.weight

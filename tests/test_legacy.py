@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from simclr_dali import load
+from simclr_dali.eval.inference import open_classifier
 from simclr_dali.model import checkpoint, migrations
 from simclr_dali.model.checkpoint import CheckpointError
-from simclr_dali.model.classifier import load_classifier
 from simclr_dali.model.resnet import ResNet
 from simclr_dali.model.simclr import ENCODERS
 from simclr_dali.shards.errors import UserError
@@ -106,4 +106,4 @@ def test_checkpoints_classifiers_and_exports_give_the_same_encoder(
         features = [encoder(IMAGES) for encoder in encoders]
     assert features[0].shape == (3, 16) and features[0].abs().max() > 0
     assert torch.equal(features[0], features[1]) and torch.equal(features[0], features[2])
-    assert load_classifier(LEGACY / "linear.pt").about["protocol"] == "fast"
+    assert open_classifier(LEGACY / "linear.pt").about["protocol"] == "fast"

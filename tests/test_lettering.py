@@ -20,9 +20,9 @@ def no_system_fonts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
         built_in = PIL.ImageFont.load_default(11)
         monkeypatch.setattr(PIL.ImageFont, "truetype", none)
         monkeypatch.setattr(PIL.ImageFont, "load_default", lambda size: built_in)
-    lettering.forget()
+    lettering.font.cache_clear()
     yield bool(request.param)
-    lettering.forget()
+    lettering.font.cache_clear()
 
 
 def test_what_the_font_lacks_is_written_otherwise(no_system_fonts: bool) -> None:

@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from simclr_dali.eval.inference import open_classifier
 from simclr_dali.eval.logistic import Scale, fit_linear, score
 from simclr_dali.eval.protocols import SCHEDULES
 from simclr_dali.eval.supervised import build_optimizer, build_order, micro_batch, rate
 from simclr_dali.eval.sweep import GRID, MOMENTUM, Point, held_out, sweep, train_heads
-from simclr_dali.model.classifier import load_classifier
 from simclr_dali.model.collectives import all_rows
 from simclr_dali.model.lars import LARS
 from simclr_dali.model.neighbours import accuracies
@@ -205,7 +205,7 @@ def test_a_killed_probe_ends_as_if_undisturbed(run: Path, tmp_path: Path) -> Non
     late = run_python(*command, "--out", stopped)
     assert late.returncode == 0 and "going on from step 45" in late.stdout, late.stdout + late.stderr
     (stopped / "linear-moco-sgd-90e.json").rename(killed / "linear-moco-sgd-90e.json")
-    expected, found = (load_classifier(folder / "linear-moco-sgd-90e.pt") for folder in (tmp_path / "quiet", killed))
+    expected, found = (open_classifier(folder / "linear-moco-sgd-90e.pt") for folder in (tmp_path / "quiet", killed))
     assert torch.equal(expected.head.weight, found.head.weight) and torch.equal(expected.head.bias, found.head.bias)
     result = json.loads((killed / "linear-moco-sgd-90e.json").read_text())
     assert result["differs"] == {"batch": 16, "epochs": 3} and result["lr"] == pytest.approx(0.1 * 16 / 256)
@@ -225,7 +225,7 @@ def test_two_processes_find_what_one_does(words: list[Any], run: Path, tmp_path:
     results = [json.loads(next((tmp_path / n).glob("linear*.json")).read_text()) for n in "12"]
     assert results[1]["processes"] == 2 and results[0]["encoder_sha256"] == results[1]["encoder_sha256"]
     assert results[0]["val_images"] == results[1]["val_images"] == 48
-    models = [load_classifier(next((tmp_path / n).glob("linear*.pt"))) for n in "12"]
+    models = [open_classifier(next((tmp_path / n).glob("linear*.pt"))) for n in "12"]
     if "sweep" not in words:  # whose batches are made up of the shares, and which may choose another point
         # Rounding may tip a picture or two.
         assert abs(results[0]["top1"] - results[1]["top1"]) < 100 * 2.5 / 48

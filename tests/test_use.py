@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 
 from simclr_dali import load
-from simclr_dali.model.classifier import load_classifier
+from simclr_dali.eval.inference import open_classifier
 from simclr_dali.pipeline.features import extract
 from simclr_dali.pipeline.files import Split
 from simclr_dali.pipeline.graph import LoaderConfig
@@ -203,8 +203,8 @@ def test_a_damaged_classifier_is_named(probed: Path, tmp_path: Path) -> None:
     ):
         torch.save({**state, **damage}, tmp_path / "linear.pt")
         with pytest.raises(CheckpointError, match="damaged classifier"):
-            load_classifier(tmp_path / "linear.pt")
-    assert load_classifier(probed / "linear.pt").about["protocol"] == "fast"
+            open_classifier(tmp_path / "linear.pt")
+    assert open_classifier(probed / "linear.pt").about["protocol"] == "fast"
 
 
 @pytest.mark.parametrize("script", ["linear", "linear.pt", "extract", "extract, copying", "export"])

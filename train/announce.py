@@ -7,8 +7,6 @@ import math
 import platform
 import socket
 
-import torch
-
 import simclr_dali
 from simclr_dali.model.batchnorm import NOISY_BATCHNORM_IMAGES
 from simclr_dali.model.process import Process, print_rank_0
@@ -87,22 +85,27 @@ def announce(job: Job, step: int, about_kept: str) -> None:
 
 def record_start(job: Job, step: int) -> None:
     """Add to starts.jsonl from which step, when, on what and with which versions the run begins or goes on."""
-    device = job.process.device
     line = {
         "step": step,
         "time": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "processes": job.process.world,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        "device": job.process.device_name,
         "host": socket.gethostname(),
-        "versions": {
-            "simclr-dali": simclr_dali.__version__,
-            "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in ("torch", "deepspeed", "nvidia-dali-cuda120")},
-        },
+        "versions": versions(),
     }
     path = job.run / "starts.jsonl"
     with refusals_named(path), path.open("a") as file:
         file.write(json.dumps(line) + "\n")
+
+
+def versions() -> dict[str, str]:
+    """Of what computes a run, by name."""
+    packages = ("torch", "deepspeed", "nvidia-dali-cuda120")
+    return {
+        "simclr-dali": simclr_dali.__version__,
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in packages},
+    }
 
 
 def announce_decoding(config: Config, process: Process) -> None:

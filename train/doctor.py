@@ -35,7 +35,6 @@ if __name__ == "__main__":
 import hashlib
 import importlib.metadata
 import os
-import platform
 import resource
 import shutil
 import socket
@@ -54,11 +53,11 @@ from simclr_dali.pipeline.remote import open_split
 from simclr_dali.shards.interface import interface_towards
 from simclr_dali.shards.launch import read_launch
 from simclr_dali.shards.wording import counted, size_text
-from simclr_dali.train.announce import CORES_OF_A_GPU
+from simclr_dali.train import announce
+from simclr_dali.train.plan import SHARED_MEMORY
 
 OK, LOOK, WRONG = "ok", "look", "WRONG"
 _OPEN_FILES = 4096  # of a process that reads remote shards through many windows; NCCL opens sockets per pair of ranks
-_SHARED_MEMORY = 1 << 30  # bytes of /dev/shm that NCCL wants where several processes share a machine
 _LOCKED_MEMORY = 64 << 20  # bytes that InfiniBand registers at least
 _DIGITS = 12  # of a digest
 _CLOCKS = 5.0  # seconds apart
@@ -76,8 +75,6 @@ class Facts:
     gpus: int
     cores: int
     interface: str
-    resolves_to: str
-    """The address of the host's own name."""
     clock: float
     """Seconds since 1970, all taken together."""
     versions: dict[str, str]
@@ -117,20 +114,15 @@ def main(arguments: argparse.Namespace) -> None:
 def facts(process: Process, launcher: str, data: str | None) -> Facts:
     """Of this process; data: what is to be compared."""
     host = socket.gethostname()
-    try:
-        resolves_to = socket.gethostbyname(host)
-    except OSError:
-        resolves_to = "nothing"
     if process.world > 1:
         dist.barrier()  # so that clocks are read together
     return Facts(
         host=host,
         launcher=launcher,
-        device=torch.cuda.get_device_name(process.device) if process.device.type == "cuda" else "CPU",
+        device=process.device_name,
         gpus=torch.cuda.device_count(),
         cores=process.cores,
         interface=os.environ.get("GLOO_SOCKET_IFNAME") or interface_towards(host) or "none",
-        resolves_to=resolves_to,
         clock=time.time(),
         versions=versions(),
         code=digest_of_code(),
@@ -150,10 +142,8 @@ def digest_of_data(data: str) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of what decides numbers, or whether processes understand each other."""
-    packages = ("torch", "deepspeed", "nvidia-dali-cuda120", "numpy")
-    found = {"simclr-dali": simclr_dali.__version__, "python": platform.python_version()}
-    found |= {name: importlib.metadata.version(name) for name in packages}
+    """Of what computes a run, and of what processes understand each other by."""
+    found = {**announce.versions(), "numpy": importlib.metadata.version("numpy")}
     if torch.cuda.is_available():
         nccl = torch.cuda.nccl.version()
         found |= {"CUDA": str(torch.version.cuda), "NCCL": ".".join(map(str, nccl))}
@@ -211,7 +201,7 @@ def _devices(by_host: dict[str, list[Facts]]) -> Iterator[Finding]:
             state, text = LOOK, f"{text}; no GPU is used"
         elif len(ones) < ones[0].gpus:
             state, text = LOOK, f"{text}; {ones[0].gpus} GPUs and {counted(len(ones), 'process', 'processes')}"
-        elif ones[0].cores < CORES_OF_A_GPU // 4:
+        elif ones[0].cores < announce.CORES_OF_A_GPU // 4:
             state, text = LOOK, f"{text}; the input may be slow, ask for more cores or raise simclr.engine_share"
         yield Finding(state, "device", text)
 
@@ -224,7 +214,7 @@ def _limits(by_host: dict[str, list[Facts]], process: Process) -> Iterator[Findi
         yield Finding(LOOK if few else OK, "limits", text + ("; raise them: ulimit -n 65536" if few else ""))
         if process.device.type != "cuda":
             continue
-        short = len(ones) > 1 and one.shared_memory < _SHARED_MEMORY
+        short = len(ones) > 1 and one.shared_memory < SHARED_MEMORY
         text = f"{host}: {size_text(one.shared_memory)} free in /dev/shm"
         advice = "; start the container with --shm-size=8g" if short else ""
         yield Finding(WRONG if short else OK, "memory", text + advice)

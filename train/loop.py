@@ -74,11 +74,11 @@ def train(
             if save_now or knn.due(done) or done % simclr.log_every == 0:
                 reporter.drain(saver.last_kept, durably=save_now)
                 saver.refuse_failure()
+            if simclr.batchnorm_group != "all" and (save_now or knn.due(done)):
+                average_statistics(engine.module)  # both read statistics
             if save_now:
                 watchdog.at(f"step {step}, its checkpoint")
                 begin_checkpoint(job, engine, optimizer, saver, reporter, done, keep_forever)
-            if knn.due(done) and simclr.batchnorm_group != "all":
-                average_statistics(engine.module)
             if knn.due(done) and not leave:  # after a stop, the check is made when the run goes on
                 knn.check(engine.module, done)
                 reporter.paused()
@@ -159,8 +159,6 @@ def begin_checkpoint(
     if not all_finite(engine.module, optimizer):  # the last step's update came after its loss
         reporter.refuse(done - 1, "weights are not finite", saver.last_kept)
     refuse_drift(engine.module, job.process, done)
-    if job.config.simclr.batchnorm_group != "all":
-        average_statistics(engine.module)
     if job.process.rank == 0:
         state = state_of(engine.module, optimizer, job.config, job.split.shards, done)
         state["begun_with"] = job.begun_with

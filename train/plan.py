@@ -33,7 +33,7 @@ from simclr_dali.train.watchdog import Watchdog
 
 # Inductor's step of a ResNet-50 took 0.68 of the uncompiled one on an H200 (scripts/bench/README.md).
 _COMPILED = 0.68
-_SHARED_MEMORY = 1 << 30  # bytes of /dev/shm that several processes of a machine want
+SHARED_MEMORY = 1 << 30  # bytes of /dev/shm that NCCL wants where several processes share a machine
 
 
 def make_plan(job: Job, watchdog: Watchdog, gpus: int | None = None) -> None:
@@ -209,6 +209,6 @@ def warnings(job: Job, rate: InputRate, steps: Steps) -> list[str]:
         found.append(f"the checkpoints do not fit the {size_text(free)} that are free at {existing(job.run)}")
     if process.device.type == "cpu":
         found.append("there is no GPU, or DS_ACCELERATOR says not to use it: the run computes on the CPU")
-    elif process.local_world > 1 and shutil.disk_usage("/dev/shm").free < _SHARED_MEMORY:
+    elif process.local_world > 1 and shutil.disk_usage("/dev/shm").free < SHARED_MEMORY:
         found.append("/dev/shm has less than 1 GB free, which NCCL wants; start the container with a larger --shm-size")
     return found

@@ -88,7 +88,7 @@ def computed_by(
     graph = config.simclr.graph.on(process.device.type, whole=config.simclr.deterministic)
     compiled = "no" if backend and backend.failed else resolved(config.simclr.compile, process.device)
     return {
-        "device": torch.cuda.get_device_name(process.device) if on_gpu else "CPU",
+        "device": process.device_name,
         "torch": str(torch.__version__),
         "simclr.compile": compiled,
         "simclr.deterministic": str(config.simclr.deterministic).lower(),

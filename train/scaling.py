@@ -69,7 +69,6 @@ class Network:
 class Model:
     """What a network sends."""
 
-    name: str
     gradients: int
     """Numbers."""
     batchnorms: tuple[int, ...]
@@ -89,7 +88,6 @@ def of_network(network: nn.Module, embedding: int) -> Model:
     parameters: list[Tensor] = [p for p in reversed(list(network.parameters())) if p.requires_grad]
     norms = [module for module in network.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     return Model(
-        type(network).__name__,
         sum(p.numel() for p in parameters),
         tuple(norm.num_features for norm in norms),
         embedding,

@@ -24,6 +24,7 @@ from simclr_dali.shards.command_line import file_to_write, positive_int
 from simclr_dali.shards.errors import run_main
 from simclr_dali.train.scaling import (
     H200,
+    IMAGENET,
     NETWORKS,
     SPREAD,
     Model,
@@ -39,8 +40,8 @@ GPUS = [2**power for power in range(13)]  # 1 to 4,096
 BATCHES = [4096, 8192, 16384, 32768, 65536, 131072]
 # What others publish of SimCLR with ResNet-50 on ImageNet, 100 epochs: images/s on so many accelerators.
 PUBLISHED = {
-    "SimCLR paper, 128 TPU v3 cores, 1.5 hours (Chen et al. 2020, section 2.2)": (128, 100 * 1_281_167 / (1.5 * 3600)),
-    "google-research/simclr, 32 TPU v3, about 6 hours (README.md)": (32, 100 * 1_281_167 / (6 * 3600)),
+    "SimCLR paper, 128 TPU v3 cores, 1.5 hours (Chen et al. 2020, section 2.2)": (128, 100 * IMAGENET / (1.5 * 3600)),
+    "google-research/simclr, 32 TPU v3, about 6 hours (README.md)": (32, 100 * IMAGENET / (6 * 3600)),
 }
 
 
