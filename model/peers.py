@@ -1,6 +1,7 @@
 """Notices that another rank of this machine was killed from outside, and says so: its launcher does not."""
 
 import os
+import re
 import socket
 import sys
 import threading
@@ -16,6 +17,8 @@ from simclr_dali.shards.errors import groups
 EXIT_CODE = 1
 _PERIOD = 0.4  # seconds; DeepSpeed's launcher ends the other ranks about a second after one is gone
 _LEFT = "a rank has left with a word"
+# How gloo and NCCL say that the other end is gone.
+_LOST = re.compile(r"connection (closed|reset)|broken pipe|remote process exited|network error", re.IGNORECASE)
 
 
 class Peers:
@@ -78,6 +81,18 @@ class Peers:
                 f"the same command goes on from the last checkpoint"
             )
             os._exit(EXIT_CODE)
+
+    def lost_to(self, error: Exception) -> str:
+        """What an error of a collective says of a machine that is gone; empty where it says nothing of one."""
+        if not self.elsewhere or not _LOST.search(str(error)):
+            return ""
+        hosts = sorted({self.hosts[rank] for rank in self.elsewhere})
+        named = ", ".join(hosts[:4]) + (f" and {len(hosts) - 4} more" if len(hosts) > 4 else "")
+        said = str(error).partition(". ")[0].partition("\n")[0].strip()
+        return (
+            f"a process on another machine is gone, of {named} ({said}): look there for what was said; the same "
+            f"command goes on from the last checkpoint, on fewer machines too"
+        )
 
 
 def is_alive(pid: int) -> bool:

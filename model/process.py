@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
+from simclr_dali.model.meeting import own_part
 from simclr_dali.model.peers import Peers
 from simclr_dali.shards.cores import usable_cores
 from simclr_dali.shards.interface import interface_towards
@@ -102,6 +103,8 @@ def _meet(launch: Launch) -> Any:
     waiting.start()
     try:
         store, _, _ = next(rendezvous("env://", launch.rank, launch.world, timeout=_PATIENCE_AT_START))
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            store = own_part(store, launch.rank, launch.world, _PATIENCE_AT_START)
     except (RuntimeError, ValueError) as error:
         first = str(error).partition("\n")[0]
         raise LaunchError(

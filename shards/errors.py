@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 EXIT_CODE = 2
 SECONDS_FOR_RANK_0_TO_SPEAK = 4.0
@@ -27,6 +27,9 @@ class Group(Protocol):
 
     def look(self) -> None:
         """End this process, saying why, where another one was killed."""
+
+    def lost_to(self, error: Exception) -> str:
+        """What an error says of another machine; empty where it says nothing of one."""
 
 
 groups: list[Group] = []  # that this process is in: none, or one
@@ -73,22 +76,28 @@ def run_main(main: Callable[[], None], *, shares_work: bool = False) -> None:
                     with suppress(OSError):
                         print(f"rank {rank} ends, as another rank has ended with an error", file=sys.stderr, flush=True)
                     os._exit(1)
+                if lost := next(filter(None, (group.lost_to(error) for group in groups)), ""):
+                    _end(f"rank {rank}: {lost}", 1)
             say_goodbye()
             raise
         if rank:
             time.sleep(SECONDS_FOR_RANK_0_TO_SPEAK)
-        speaker = f"rank {rank}: " if rank else ""
-        with suppress(OSError):  # nobody reads it any more
-            sys.stdout.flush()
-        with suppress(OSError):
-            print(f"error: {speaker}{' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        say_goodbye()
-        # Not sys.exit: a process group or a reader thread that is still up must not hold the exit back.
-        os._exit(EXIT_CODE)
+        _end(f"{f'rank {rank}: ' if rank else ''}{error}", EXIT_CODE)
     except BaseException:  # Ctrl-C, or an exit code of its own
         if launch.world > 1:
             say_goodbye()
         raise
+
+
+def _end(text: str, code: int) -> NoReturn:
+    """Say what was wrong, to the other ranks as well, and end this process."""
+    with suppress(OSError):  # nobody reads it any more
+        sys.stdout.flush()
+    with suppress(OSError):
+        print(f"error: {' '.join(text.split())}", file=sys.stderr, flush=True)
+    say_goodbye()
+    # Not sys.exit: a process group or a reader thread that is still up must not hold the exit back.
+    os._exit(code)
 
 
 def _look_for_the_cause() -> None:

@@ -106,6 +106,42 @@ def test_a_run_is_never_begun_anew_where_another_machine_knows_better(pair: list
     assert (code, other_code) == (0, 0) and "is at step 5" in first, first + second
 
 
+def test_a_machine_that_is_lost_and_comes_back(pair: list[Node], trained: Path) -> None:
+    """By torchrun.sh with restarts: the run goes on where one is lost, on one, and on two when it is there again."""
+    shared = pair[0].folder / "run"
+    often = ["--set", "simclr.checkpoint_every=2", "--set", "simclr.log_every=1", "--set", "simclr.epochs=80"]
+
+    def start(node: Node) -> subprocess.Popen[str]:
+        node.resolves_to = node.address
+        words = [*of_node(node, often)[1:], "--out", shared]
+        asked = {"HEAD": pair[0].address, "NODES": "1:2", "GPUS": "1", "RESTARTS": "3", "ADDRESS": node.address}
+        return node.start(ROOT / "scripts/launch/torchrun.sh", *words, **asked, PET_RDZV_CONF="last_call_timeout=3")
+
+    def started_by(processes: int, starts: int) -> Callable[[], bool]:
+        def is_so() -> bool:
+            lines = (shared / "starts.jsonl").read_text().splitlines()
+            return len(lines) == starts and json.loads(lines[-1])["processes"] == processes
+
+        return is_so
+
+    first, _ = [start(node) for node in pair]
+    wait_until(reached(shared, 4), first)
+    assert started_by(2, 1)()
+    pair[1].send(signal.SIGKILL)
+    wait_until(started_by(1, 2), first)
+    wait_until(reached(shared, len(metrics(shared)) + 5), first)
+    start(pair[1])
+    wait_until(started_by(2, 3), first)
+    wait_until(reached(shared, len(metrics(shared)) + 5), first)
+    for node in pair:
+        node.send(signal.SIGKILL)
+    errors = first.communicate()[1]
+    assert "error: rank 0: a process on another machine is gone, of node-b" in errors, errors
+    lines, expected = metrics(shared), [line["loss"] for line in metrics(trained)]
+    assert [line["step"] for line in lines] == list(range(len(lines)))
+    assert [line["loss"] for line in lines][: len(expected)] == pytest.approx(expected, rel=1e-4)
+
+
 def cut(pair: list[Node]) -> None:
     pair[1].unplug()
 

@@ -4,10 +4,16 @@
 #   HEAD=node-0 NODES=2 GPUS=8 scripts/launch/torchrun.sh --config ds_lars.json --data /data/imagenet-shards
 #
 # All that follows goes to train/pretrain.py, whose --run is called --out here (torchrun takes --run for its own).
-# RESTARTS=3 asks torchrun to start all ranks again, up to so many times, where one has died: the run then goes on from
-# its last checkpoint. When it was tried with a killed rank, torchrun did not always bring the ranks up again.
+#
+# With NODES=1:2 RESTARTS=10 the run goes on from its last checkpoint where a process or a machine is lost, on as many
+# processes as divide simclr.lanes, and takes a machine back that comes again. It needs a run folder that all machines
+# see, and the first machine holds the others together: where that one is lost, give the line again.
+# Where machines' own names do not resolve to an address that the others reach, ADDRESS says it.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+
+# The store that torchrun otherwise keeps for all its restarts is not told to a machine that comes later.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 
 exec torchrun \
   --nnodes "${NODES:?the number of machines}" \
@@ -16,4 +22,5 @@ exec torchrun \
   --rdzv_endpoint "${HEAD:?the name of the first machine}:${PORT:-29500}" \
   --rdzv_id "${JOB:-simclr}" \
   --max_restarts "${RESTARTS:-0}" \
+  ${ADDRESS:+--local_addr "$ADDRESS"} \
   train/pretrain.py "$@"
