@@ -19,13 +19,12 @@ from simclr_dali.pipeline.cache import LOOK_AGAIN, Cache, loader_closed, locked,
 from simclr_dali.pipeline.download import Patience, RemoteFolder
 from simclr_dali.pipeline.fetch_queue import AHEAD, THREADS, URGENT, Fetch, FetchQueue
 from simclr_dali.pipeline.files import Split
-from simclr_dali.shards.durable import refusals_named, write_durably
+from simclr_dali.shards.durable import refusals_named, sha256_of, write_durably
 from simclr_dali.shards.errors import UserError
 from simclr_dali.shards.manifest import MANIFEST, TABLE, ShardSet, read_split
 
 _STILL_READ = 16  # changes of the windows; batches made ahead may still read what was current that long ago
 _TOO_OFTEN = 3  # times that a shard of the current windows is fetched
-_BLOCK = 8 << 20  # bytes hashed at a time
 
 _log = logging.getLogger(__name__)
 
@@ -155,7 +154,7 @@ class RemoteFiles:
                 try:
                     for _ in range(2):
                         self._server.download(described.name, partial, described.bytes, self.queue.stopped)
-                        if _sha256(partial) == described.sha256:
+                        if sha256_of(partial) == described.sha256:
                             with self._cache.room_locked():  # or who counts just then could miss it
                                 partial.replace(path)
                             self._count_arrival(shard)
@@ -213,11 +212,3 @@ class RemoteFiles:
         worth |= {self.path(number): 2 for number in windows.past}
         worth |= {self.path(number): 3 for number in windows.current}
         return worth, 0 if urgency == AHEAD else 2 if shard in windows.current else 3
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while chunk := file.read(_BLOCK):
-            digest.update(chunk)
-        return digest.hexdigest()

@@ -1,6 +1,7 @@
 """Files that are either there, complete and on disk, or not there; and what to say when a disk refuses."""
 
 import errno
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from simclr_dali.shards.errors import UserError
+
+_BLOCK = 8 << 20  # bytes read at a time
 
 
 @contextmanager
@@ -34,6 +37,15 @@ def write_durably(path: Path, data: bytes | memoryview, tag: str = "") -> None:
     """Write a whole file so that it is either there, complete and on disk, or not there; tag: see :func:`writing`."""
     with writing(path, tag) as file:
         file.write(data)
+
+
+def sha256_of(path: Path) -> str:
+    """The sha256 of a file, in hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def read_object(path: Path) -> dict[str, Any]:

@@ -9,7 +9,6 @@ A packed data set is a folder with one folder per split::
 """
 
 import hashlib
-import io
 import json
 import shlex
 import tarfile
@@ -21,7 +20,7 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 import numpy.typing as npt
 
-from simclr_dali.shards.durable import write_durably
+from simclr_dali.shards.durable import sha256_of, write_durably, writing
 from simclr_dali.shards.errors import UserError
 from simclr_dali.shards.image import MAX_PIXELS, allow_pixels
 from simclr_dali.shards.wording import printable
@@ -30,7 +29,7 @@ FORMAT = "simclr-dali shards"
 VERSION = 1
 MANIFEST, TABLE = "manifest.json", "samples.npy"
 BLOCK = 512  # bytes; every tar member starts on a block
-_BLOCK_OF_TABLE, SHARED_TABLE = 8 << 20, 256 << 20  # bytes read at a time; above it a table is mapped
+SHARED_TABLE = 256 << 20  # bytes; a larger table is mapped
 ROWS_AT_A_TIME = 1 << 22  # of a table that is checked
 
 # offset and length (bytes) delimit the encoded image inside its tar; width and height are in pixels as stored,
@@ -105,15 +104,14 @@ def write_split(
     made_with: dict[str, Any],
 ) -> None:
     """Write ``samples.npy``, then ``manifest.json``; ``made_with`` records the options of the packer."""
-    table = io.BytesIO()
-    np.save(table, samples)
-    write_durably(folder / TABLE, table.getvalue())
+    with writing(folder / TABLE) as table:
+        np.save(table, samples)
     manifest = {
         "format": FORMAT,
         "version": VERSION,
         "split": split,
         "samples": len(samples),
-        "samples_sha256": hashlib.sha256(table.getvalue()).hexdigest(),
+        "samples_sha256": sha256_of(folder / TABLE),
         "made_with": made_with,
         "classes": classes,
         "shards": [asdict(shard) for shard in shards],
@@ -244,11 +242,7 @@ def _no_split(folder: Path) -> str:
 def _load_table(path: Path, sha256: str) -> npt.NDArray[Any]:
     if not path.is_file():
         raise UserError(f"{path} is missing; copy it back or pack the data set again")
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK_OF_TABLE):
-            digest.update(block)
-    if digest.hexdigest() != sha256:
+    if sha256_of(path) != sha256:
         raise UserError(f"{path} is not the table its manifest describes (its sha256 differs); copy it again")
     try:
         # Processes of a machine share the pages of a large one; a small one is safe from whoever cuts its file.

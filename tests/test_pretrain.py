@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from simclr_dali.model import checkpoint
+from simclr_dali.shards.manifest import load_split
 from simclr_dali.shards.pack import pack
 from simclr_dali.shards.plan import Options
 from tests.conftest import assert_sentence
@@ -152,12 +153,16 @@ def test_a_damaged_checkpoint_is_named(packed: Path, tmp_path: Path) -> None:
     assert_sentence(pretrain(config, packed, tmp_path / "run"), "step-00000001", "damaged")
 
 
-def test_a_damaged_index_is_refused_by_all_ranks_together(odd_pictures: Path, tmp_path: Path) -> None:
-    pack(odd_pictures, tmp_path / "packed")
-    index = next((tmp_path / "packed/train").glob("*.idx"))
-    index.write_bytes(index.read_bytes()[:-5])
+@pytest.mark.parametrize("place", [0, -1])
+def test_a_damaged_shard_is_refused_by_all_ranks_together(place: int, odd_pictures: Path, tmp_path: Path) -> None:
+    pack(odd_pictures, tmp_path / "packed", Options(samples_per_shard=10))
+    split = load_split(tmp_path / "packed", "train")
+    damaged = split.folder / split.shards[split.samples["shard"][place]].name
+    with damaged.open("r+b") as tar:
+        tar.seek(int(split.samples["offset"][place]) - 500)
+        tar.write(b"?")
     done = launch(2, tiny_config(tmp_path), tmp_path / "packed", tmp_path / "run")
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert len(errors) == 1 and index.name in errors[0] and "simclr-dali verify --full" in errors[0]
+    assert len(errors) == 1 and damaged.name in errors[0] and "simclr-dali verify --full" in errors[0]
     assert not (tmp_path / "run").exists()

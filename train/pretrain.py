@@ -103,7 +103,7 @@ from simclr_dali.model.simclr import build_model
 from simclr_dali.pipeline.remote import open_split
 from simclr_dali.shards.durable import write_durably
 from simclr_dali.shards.manifest import ShardSet
-from simclr_dali.shards.verify import verify_split
+from simclr_dali.shards.verify import damage_at_start
 from simclr_dali.train.announce import announce, record_start
 from simclr_dali.train.config import Config
 from simclr_dali.train.config_file import load_config
@@ -218,13 +218,13 @@ def refuse_differences(config: Config, shards: ShardSet, process: Process) -> No
 
 
 def refuse_damage(shards: ShardSet, process: Process) -> None:
-    """The fast check of shards.verify, by rank 0; seconds, once per start. All ranks hear of it and leave together.
+    """A look at each tar, by rank 0, once per start. All ranks hear of damage and leave together.
 
     Remote shards are checked whole when they arrive.
     """
     if shards.source:
         return
-    found = on_rank_0(process, lambda: next(iter(verify_split(shards, full=False)), None))
+    found = on_rank_0(process, lambda: damage_at_start(shards))
     if found:
         raise UserError(f"{found}; look with: simclr-dali verify --full {shards.folder.parent}")
 
