@@ -11,6 +11,7 @@ from scripts.bench.in_turn import in_turn
 from scripts.bench.rivals import CONTENDERS, Given
 from scripts.bench.step import BEGIN, PHASES, Clock
 from simclr_dali.shards.errors import UserError
+from simclr_dali.shards.manifest import SAMPLE
 from tests.conftest import ROOT, assert_sentence, run_python
 from tests.runs import launch_script, tiny_config
 
@@ -174,3 +175,16 @@ def test_memory_is_measured_by_batch_and_over_steps(tmp_path: Path) -> None:
     for row in rows.values():
         assert len(row["held"]) == 10 and 0 < row["held"][-1] <= 1.01 * row["peak"] and row["kept_of_an_image"] > 0
     assert_sentence(run_python(ROOT / "scripts/bench/memory.py", *words[:2], "--batches", 1), "batch 1 failed")
+
+
+@pytest.mark.launch
+def test_the_start_of_a_run_is_timed_by_the_size_of_its_set(tmp_path: Path) -> None:
+    out = tmp_path / "start.json"
+    words = ["--samples", 64, 9_000_000, "--samples-per-shard", 1_000_000, "--processes", 1, "--rounds", 1]
+    done = run_python(ROOT / "scripts/bench/start.py", *words, "--folder", tmp_path, "--json", out)
+    assert done.returncode == 0, done.stderr
+    small, large = json.loads(out.read_text())["rows"].values()
+    assert small["shards"] == 4 and large["shards"] == 9
+    table = 9_000_000 * SAMPLE.itemsize / 1e9
+    assert table < large["gigabytes"]["max"] - small["gigabytes"]["max"] < 1.5 * table
+    assert list(tmp_path.iterdir()) == [out]  # the sets are removed

@@ -11,7 +11,9 @@
   (our packer shuffles all images once, after which every order sees nearly as many classes as a true permutation);
 - correlation: Spearman's, between storage position and place in the epoch.
 
-Also the time of a cold ``Order.batch``, at random positions. About 2 minutes and 700 MB of disk.
+Also the time of a cold ``Order.batch``, at random positions; and our order on 100 million samples, in shards of 1,000
+and of 10,000: shards and pairs of 30 batches spread over an epoch, and how many shards are read from at a time, with
+those that come after, which is what a cache of remote shards has to hold. About 2 minutes and 700 MB of disk.
 """
 
 import argparse
@@ -47,6 +49,7 @@ from simclr_dali.pipeline.order import Order
 
 SAMPLES, SHARD, CLASSES = 1_281_167, 1_000, 1_000
 BATCH, WORLD, LANES, WINDOW = 4_096, 8, 64, 8
+LARGE, BATCHES_OF_LARGE = 100_000_000, 30
 BLOCK = 512  # bytes; DALI wants samples on such borders
 
 Ids = npt.NDArray[np.int64]
@@ -78,22 +81,42 @@ def main(arguments: argparse.Namespace) -> None:
         f"a batch of {BATCH} at a random position, nothing cached: {np.median(cold):.1f} ms (max {max(cold):.1f}) for "
         f"all lanes, of {len(cold)}"
     )
+    large = {}
+    for per_shard in (1_000, 10_000):
+        found = large[str(per_shard)] = of_large(per_shard)
+        print(
+            f"100 million samples in shards of {per_shard:,}: a batch draws from {found['shards']:.0f}, pairs "
+            f"{found['pairs']:.1f}; {found['current']} are read from at a time, {found['with_next']} with the next"
+        )
     if arguments.json:
-        result = {"orders": rows, "cold_batch_ms": {"median": float(np.median(cold)), "max": max(cold)}}
+        result = {"orders": rows, "large": large, "cold_batch_ms": {"median": float(np.median(cold)), "max": max(cold)}}
         arguments.json.write_text(json.dumps(result, indent=2) + "\n")
 
 
-def measure(ids: Ids) -> dict[str, float]:
+def of_large(per_shard: int) -> dict[str, float]:
+    order = Order((per_shard,) * (LARGE // per_shard), BATCH, LANES, WINDOW, seed=0)
+    steps = np.linspace(0, order.steps_per_epoch - 1, BATCHES_OF_LARGE).astype(int).tolist()
+    found = measure(np.concatenate([order.batch(0, step) for step in steps]), per_shard, LARGE)
+    windows = [order.windows(0, step) for step in steps]
+    return {
+        "shards": found["shards"],
+        "pairs": found["pairs"],
+        "current": max(len(current) for current, _ in windows),
+        "with_next": max(len(current) + len(after) for current, after in windows),
+    }
+
+
+def measure(ids: Ids, per_shard: int = SHARD, samples: int = SAMPLES) -> dict[str, float]:
     """The figures of an epoch that visits ``ids`` in this order, averaged over its full batches."""
     batches = ids[: len(ids) // BATCH * BATCH].reshape(-1, BATCH)
     shards, commonest, pairs, classes = [], [], [], []
     for batch in batches:
-        counts = np.bincount(batch // SHARD)
+        counts = np.bincount(batch // per_shard)
         shards.append(np.count_nonzero(counts))
         commonest.append(counts.max() / BATCH)
         pairs.append((counts * (counts - 1)).sum() / (BATCH * (BATCH - 1)))
-        classes.append(len(np.unique(batch * CLASSES // SAMPLES)))
-    by_chance = (SHARD - 1) / (SAMPLES - 1)
+        classes.append(len(np.unique(batch * CLASSES // samples)))
+    by_chance = (per_shard - 1) / (samples - 1)
     return {
         "shards": float(np.mean(shards)),
         "commonest": float(np.mean(commonest)),
