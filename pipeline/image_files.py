@@ -72,16 +72,11 @@ class ImageFiles:
             if not sound:
                 found = convert(found.encoded)
         except (OSError, UnusableError) as error:
-            advice = "; scale it to 8 bits" if isinstance(error, RangeError) else ""
-            self.failures[place] = str(getattr(error, "strerror", None) or _without_options(error)) + advice
+            why = error.reason if isinstance(error, UnusableError) else error.strerror or str(error)
+            self.failures[place] = why + ("; scale it to 8 bits" if isinstance(error, RangeError) else "")
             found = convert(_GRAY)
         self.samples[place]["width"], self.samples[place]["height"] = found.width, found.height
         return found.encoded
-
-
-def _without_options(error: Exception) -> str:
-    """What is wrong, without what the packer's command line has for it."""
-    return str(error).partition("; ")[0]
 
 
 def central_views_of_files(

@@ -24,6 +24,7 @@ FULL_CHROMA_ABOVE = 90  # quality; up to it color is stored at half the resoluti
 REENCODE = ("jpeg",)
 _SAMPLE_FORMAT, _UNSIGNED = 339, 1  # TIFF 6.0, section 19
 _ORIENTATION = 0x0112  # of EXIF 2.32, table 4
+_ALLOW_MORE = "--max-pixels allows more"
 _WHOLE_16_BIT = (0.0, 65535.0)
 
 
@@ -54,7 +55,14 @@ class Prepared(NamedTuple):
 
 
 class UnusableError(Exception):
-    """A picture that cannot be decoded; the message says why, the same on every machine."""
+    """A picture that cannot be decoded: why, the same on every machine, and what the packer has for it, if anything."""
+
+    def __init__(self, reason: str, option: str = "") -> None:
+        super().__init__(reason, option)
+        self.reason, self.option = reason, option
+
+    def __str__(self) -> str:
+        return "; ".join(filter(None, [self.reason, self.option]))
 
 
 class RangeError(UnusableError):
@@ -97,7 +105,7 @@ def prepare(encoded: bytes, storage: Storage | None = None) -> Prepared:
 
 
 def _too_large(size: tuple[int, int], storage: Storage) -> UnusableError:
-    return UnusableError(f"{size[0]} x {size[1]} pixels, more than {storage.max_pixels:,}; --max-pixels allows more")
+    return UnusableError(f"{size[0]} x {size[1]} pixels, more than {storage.max_pixels:,}", _ALLOW_MORE)
 
 
 def convert(encoded: bytes, storage: Storage | None = None, *, reason: str | None = None) -> Prepared:
@@ -126,7 +134,7 @@ def convert(encoded: bytes, storage: Storage | None = None, *, reason: str | Non
     except PIL.UnidentifiedImageError as error:
         raise UnusableError("no format of pictures is recognised") from error
     except PIL.Image.DecompressionBombError as error:
-        raise UnusableError(f"more than {storage.max_pixels:,} pixels; --max-pixels allows more") from error
+        raise UnusableError(f"more than {storage.max_pixels:,} pixels", _ALLOW_MORE) from error
     except UnusableError:
         raise
     except Exception as error:  # Pillow raises a dozen kinds; whichever it is, this is no usable picture
@@ -196,8 +204,8 @@ def _eight_bit(picture: PIL.Image.Image, value_range: tuple[float, float] | None
     if not finite.size:
         raise UnusableError("none of its values is a number")
     raise RangeError(
-        f"it holds values from {finite.min():g} to {finite.max():g} in {_kind(picture)}; say which are black "
-        f"and white with --range LOW:HIGH, or --range auto"
+        f"it holds values from {finite.min():g} to {finite.max():g} in {_kind(picture)}",
+        "say which are black and white with --range LOW:HIGH, or --range auto",
     )
 
 
@@ -231,13 +239,13 @@ def _is_deep_color(picture: PIL.Image.Image) -> bool:
 def _check_deep_color(picture: PIL.Image.Image, value_range: tuple[float, float] | None) -> None:
     if value_range not in (None, _WHOLE_16_BIT):
         raise RangeError(
-            "it is color of 16 bits a channel, which --range does not scale; convert it to 8 bits yourself"
+            "it is color of 16 bits a channel", "--range does not scale it, so convert it to 8 bits yourself"
         )
     brightest = int(np.asarray(picture.convert("RGB")).max())
     if value_range is None and 0 < brightest < 128:
         raise RangeError(
-            f"it is color of 16 bits a channel and its values stay below {256 * (brightest + 1)} of 65536; where that "
-            f"is meant give --range 0:65535, otherwise convert it to 8 bits yourself"
+            f"it is color of 16 bits a channel and its values stay below {256 * (brightest + 1)} of 65536",
+            "where that is meant give --range 0:65535, otherwise convert it to 8 bits yourself",
         )
 
 

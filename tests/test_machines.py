@@ -93,10 +93,11 @@ def test_a_run_is_never_begun_anew_where_another_machine_knows_better(pair: list
     other = pair[1].folder / "run"
     shutil.rmtree(other, ignore_errors=True)
     (pair[0].folder / "run").rename(other)  # as if the machines had changed places
-    (_, first), (code, second) = ended(by_srun(pair, []))
-    assert code == 2 and "Traceback" not in first + second
-    for word in ("rank 1 on node-b has a checkpoint of step 3", "rank 0 on node-a has no checkpoint", "--run"):
-        assert word in first, first
+    for words in ([], ["--plan"]):
+        (_, first), (code, second) = ended(by_srun(pair, words))
+        assert code == 2 and "Traceback" not in first + second
+        for word in ("rank 1 on node-b has a checkpoint of step 3", "rank 0 on node-a has no checkpoint", "--run"):
+            assert word in first, first
     assert not list((pair[0].folder / "run").glob("checkpoints/step-*")) and len(metrics(other)) == 3
     # On one disk that both see it goes on, as it does with rank 0 where the run is.
     shutil.rmtree(pair[0].folder / "run")

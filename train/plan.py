@@ -26,7 +26,7 @@ from simclr_dali.train.job import Job, keep_decoded
 from simclr_dali.train.knn_monitor import KnnMonitor
 from simclr_dali.train.plan_measures import InputRate, Steps, input_rate, time_steps
 from simclr_dali.train.progress import WAITING, duration
-from simclr_dali.train.resume import refuse_other_data, refuse_other_settings
+from simclr_dali.train.resume import refuse_newer_elsewhere, refuse_other_data, refuse_other_settings
 from simclr_dali.train.scaling import H200, NETWORKS, of_network, step_of
 from simclr_dali.train.trackers import chosen
 from simclr_dali.train.watchdog import Watchdog
@@ -42,6 +42,7 @@ def make_plan(job: Job, watchdog: Watchdog, gpus: int | None = None) -> None:
     Raises UserError for whatever the run would refuse, at its start or later.
     """
     config, process = job.config, job.process
+    refuse_newer_elsewhere(job.run, process)
     step = on_rank_0(process, lambda: goes_on_from(job.run, config, job.split.shards))
     on_rank_0(process, lambda: refuse_missing(config, step))
     KnnMonitor(job, watchdog)  # refuses too few images for a check

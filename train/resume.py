@@ -59,11 +59,11 @@ def state_to_go_on_with(run: Path, config: Config, shards: ShardSet, process: Pr
     Raises UserError where the run was made with another data set or other settings, or another machine has a newer
     checkpoint than rank 0's, CheckpointError where all are damaged.
     """
-    _refuse_newer_elsewhere(run, process)
+    refuse_newer_elsewhere(run, process)
     return on_rank_0(process, lambda: _read(run, config, shards))
 
 
-def _refuse_newer_elsewhere(run: Path, process: Process) -> None:
+def refuse_newer_elsewhere(run: Path, process: Process) -> None:
     """Where run folders are each machine's own, rank 0 may not be where it was, and would begin anew without a word."""
     everywhere: list[Any] = [None] * process.world
     dist.all_gather_object(everywhere, (socket.gethostname(), str(run.absolute()), checkpoint.newest_step(run)))
