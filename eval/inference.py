@@ -50,7 +50,7 @@ def load(
     with a batch of floats [n, 3, h, w], normalised as for ImageNet, it embeds that as it is, of any size. Either is one
     batch, and records gradients as every module does: ask under torch.inference_mode(), and of a large folder give
     parts, or take eval/extract.py. Pictures are decoded by threads of this process: in workers of a DataLoader, start
-    those by multiprocessing_context="spawn".
+    those by multiprocessing_context="spawn"; forked ones are refused.
 
     The names of published weights are in model.published, and the other arguments and what is raised in
     model.pretrained.open_pretrained; UserError for pictures that cannot be used.

@@ -17,6 +17,7 @@ from nvidia.dali.pipeline import Pipeline
 from simclr_dali.pipeline.color import compose, compose_each
 from simclr_dali.pipeline.draws import Draws
 from simclr_dali.shards.decode import decoded
+from simclr_dali.shards.forked import use_dali
 
 # ImageNet's mean and standard deviation, as torchvision's models expect them, in levels of 0..255.
 MEAN = (123.675, 116.28, 103.53)
@@ -195,6 +196,7 @@ def build(
         made = tuple(_view(crops[v], of_view[v], steps, config) for v in range(views))
         return made if kept_on is None else (*made, fresh)
 
+    use_dali()
     pipeline = graph()
     pipeline.build()
     return pipeline

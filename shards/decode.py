@@ -9,6 +9,8 @@ import numpy as np
 from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.pipeline import Pipeline
 
+from simclr_dali.shards.forked import use_dali
+
 BATCH = 16  # images at a time; more do not fit the processor's cache once decoded
 
 
@@ -74,6 +76,7 @@ class Decoder:
         """The decoded shapes, or None where DALI refuses one of the images."""
         if not all(images):
             return None
+        use_dali()
         if self._pipeline is None:
             self._pipeline = self._build()
         try:
