@@ -6,19 +6,36 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
 from simclr_dali.shards.errors import groups
+from simclr_dali.shards.interface import own_address
 
 EXIT_CODE = 1
 _PERIOD = 0.4  # seconds; DeepSpeed's launcher ends the other ranks about a second after one is gone
 _LEFT = "a rank has left with a word"
 # How gloo and NCCL say that the other end is gone.
-_LOST = re.compile(r"connection (closed|reset)|broken pipe|remote process exited|network error", re.IGNORECASE)
+_LOST = re.compile(
+    r"connection (closed|reset|refused|timed out)|broken pipe|no route to host|pair closure|remote process exited"
+    r"|network error",
+    re.IGNORECASE,
+)
+
+
+class _Facts(NamedTuple):
+    """What a rank says of itself."""
+
+    machine: str
+    pid: int
+    host: str
+    address: str
+    """By which others reach its machine; empty where that is unknown."""
+    cores: tuple[int, ...]
 
 
 class Peers:
@@ -26,12 +43,19 @@ class Peers:
 
     def __init__(self, store: Any, rank: int, world: int) -> None:
         """All ranks call it together, once they have joined. store: the one at which they met."""
-        everywhere: list[tuple[str, str, str]] = [("", "", "")] * world
-        here, own = _machine(), str(os.getpid())
-        dist.all_gather_object(everywhere, (here, own, socket.gethostname()))
-        pids = {other: int(pid) for other, (machine, pid, _) in enumerate(everywhere) if machine == here}
-        self.hosts = tuple(host for _, _, host in everywhere)
+        own = _Facts(
+            _machine(), os.getpid(), socket.gethostname(), own_address(), tuple(sorted(os.sched_getaffinity(0)))
+        )
+        everywhere = [own] * world
+        dist.all_gather_object(everywhere, own)
+        pids = {other: found.pid for other, found in enumerate(everywhere) if found.machine == own.machine}
+        self.hosts = tuple(found.host for found in everywhere)
         """Of each rank, the name of its machine."""
+        self.machines = tuple(found.machine for found in everywhere)
+        """Of each rank, what is its machine's alone; names of machines may be equal."""
+        self.same_cores = tuple(other for other in pids if everywhere[other].cores == own.cores)
+        """Ranks that may use the same cores as this one, itself among them; a launcher may give each its own."""
+        self._addresses = {found.address: found.host for found in everywhere if found.address}
         self.elsewhere = tuple(other for other in range(world) if other not in pids)
         """Ranks on other machines."""
         self._pids = {other: pid for other, pid in pids.items() if other != rank and is_alive(pid)}
@@ -84,15 +108,22 @@ class Peers:
 
     def lost_to(self, error: Exception) -> str:
         """What an error of a collective says of a machine that is gone; empty where it says nothing of one."""
-        if not self.elsewhere or not _LOST.search(str(error)):
-            return ""
-        hosts = sorted({self.hosts[rank] for rank in self.elsewhere})
-        named = ", ".join(hosts[:4]) + (f" and {len(hosts) - 4} more" if len(hosts) > 4 else "")
-        said = str(error).partition(". ")[0].partition("\n")[0].strip()
-        return (
-            f"a process on another machine is gone, of {named} ({said}): look there for what was said; the same "
-            f"command goes on from the last checkpoint, on fewer machines too"
-        )
+        return lost_connection(error, self._addresses) if self.elsewhere else ""
+
+
+def lost_connection(error: Exception, hosts: Mapping[str, str]) -> str:
+    """What an error of gloo or NCCL says of the other end that is gone, in a sentence; empty where it says nothing.
+
+    hosts: names of machines, by their addresses.
+    """
+    if not _LOST.search(str(error)):
+        return ""
+    said = str(error).partition(". ")[0].partition("\n")[0].strip()
+    named = [host for address, host in hosts.items() if re.search(rf"\b{re.escape(address)}\b", said)]
+    return (
+        f"a process on {named[0] if named else 'another machine'} is gone ({said}): look there for what was said; the "
+        f"same command goes on from the last checkpoint, on fewer machines too"
+    )
 
 
 def is_alive(pid: int) -> bool:

@@ -66,17 +66,9 @@ def init_distributed(patience: timedelta) -> Process:
             f"{local_world} processes were started on a machine with {torch.cuda.device_count()} GPUs; start one "
             "per GPU"
         )
-    cores = max(1, usable_cores() // local_world)
+    device = torch.device("cuda", local_rank) if on_gpu() else torch.device("cpu")
     if on_gpu():
-        device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-        # DALI pins its decoders' threads, by default those of every process to the same cores.
-        own = sorted(os.sched_getaffinity(0))[local_rank * cores :][:cores]
-        os.environ.setdefault("DALI_AFFINITY_MASK", ",".join(map(str, own)))
-    else:
-        device = torch.device("cpu")
-        torch.set_num_threads(cores)
-    backend = "nccl" if on_gpu() else "gloo"
     # gloo would take the interface to which this machine's own name resolves, which often is its loopback.
     if local_world < launch.world and (interface := interface_towards(os.environ["MASTER_ADDR"])):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
@@ -86,9 +78,23 @@ def init_distributed(patience: timedelta) -> Process:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
         # A store inside the process needs no port, which another job on the machine might hold.
         store = dist.HashStore()  # type: ignore[attr-defined]
+    backend = "nccl" if on_gpu() else "gloo"
     dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.world, timeout=patience)
     peers = Peers(store, launch.rank, launch.world) if launch.world > 1 else None
+    cores = _take_cores(device, local_world, peers.same_cores if peers else (launch.rank,), launch.rank)
     return Process(launch.rank, launch.world, local_world, device, cores, patience, peers)
+
+
+def _take_cores(device: torch.device, local_world: int, sharing: tuple[int, ...], rank: int) -> int:
+    """Settle on this rank's share of the cores that the ranks ``sharing`` may all use; how many they are."""
+    cores = usable_cores(share_quota=local_world, share_affinity=len(sharing))
+    if device.type == "cuda":
+        # DALI pins its decoders' threads, by default those of every process to the same cores.
+        own = sorted(os.sched_getaffinity(0))[sharing.index(rank) * cores :][:cores]
+        os.environ.setdefault("DALI_AFFINITY_MASK", ",".join(map(str, own)))
+    else:
+        torch.set_num_threads(cores)
+    return cores
 
 
 def _meet(launch: Launch) -> Any:

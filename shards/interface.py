@@ -1,6 +1,7 @@
 """Which network interface leads to another machine: a host's name often resolves to its own loopback."""
 
 import fcntl
+import os
 import socket
 import struct
 from pathlib import Path
@@ -12,16 +13,30 @@ _ROUTES = Path("/proc/net/route")
 def interface_towards(address: str) -> str | None:
     """The name of the interface that leads to ``address`` (a name or an IPv4 address), or that has it.
 
-    Where it is this machine's loopback, it is the interface of the default route; None where nothing is known.
+    Where it is this machine's own loopback, it is the interface of the default route; None where nothing is known.
     """
+    own = _address_towards(address)
+    if own is None or not own.startswith("127."):
+        # An address that is not the first of its interface is not known here.
+        return next((name for name, found in _addresses().items() if found == own), None)
+    return _of_default_route()
+
+
+def own_address() -> str:
+    """The IPv4 address by which the others, rank 0 at MASTER_ADDR among them, reach this machine; empty: unknown."""
+    own = _address_towards(os.environ.get("MASTER_ADDR", "127.0.0.1"))
+    if own and own.startswith("127."):
+        own = _addresses().get(_of_default_route() or "")
+    return own or ""
+
+
+def _address_towards(address: str) -> str | None:
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # nothing is sent
             probe.connect((address, 9))
-            own = probe.getsockname()[0]
+            return str(probe.getsockname()[0])
     except OSError:
         return None
-    names = [name for name, found in _addresses().items() if found == own and not own.startswith("127.")]
-    return names[0] if names else _of_default_route()
 
 
 def _addresses() -> dict[str, str]:

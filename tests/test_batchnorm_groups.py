@@ -103,7 +103,7 @@ def refused(rank: int, hosts: tuple[str, ...]) -> str:
         pass
 
     seen: Any = Seen()
-    seen.hosts = hosts
+    seen.hosts, seen.machines = hosts, hosts
     config = configured(batchnorm_group="node")
     network: Any = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     try:
@@ -114,5 +114,7 @@ def refused(rank: int, hosts: tuple[str, ...]) -> str:
 
 
 def test_ranks_of_a_machine_must_follow_each_other(tmp_path: Path) -> None:
+    uneven = run_ranks(refused, 3, tmp_path, ("a", "a", "b"))
+    assert all("2 on a, 1 on b" in text for text in uneven)
     found = run_ranks(refused, 4, tmp_path, ("a", "b", "a", "b"))
-    assert all("--distribution=block" in text and "a, b, a, b" in text for text in found)
+    assert all("--distribution=block" in text and "1 on a, 1 on b, 1 on a, 1 on b" in text for text in found)

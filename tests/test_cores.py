@@ -31,6 +31,7 @@ def test_quotas_of_control_groups(own_groups: str, files: dict[str, str], cores:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f"{text}\n")
     assert usable_cores(tmp_path, tmp_path / "groups") == cores
+    assert usable_cores(tmp_path, tmp_path / "groups", share_quota=2, share_affinity=2) == max(1, cores // 2)
 
 
 def test_it_is_at_least_one_and_at_most_the_affinity(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import logging
 import os
 from datetime import timedelta
 from importlib.util import find_spec
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 
 from simclr_dali.model.batchnorm import groups_of_ranks, synchronised
 from simclr_dali.model.lars import LARS, parameter_groups
-from simclr_dali.model.process import Process, from_all_ranks, init_distributed, on_gpu
+from simclr_dali.model.process import Process, init_distributed, on_gpu
 from simclr_dali.model.simclr import SimCLR
 from simclr_dali.shards.errors import UserError
 from simclr_dali.train.compilation import compile_network, resolved
@@ -86,17 +87,17 @@ def _processes_of_batchnorm(config: Config, process: Process) -> int:
 
     Raises UserError where a machine's ranks are to, and machines differ or their ranks do not follow each other.
     """
-    size = config.batchnorm_processes(process.world, process.local_world)
-    if config.simclr.batchnorm_group != "node":
-        return size
-    hosts = process.peers.hosts if process.peers else ("",)
-    blocks = [set(hosts[first : first + size]) for first in range(0, len(hosts), size)]
-    if len(set(from_all_ranks(size))) > 1 or any(len(block) > 1 for block in blocks):
-        raise UserError(
-            "simclr.batchnorm_group is 'node', which needs as many processes on each machine, with ranks that follow "
-            f"each other (they are on {', '.join(hosts)}); with srun: --distribution=block"
-        )
-    return size
+    if config.simclr.batchnorm_group == "node" and process.peers:
+        peers = process.peers
+        machines = [len(list(ranks)) for _, ranks in groupby(peers.machines)]
+        if len(machines) > len(set(peers.machines)) or len(set(machines)) > 1:
+            runs = [(host, len(list(ranks))) for host, ranks in groupby(peers.hosts)]
+            named = ", ".join(f"{count} on {host}" for host, count in runs[:8]) + (", ..." if len(runs) > 8 else "")
+            raise UserError(
+                "simclr.batchnorm_group is 'node', which needs as many processes on each machine, with ranks that "
+                f"follow each other (they are, in order, {named}); with srun: --distribution=block"
+            )
+    return config.batchnorm_processes(process.world, process.local_world)
 
 
 def build_engine(model: SimCLR, config: Config, process: Process) -> tuple[Any, torch.optim.Optimizer]:
