@@ -56,6 +56,7 @@ class Peers:
         self.same_cores = tuple(other for other in pids if everywhere[other].cores == own.cores)
         """Ranks that may use the same cores as this one, itself among them; a launcher may give each its own."""
         self._addresses = {found.address: found.host for found in everywhere if found.address}
+        self.is_first_here = rank == min(pids)
         self.elsewhere = tuple(other for other in range(world) if other not in pids)
         """Ranks on other machines."""
         self._pids = {other: pid for other, pid in pids.items() if other != rank and is_alive(pid)}

@@ -95,7 +95,9 @@ def damage_at_start(shards: ShardSet) -> str | None:
         return None
 
     with ThreadPoolExecutor(_THREADS) as pool:
-        return next(filter(None, pool.map(look, range(len(ends)))), None)
+        found = next(filter(None, pool.map(look, range(len(ends)))), None)
+        pool.shutdown(cancel_futures=True)
+        return found
 
 
 def _check_shard(task: _Task) -> tuple[int, list[str]]:

@@ -1,12 +1,18 @@
 """A run goes on with more or fewer processes, by hand or by a launcher that starts what is left of them."""
 
+import json
+import os
+import signal
 import sys
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 
 from tests.conftest import ROOT, TIMEOUT
-from tests.runs import family, launch, metrics, pretrain, reached, running, tiny_config, wait_until
+from tests.runs import family, free_port, launch, metrics, pretrain, reached, running, tiny_config, wait_until
 
 pytestmark = pytest.mark.launch
 SCRIPT = ROOT / "train/pretrain.py"
@@ -28,34 +34,68 @@ def test_losses_are_those_of_an_undisturbed_run_after_each_change_of_processes(p
     assert found == pytest.approx(expected, rel=1e-5) and len(found) == 20
 
 
+def ranks_of(launcher: int) -> dict[int, psutil.Process]:
+    """The processes of the trainer that a launcher has started, by rank."""
+    return {int(one.environ()["RANK"]): one for one in family(launcher) if str(SCRIPT) in one.cmdline()}
+
+
 def words(packed: Path, tmp_path: Path) -> list[object]:
     return [SCRIPT, "--config", tiny_config(tmp_path), "--data", packed, "--out", tmp_path / "run"]
 
 
-def test_processes_that_cannot_share_the_work_leave_where_restarts_are_allowed(packed: Path, tmp_path: Path) -> None:
+def test_processes_that_cannot_share_the_work_stand_by_where_restarts_are_allowed(packed: Path, tmp_path: Path) -> None:
     start = [*TORCHRUN, "--nproc_per_node", 3, "--max_restarts"]
     with running([*start, 1, *words(packed, tmp_path), "--stop-after-steps", 3]) as process:
         out, err = process.communicate(timeout=TIMEOUT)
-    assert process.returncode == 0 and "rank 2 of 3 leaves: 2 processes share the 4 lanes" in err, err
+    assert process.returncode == 0 and "rank 2 of 3 stands by: 2 processes share the 4 lanes" in err, err
     assert "2 x cpu" in out and len(metrics(tmp_path / "run")) == 3
     with running([*start, 0, *words(packed, tmp_path)]) as process:
         out, err = process.communicate(timeout=TIMEOUT)
     assert process.returncode and "3 processes do not divide the 4 lanes" in err
 
 
-@pytest.mark.parametrize("lost", ["0", "1"])
+@pytest.mark.parametrize("lost", [0, 1])
 def test_a_rank_that_is_killed_is_started_again_and_the_run_goes_on(
-    lost: str, packed: Path, trained: Path, tmp_path: Path
+    lost: int, packed: Path, trained: Path, tmp_path: Path
 ) -> None:
     often = ["--set", "simclr.checkpoint_every=2", "--set", "simclr.log_every=1", "--set", "simclr.epochs=4"]
     command = [*TORCHRUN, "--nproc_per_node", 2, "--max_restarts", 1, *words(packed, tmp_path), *often]
     run, expected = tmp_path / "run", [line["loss"] for line in metrics(trained)]
     with running(command) as process:
         wait_until(reached(run, 4), process)
-        ranks = [one for one in family(process.pid) if one.environ().get("RANK") == lost]
-        next(one for one in ranks if str(SCRIPT) in one.cmdline()).kill()
+        ranks_of(process.pid)[lost].kill()
         out, err = process.communicate(timeout=TIMEOUT)
     assert process.returncode == 0 and "going on from step" in out, out + err
     losses = [line["loss"] for line in metrics(run)]
     assert len(losses) == 60 and losses[: len(expected)] == pytest.approx(expected, rel=1e-4)
     assert len((run / "starts.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_machine_that_stood_by_takes_the_place_of_one_that_is_lost(
+    packed: Path, trained: Path, tmp_path: Path
+) -> None:
+    """Three of torchrun's agents, as of three machines with a process each; four lanes are shared by two of them."""
+    run, port = tmp_path / "run", free_port()
+    start = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "1:3", "--nproc_per_node", 1]
+    start += ["--max_restarts", 3, "--rdzv_backend", "c10d", "--rdzv_endpoint", f"localhost:{port}"]
+    start += ["--rdzv_conf", "last_call_timeout=4,is_host={}", "--local_addr", "localhost"]
+    often = ["--set", "simclr.checkpoint_every=2", "--set", "simclr.log_every=1", "--set", "simclr.epochs=8"]
+
+    def agent(number: int) -> list[Any]:
+        return [str(word).format(int(number == 0)) for word in (*start, *words(packed, tmp_path), *often)]
+
+    with ExitStack() as stack:
+        agents = [stack.enter_context(running(agent(number))) for number in range(3)]
+        wait_until(reached(run, 4), agents[0])
+        lost = next(agent for agent in agents if ranks_of(agent.pid).keys() == {1})
+        assert lost is not agents[0]  # which holds the others together
+        os.killpg(lost.pid, signal.SIGKILL)
+        for child in family(lost.pid):
+            child.kill()
+        said = [agent.communicate(timeout=TIMEOUT) for agent in agents if agent is not lost]
+        assert [agent.returncode for agent in agents if agent is not lost] == [0, 0], said
+    starts = [json.loads(line) for line in (run / "starts.jsonl").read_text().splitlines()]
+    assert [start["processes"] for start in starts] == [2, 2]
+    assert any("rank 2 of 3 stands by" in err for _, err in said)
+    losses, expected = ([line["loss"] for line in metrics(folder)] for folder in (run, trained))
+    assert len(losses) == 120 and losses[: len(expected)] == pytest.approx(expected, rel=1e-4)

@@ -42,7 +42,7 @@ def make_plan(job: Job, watchdog: Watchdog, gpus: int | None = None) -> None:
     Raises UserError for whatever the run would refuse, at its start or later.
     """
     config, process = job.config, job.process
-    refuse_newer_elsewhere(job.run, process)
+    refuse_newer_elsewhere(job.run)
     step = on_rank_0(process, lambda: goes_on_from(job.run, config, job.split.shards))
     on_rank_0(process, lambda: refuse_missing(config, step))
     KnnMonitor(job, watchdog)  # refuses too few images for a check

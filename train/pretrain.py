@@ -98,7 +98,7 @@ if __name__ == "__main__":
 
 import torch.distributed as dist
 
-from simclr_dali.model.process import Process, leave, on_rank_0, print_rank_0
+from simclr_dali.model.process import Process, from_all_ranks, leave, on_rank_0, print_rank_0
 from simclr_dali.model.simclr import build_model
 from simclr_dali.pipeline.remote import open_split
 from simclr_dali.shards.durable import write_durably
@@ -108,7 +108,7 @@ from simclr_dali.train.announce import announce, record_start
 from simclr_dali.train.config import Config
 from simclr_dali.train.config_file import load_config
 from simclr_dali.train.determinism import compute_deterministically
-from simclr_dali.train.elastic import leave_where_left_over
+from simclr_dali.train.elastic import let_go_who_stands_by, stand_by_where_left_over
 from simclr_dali.train.engine import build_engine, start
 from simclr_dali.train.initial_weights import take_weights
 from simclr_dali.train.job import Job, begin_tracking, build_order, keep_decoded
@@ -126,7 +126,7 @@ def main(arguments: argparse.Namespace) -> None:
     split = open_split(config.simclr.data, "train", config.shard_cache())
     shards = split.shards
     order = build_order(config, shards)
-    leave_where_left_over(config)
+    stand_by_where_left_over(config)
     stop = StopRequest()
     if config.simclr.deterministic:
         compute_deterministically()
@@ -141,7 +141,10 @@ def main(arguments: argparse.Namespace) -> None:
         make_plan(job, watchdog, arguments.gpus)
     else:
         carry_out(job, arguments.stop_after_steps, stop, watchdog)
+    watchdog.at("the end, waiting for the other ranks")
+    dist.barrier()  # with the watchdog: rank 0 may be closing trackers
     watchdog.stop()
+    let_go_who_stands_by(process)
     leave(process)
 
 
@@ -187,8 +190,6 @@ def carry_out(job: Job, stop_after_steps: int | None, stop: StopRequest, watchdo
             if process.rank == 0 and not finished.exists():  # killed between the last checkpoint and this
                 write_finished(job)
             print_rank_0(process, f"{job.run} is finished ({step} steps); nothing to do")
-        watchdog.at("the end, waiting for the other ranks")
-        dist.barrier()
 
 
 @contextmanager
@@ -205,9 +206,7 @@ def run_locked(run: Path, process: Process) -> Iterator[None]:
 
 def refuse_differences(config: Config, shards: ShardSet, process: Process) -> None:
     """All ranks must have read the same settings and the same data set, each from its own machine's files."""
-    everywhere: list[Any] = [None] * process.world
-    own = {**settings(config, PER_MACHINE), "the manifest of the data": shards.fingerprint}
-    dist.all_gather_object(everywhere, own)
+    everywhere = from_all_ranks({**settings(config, PER_MACHINE), "the manifest of the data": shards.fingerprint})
     for rank, there in enumerate(everywhere):
         for key, value in everywhere[0].items():
             if there.get(key) != value:
@@ -218,14 +217,12 @@ def refuse_differences(config: Config, shards: ShardSet, process: Process) -> No
 
 
 def refuse_damage(shards: ShardSet, process: Process) -> None:
-    """A look at each tar, by rank 0, once per start. All ranks hear of damage and leave together.
+    """A look at each tar, by one rank of each machine, once per start. All ranks hear of damage and leave together.
 
     Remote shards are checked whole when they arrive.
     """
-    if shards.source:
-        return
-    found = on_rank_0(process, lambda: damage_at_start(shards))
-    if found:
+    looks = not shards.source and (process.peers is None or process.peers.is_first_here)
+    for found in filter(None, from_all_ranks(damage_at_start(shards) if looks else None)):
         raise UserError(f"{found}; look with: simclr-dali verify --full {shards.folder.parent}")
 
 

@@ -8,11 +8,10 @@ from typing import Any
 
 import pydantic
 import torch
-import torch.distributed as dist
 
 from simclr_dali.model import checkpoint, migrations
 from simclr_dali.model.checkpoint import CheckpointError
-from simclr_dali.model.process import Process, on_rank_0, print_now
+from simclr_dali.model.process import Process, from_all_ranks, on_rank_0, print_now
 from simclr_dali.pipeline.remote import is_remote
 from simclr_dali.shards.durable import refusals_named
 from simclr_dali.shards.errors import UserError
@@ -59,14 +58,16 @@ def state_to_go_on_with(run: Path, config: Config, shards: ShardSet, process: Pr
     Raises UserError where the run was made with another data set or other settings, or another machine has a newer
     checkpoint than rank 0's, CheckpointError where all are damaged.
     """
-    refuse_newer_elsewhere(run, process)
+    refuse_newer_elsewhere(run)
     return on_rank_0(process, lambda: _read(run, config, shards))
 
 
-def refuse_newer_elsewhere(run: Path, process: Process) -> None:
-    """Where run folders are each machine's own, rank 0 may not be where it was, and would begin anew without a word."""
-    everywhere: list[Any] = [None] * process.world
-    dist.all_gather_object(everywhere, (socket.gethostname(), str(run.absolute()), checkpoint.newest_step(run)))
+def refuse_newer_elsewhere(run: Path) -> None:
+    """Where run folders are each machine's own, rank 0 may not be where it was, and would begin anew without a word.
+
+    All ranks call it. Raises UserError where another machine has a newer checkpoint than rank 0's.
+    """
+    everywhere = from_all_ranks((socket.gethostname(), str(run.absolute()), checkpoint.newest_step(run)))
     host, folder, own = everywhere[0]
     for rank, (other, place, newest) in enumerate(everywhere):
         if newest is not None and (own is None or newest > own):

@@ -6,8 +6,9 @@
 # All that follows goes to train/pretrain.py, whose --run is called --out here (torchrun takes --run for its own).
 #
 # With NODES=1:2 RESTARTS=10 the run goes on from its last checkpoint where a process or a machine is lost, on as many
-# processes as divide simclr.lanes, and takes a machine back that comes again. It needs a run folder that all machines
-# see, and the first machine holds the others together: where that one is lost, give the line again.
+# processes as divide simclr.lanes (the others stand by), and takes a machine back that comes again. It needs a run
+# folder that all machines see, and the first machine holds the others together: where that one is lost, give the line
+# again.
 # Where machines' own names do not resolve to an address that the others reach, ADDRESS says it.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
