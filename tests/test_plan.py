@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,8 +12,9 @@ import torch
 
 from simclr_dali.model import checkpoint
 from simclr_dali.model.process import Process
+from simclr_dali.shards.errors import UserError
 from simclr_dali.train.config_file import load_config
-from simclr_dali.train.plan import checkpoint_bytes, elsewhere, goes_on_from
+from simclr_dali.train.plan import checkpoint_bytes, estimate_on, goes_on_from
 from simclr_dali.train.plan_measures import InputRate, Steps
 from tests.conftest import assert_sentence, run_command, tree
 from tests.runs import launch, metrics, pretrain, tiny_config
@@ -111,7 +113,7 @@ def test_other_numbers_of_gpus_are_told_on_paper() -> None:
     job: Any = SimpleNamespace(config=config, process=Process(0, 1, 1, torch.device("cuda"), 16))
     rate = InputRate(images_per_s=5_000.0, disk=0.0, room=140 << 30)
     steps = Steps([1.5], "timed", 23 << 30, "measured", 9.0, uncompiled=False)
-    alone, eight, many = (elsewhere(job, 1000, rate, steps, gpus) for gpus in (1, 8, 64))
+    alone, eight, many = (estimate_on(job, 1000, rate, steps, gpus) for gpus in (1, 8, 64))
     assert "4096 images each in 16 x 256" in alone and "512 images each in 2 x 256" in eight
 
     def seconds(text: str, network: str) -> int:
@@ -121,3 +123,12 @@ def test_other_numbers_of_gpus_are_told_on_paper() -> None:
     assert seconds(alone, "InfiniBand") == pytest.approx(1500, rel=0.02)
     assert 1500 / 8 < seconds(eight, "InfiniBand") < 1.3 * 1500 / 8
     assert seconds(many, "InfiniBand") < seconds(many, "Ethernet") and seconds(many, "InfiniBand") < 1500 / 16
+    # A step that was timed uncompiled will be compiled, and statistics of a node need no messages between nodes.
+    slow = estimate_on(job, 1000, rate, replace(steps, uncompiled=True), 64)
+    assert seconds(slow, "InfiniBand") < 0.8 * seconds(many, "InfiniBand")
+    job.config = config.model_copy(update={"simclr": config.simclr.model_copy(update={"batchnorm_group": "node"})})
+    grouped = estimate_on(job, 1000, rate, steps, 64)
+    assert seconds(grouped, "Ethernet") < seconds(many, "Ethernet")
+    job.config = config.model_copy(update={"simclr": config.simclr.model_copy(update={"batchnorm_group": 3})})
+    with pytest.raises(UserError, match="do not divide the 64"):
+        estimate_on(job, 1000, rate, steps, 64)

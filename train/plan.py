@@ -27,7 +27,7 @@ from simclr_dali.train.knn_monitor import KnnMonitor
 from simclr_dali.train.plan_measures import InputRate, Steps, input_rate, time_steps
 from simclr_dali.train.progress import WAITING, duration
 from simclr_dali.train.resume import refuse_newer_elsewhere, refuse_other_data, refuse_other_settings
-from simclr_dali.train.scaling import H200, NETWORKS, of_network, step_of
+from simclr_dali.train.scaling import H200, INTERCONNECTS, step_of, traffic_of
 from simclr_dali.train.trackers import chosen
 from simclr_dali.train.watchdog import Watchdog
 
@@ -59,7 +59,7 @@ def make_plan(job: Job, watchdog: Watchdog, gpus: int | None = None) -> None:
     for name, text in described(job, left, rate, steps):
         print_rank_0(process, f"{name:12} {text}")
     if gpus:
-        print_rank_0(process, f"{f'{gpus} GPUs':12} {elsewhere(job, left, rate, steps, gpus)}")
+        print_rank_0(process, f"{f'{gpus} GPUs':12} {estimate_on(job, left, rate, steps, gpus)}")
     found = from_all_ranks(warnings(job, rate, steps))
     for warning in dict.fromkeys(warning for of_rank in found for warning in of_rank):
         print_rank_0(process, f"warning: {warning}")
@@ -157,10 +157,12 @@ def knn_seconds(job: Job, images_per_s: float) -> float:
     return checks * min(simclr.knn_images, len(job.split.shards)) / (6 * images_per_s)
 
 
-def elsewhere(job: Job, left: int, rate: InputRate, steps: Steps, gpus: int) -> str:
+def estimate_on(job: Job, left: int, rate: InputRate, steps: Steps, gpus: int) -> str:
     """The same run on so many GPUs, as an estimate. Raises UserError where they cannot share the batch."""
     config, process = job.config, job.process
     local, micro_batch, passes = config.local_batch(gpus), config.micro_batch(gpus), config.passes(gpus)
+    for links in INTERCONNECTS.values():
+        config.batchnorm_processes(gpus, min(gpus, links.per_node))
     takes = bytes_of_step(
         config.architecture(), config.simclr.image_size, micro_batch, autocast=config.torch_autocast.enabled
     )
@@ -171,13 +173,19 @@ def elsewhere(job: Job, left: int, rate: InputRate, steps: Steps, gpus: int) -> 
     here = replace(
         H200,
         fixed=0.0,  # in what was measured, an image's share of it
-        per_image=statistics.median(steps.seconds) / own / (4 / 3 if config.passes(process.world) > 1 else 1),
-        input=rate.images_per_s,
+        per_image=statistics.median(steps.seconds)
+        * (_COMPILED if steps.uncompiled else 1)
+        / (own * (4 / 3 if config.passes(process.world) > 1 else 1)),
+        input_rate=rate.images_per_s,
     )
-    network = of_network(build_model(config.architecture(), 0), config.architecture().projector[-1])
+    architecture = config.architecture()
+    traffic = replace(
+        traffic_of(build_model(architecture, 0), architecture.projector[-1]),
+        batchnorm_group=config.simclr.batchnorm_group,
+    )
     taken = [
-        f"{duration(left * step_of(here, by, network, gpus, config.train_batch_size, passes).seconds)} by {name}"
-        for name, by in NETWORKS.items()
+        f"{duration(left * step_of(here, links, traffic, gpus, config.train_batch_size, passes).seconds)} by {name}"
+        for name, links in INTERCONNECTS.items()
     ]
     return f"{shared}; on paper {' or '.join(taken)} (train/scaling.py says what it assumes)"
 

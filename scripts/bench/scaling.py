@@ -21,19 +21,20 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:1] = [str(ROOT), str(ROOT / ".package")]
 
 from simclr_dali.shards.command_line import file_to_write, positive_int
-from simclr_dali.shards.errors import run_main
+from simclr_dali.shards.errors import UserError, run_main
 from simclr_dali.train.scaling import (
     H200,
     IMAGENET,
-    NETWORKS,
-    SPREAD,
-    Model,
+    INTERCONNECTS,
+    PROTOCOLS,
+    STEP_TIME_STD,
     Step,
-    cures,
+    Traffic,
     efficiency,
     last_that_pays,
-    of_network,
+    speedups,
     step_of,
+    traffic_of,
 )
 
 GPUS = [2**power for power in range(13)]  # 1 to 4,096
@@ -49,58 +50,64 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=positive_int, nargs="+", default=BATCHES, help="global batches")
     parser.add_argument("--gpus", type=positive_int, nargs="+", default=GPUS, help="default: 1, 2, 4 ... 4096")
-    parser.add_argument("--network", choices=NETWORKS, nargs="+", default=list(NETWORKS))
+    parser.add_argument("--network", choices=INTERCONNECTS, nargs="+", default=list(INTERCONNECTS))
     parser.add_argument("--plot", type=file_to_write, metavar="HTML", help="write curves of efficiency")
     parser.add_argument("--json", type=file_to_write, metavar="FILE", help="write the figures there too")
     return parser.parse_args()
 
 
-def resnet50() -> Model:
+def resnet50() -> Traffic:
     """What the presets' network sends."""
     from simclr_dali.model.resnet import ResNet
     from simclr_dali.model.simclr import Architecture, build_model
 
-    return of_network(build_model(Architecture(ResNet("resnet50", 1.0, "7x7"), (2048, 128)), 0), 128)
+    return traffic_of(build_model(Architecture(ResNet("resnet50", 1.0, "7x7"), (2048, 128)), 0), 128)
 
 
 def main(given: argparse.Namespace) -> None:
-    model = resnet50()
+    traffic = resnet50()
     found: dict[str, Any] = {}
-    print(assumptions(model))
+    print(assumptions(traffic))
     for name in given.network:
-        print(f"\n{NETWORKS[name].name}, {NETWORKS[name].per_machine} GPUs a machine")
-        found[name] = {str(batch): of_batch(name, model, batch, given.gpus) for batch in given.batch}
+        print(f"\n{INTERCONNECTS[name].name}, {INTERCONNECTS[name].per_node} GPUs a node")
+        found[name] = {str(batch): of_batch(name, traffic, batch, given.gpus) for batch in given.batch}
     print("\npublished, beside what this model says of as many H200 on InfiniBand at the same batch of 4,096:")
     for words, (count, rate) in PUBLISHED.items():
-        ours = step_of(H200, NETWORKS["InfiniBand"], model, count, 4096).images_per_s
+        ours = step_of(H200, INTERCONNECTS["InfiniBand"], traffic, count, 4096).images_per_s
         print(f"  {words}: {rate:,.0f} images/s; here {ours:,.0f}")
     print("  VISSL trains on 64 GPUs and mmpretrain on 16 and publish no time.")
     if given.json:
         given.json.write_text(json.dumps(found, indent=1) + "\n")
     if given.plot:
-        given.plot.write_text(plot(model, given))
+        given.plot.write_text(plot(traffic, given))
 
 
-def assumptions(model: Model) -> str:
+def assumptions(traffic: Traffic) -> str:
     """What the figures stand on, in words."""
     lines = ", ".join(
-        f"{net.name}: {net.inside / 1e9:.0f} GB/s inside and {net.between / 1e9:.1f} between, "
-        f"{1e6 * net.launch:.0f} us a collective, {1e6 * net.hop_inside:.0f} and {1e6 * net.hop_between:.0f} us a hop"
-        for net in NETWORKS.values()
+        f"{links.name}: {links.intra_node / 1e9:.0f} GB/s inside and {links.inter_node / 1e9:.1f} between nodes"
+        + (f", {1e6 * links.hop:.0f} us more a hop" if links.hop else "")
+        for links in INTERCONNECTS.values()
     )
+    small = PROTOCOLS[0]
     return (
         f"measured: {H200.name}, {1e3 * H200.fixed:.1f} ms a step and {1e3 * H200.per_image:.3f} ms an image (224 px, "
-        f"bfloat16, compiled), {H200.memory_per_image / 1e6:.0f} MB an image, input {H200.input:,.0f} images/s\n"
-        f"assumed: {lines}; a step varies by {SPREAD:.1%} from GPU to GPU; gradients hide behind two thirds of a step, "
-        f"BatchNorm's messages behind nothing\n"
-        f"counted: {model.gradients:,} gradients in {len(model.buckets)} buckets, {len(model.batchnorms)} BatchNorms"
+        f"bfloat16, compiled), {H200.memory_per_image / 1e6:.0f} MB an image, input {H200.input_rate:,.0f} images/s\n"
+        f"assumed: {lines}; a small collective takes {1e6 * small.base:.1f} us and, by InfiniBand, "
+        f"{1e6 * small.ring[1]:.1f} a hop of a ring of nodes, {1e6 * small.tree[1]:.1f} of a tree (NCCL 2.28); a step "
+        f"varies by {STEP_TIME_STD:.1%} from GPU to GPU; gradients hide behind the backward pass, BatchNorm's messages "
+        f"behind nothing\n"
+        f"counted: {traffic.gradients:,} gradients in {len(traffic.buckets)} buckets, {len(traffic.batchnorms)} "
+        f"BatchNorms"
     )
 
 
-def of_batch(name: str, model: Model, batch: int, counts: list[int]) -> dict[str, Any]:
+def of_batch(name: str, traffic: Traffic, batch: int, counts: list[int]) -> dict[str, Any]:
     """Print a table, and what follows from it; return its figures."""
-    network = NETWORKS[name]
-    steps = [step_of(H200, network, model, count, batch) for count in counts if batch % count == 0 and count <= batch]
+    links = INTERCONNECTS[name]
+    steps = [step_of(H200, links, traffic, count, batch) for count in counts if batch % count == 0]
+    if not steps:
+        raise UserError(f"none of {', '.join(map(str, counts))} GPUs divide a batch of {batch}; give others by --gpus")
     print(f"\n  batch {batch:,}")
     print("    GPUs   images/s  efficiency   ms/step  200 epochs  800 epochs   GB/GPU  passes  largest beside compute")
     for one in steps:
@@ -111,17 +118,17 @@ def of_batch(name: str, model: Model, batch: int, counts: list[int]) -> dict[str
             + (f"{one.limit} {share:.0%}" if share > 0 else "")
         )
     most = max(one.gpus for one in steps)
-    pays = last_that_pays(H200, network, model, batch, most)
-    if pays == most:
+    pays = last_that_pays(H200, links, traffic, batch, most)
+    if 2 * pays > most:
         print(f"    more GPUs pay up to {most:,}, as far as was looked")
         return {"steps": [figures(one) for one in steps], "pays_to": pays}
-    helps = cures(H200, network, model, 2 * pays, batch)
+    helps = speedups(H200, links, traffic, 2 * pays, batch)
     words = ", ".join(f"{cure} {factor:.2f} x" for cure, factor in sorted(helps.items(), key=lambda one: -one[1]))
     print(
         f"    more than {pays:,} GPUs stop paying (twice as many are less than 1.5 x as fast); what helps at "
         f"{2 * pays:,}: {words}"
     )
-    return {"steps": [figures(one) for one in steps], "pays_to": pays, "cures": helps}
+    return {"steps": [figures(one) for one in steps], "pays_to": pays, "speedups": helps}
 
 
 def figures(step: Step) -> dict[str, Any]:
@@ -137,7 +144,7 @@ def figures(step: Step) -> dict[str, Any]:
     }
 
 
-def plot(model: Model, given: argparse.Namespace) -> str:
+def plot(traffic: Traffic, given: argparse.Namespace) -> str:
     """A page with a figure for each network: efficiency by GPUs, a curve a batch; dashed with a cure."""
     from bokeh.embed import file_html
     from bokeh.layouts import column
@@ -151,13 +158,13 @@ def plot(model: Model, given: argparse.Namespace) -> str:
     for name in given.network:
         made = figure(
             width=900, height=420, x_axis_type="log", x_axis_label="GPUs", y_axis_label="efficiency, %",
-            title=f"{NETWORKS[name].name}; solid: BatchNorm over all GPUs, dashed: over a machine",
+            title=f"{INTERCONNECTS[name].name}; solid: BatchNorm over all GPUs, dashed: over a node",
             y_range=Range1d(start=0, end=105),
         )  # fmt: skip
         for batch, color in zip(given.batch, palette, strict=False):
-            for kind, dash in ((model, "solid"), (replace(model, group="node"), "dashed")):
+            for kind, dash in ((traffic, "solid"), (replace(traffic, batchnorm_group="node"), "dashed")):
                 counts = [count for count in given.gpus if batch % count == 0 and count <= batch // 2]
-                steps = [step_of(H200, NETWORKS[name], kind, count, batch) for count in counts]
+                steps = [step_of(H200, INTERCONNECTS[name], kind, count, batch) for count in counts]
                 shares = [100 * efficiency(H200, one) for one in steps]
                 made.line(counts, shares, color=color, line_dash=dash, line_width=2, legend_label=f"batch {batch:,}")
         made.legend.location = "bottom_left"
