@@ -7,6 +7,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from simclr_dali.shards.wording import counted
+
 _PERIOD = 0.05  # seconds
 
 
@@ -38,6 +40,6 @@ def own_part(store: Any, rank: int, world: int, patience: timedelta) -> Any:
                 store.set(f"meeting/{said.decode()}", name)
                 answered[other] = said
         if answered and time.monotonic() > until:
-            raise RuntimeError(f"{len(answered)} ranks did not come, rank {min(answered)} among them")
+            raise RuntimeError(f"{counted(len(answered), 'rank')} did not come, rank {min(answered)} among them")
         time.sleep(_PERIOD)
     return part

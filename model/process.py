@@ -2,6 +2,7 @@
 
 import errno
 import os
+import socket
 import sys
 import threading
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from simclr_dali.model.peers import Peers
 from simclr_dali.shards.cores import usable_cores
 from simclr_dali.shards.interface import interface_towards
 from simclr_dali.shards.launch import NOBODY_HINT, Launch, LaunchError, check_port, read_launch
+from simclr_dali.shards.wording import counted
 
 T = TypeVar("T")
 _SECONDS_BEFORE_TELLING = 20.0
@@ -61,10 +63,10 @@ def init_distributed(patience: timedelta) -> Process:
     """
     launch = read_launch()
     local_rank, local_world = launch.local_rank, launch.local_world
-    if on_gpu() and local_rank >= torch.cuda.device_count():
+    if on_gpu() and local_rank >= (gpus := torch.cuda.device_count()):
         raise LaunchError(
-            f"{local_world} processes were started on a machine with {torch.cuda.device_count()} GPUs; start one "
-            "per GPU"
+            f"{local_world} processes were started on a machine, and each sees {counted(gpus, 'GPU')}; start one per "
+            "GPU, and let each see all of them (with srun: --gpus-per-node, no --gpus-per-task or --gpu-bind)"
         )
     device = torch.device("cuda", local_rank) if on_gpu() else torch.device("cpu")
     if on_gpu():
@@ -72,6 +74,8 @@ def init_distributed(patience: timedelta) -> Process:
     # gloo would take the interface to which this machine's own name resolves, which often is its loopback.
     if local_world < launch.world and (interface := interface_towards(os.environ["MASTER_ADDR"])):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+    if not on_gpu():
+        _refuse_interfaces_that_lead_nowhere(several_machines=local_world < launch.world)
     if launch.world > 1:
         store = _meet(launch)
     else:
@@ -83,6 +87,19 @@ def init_distributed(patience: timedelta) -> Process:
     peers = Peers(store, launch.rank, launch.world) if launch.world > 1 else None
     cores = _take_cores(device, local_world, peers.same_cores if peers else (launch.rank,), launch.rank)
     return Process(launch.rank, launch.world, local_world, device, cores, patience, peers)
+
+
+def _refuse_interfaces_that_lead_nowhere(*, several_machines: bool) -> None:
+    """Raise LaunchError where GLOO_SOCKET_IFNAME names an interface that is not there, or leads to no other machine."""
+    named = os.environ.get("GLOO_SOCKET_IFNAME", "")
+    there = [name for _, name in socket.if_nameindex()]
+    for name in filter(None, named.split(",")):
+        if name not in there or (several_machines and name == "lo"):
+            what = "leads to no other machine" if name in there else f"is not there (there are {', '.join(there)})"
+            raise LaunchError(
+                f"GLOO_SOCKET_IFNAME is {named}, and {name} {what}; name the interface between the machines, or unset "
+                "it: it is found without"
+            )
 
 
 def _take_cores(device: torch.device, local_world: int, sharing: tuple[int, ...], rank: int) -> int:

@@ -92,7 +92,7 @@ def test_groups_that_cannot_be_are_refused() -> None:
     assert configured(batchnorm_group="node").batchnorm_processes(16, 8) == 8
     assert configured(batchnorm_group=4).batchnorm_processes(16, 8) == 4
     assert configured().batchnorm_processes(16, 8) == 16
-    with pytest.raises(UserError, match=r"is 3, 3 processes, which do not divide the 16"):
+    with pytest.raises(UserError, match=r"is 3, and groups of 3 processes do not divide the 16"):
         configured(batchnorm_group=3).batchnorm_processes(16, 8)
     with pytest.raises(UserError, match="one image at a time"):
         configured(batchnorm_group=1).batchnorm_processes(16, 8)

@@ -18,17 +18,20 @@ from deepspeed.launcher.runner import fetch_hostfile
 from simclr_dali.model.process import Process
 from simclr_dali.train.doctor import LOOK, OK, WRONG, Facts, checks, digest_of_code
 from tests import nodes as machines
-from tests.conftest import ROOT, TIMEOUT, run_command
+from tests.conftest import ROOT, TIMEOUT, assert_sentence, run_command
 from tests.nodes import ended, two_nodes
 from tests.runs import TOOLS, environment, free_port, metrics, reached, tiny_config, torchrun, wait_until
 
 LAUNCH = ROOT / "scripts/launch"
 CPU = Process(0, 2, 1, torch.device("cpu"), 2)
 FACTS = Facts(
-    host="a", launcher="srun", device="NVIDIA H200", gpus=1, cores=16, interface="eth0",
-    clock=100.0, versions={"torch": "2.13"}, code="c0de", data="", open_files=65536, locked_memory=-1,
-    shared_memory=8 << 30,
+    host="a", machine="1", launcher="srun", device="NVIDIA H200", gpus=1, cores=16, interface="eth0",
+    clock=100.0, versions={"torch": "2.13"}, code="c0de", data="", trouble="", open_files=65536, files_needed=0,
+    locked_memory=-1, shared_memory=8 << 30,
 )  # fmt: skip
+
+
+OTHER = replace(FACTS, host="b", machine="2")
 
 
 def states(*everywhere: Facts, process: Process = CPU) -> dict[str, tuple[str, str]]:
@@ -36,7 +39,7 @@ def states(*everywhere: Facts, process: Process = CPU) -> dict[str, tuple[str, s
 
 
 def test_two_equal_machines_are_well() -> None:
-    found = states(FACTS, replace(FACTS, host="b"))
+    found = states(FACTS, OTHER)
     assert {state for state, _ in found.values()} == {OK}
     assert found["processes"][1] == "2 by srun: a 1, b 1" and found["versions"][1].endswith("everywhere")
 
@@ -44,20 +47,26 @@ def test_two_equal_machines_are_well() -> None:
 @pytest.mark.parametrize(
     ("other", "about", "state", "words"),
     [
-        ({"versions": {"torch": "2.12"}}, "versions", WRONG, ["a: torch 2.13", "b: torch 2.12", "install the same"]),
-        ({"code": "0ther"}, "code", WRONG, ["b: 0ther", "commit"]),
+        (
+            {"versions": {"torch": "2.12"}},
+            "versions",
+            WRONG,
+            ["a (rank 0): torch 2.13", "b (rank 1): torch 2.12"],
+        ),
+        ({"code": "0ther"}, "code", WRONG, ["b (rank 1): 0ther", "commit"]),
         ({"clock": 130.0}, "clocks", LOOK, ["30.0 s apart", "NTP"]),
-        ({"interface": "none"}, "interfaces", WRONG, ["b none"]),
+        ({"data": "", "trouble": "no packed split"}, "data", WRONG, ["no packed split"]),
         ({"device": "CPU"}, "device", LOOK, ["no GPU"]),
         ({"gpus": 8}, "device", LOOK, ["8 GPUs and 1 process"]),
         ({"cores": 2}, "device", LOOK, ["more cores"]),
-        ({"open_files": 1024}, "limits", LOOK, ["1,024 open files", "ulimit -n"]),
+        ({"open_files": 1024}, "limits", LOOK, ["b: up to 1,024 open files", "ulimit -Hn"]),
+        ({"files_needed": 100_000}, "limits", WRONG, ["100,000 shards", "larger shards"]),
     ],
 )
 def test_each_difference_is_named_with_what_to_do(
     other: dict[str, Any], about: str, state: str, words: list[str]
 ) -> None:
-    found = states(FACTS, replace(FACTS, host="b", **other))
+    found = states(FACTS, replace(OTHER, **other))
     assert found[about][0] == state and all(word in found[about][1] for word in words), found[about]
 
 
@@ -66,8 +75,23 @@ def test_what_nccl_runs_into_is_named() -> None:
     small = replace(FACTS, shared_memory=64 << 20)
     assert states(small, small, process=on_gpu)["memory"][0] == WRONG
     assert states(small, process=on_gpu)["memory"][0] == OK  # one process shares nothing
-    low = replace(FACTS, host="b", locked_memory=8 << 20)
-    assert "InfiniBand" in states(FACTS, low, process=on_gpu)["memory"][1]
+    low = replace(OTHER, locked_memory=8 << 20)
+    assert "b: 8.39 MB may be locked" in states(FACTS, low, process=on_gpu)["memory"][1]
+
+
+def test_ranks_of_a_machine_and_machines_of_a_name_are_compared_too() -> None:
+    found = states(FACTS, replace(FACTS, code="0ther", open_files=256, cores=1))
+    assert found["code"][0] == WRONG and "a (rank 1): 0ther" in found["code"][1]
+    assert found["limits"][0] == LOOK and found["device"][0] == LOOK and "clocks" not in found
+    found = states(FACTS, replace(FACTS, machine="2", clock=999.0))
+    assert found["clocks"][0] == LOOK and "a 1, a 1" in found["processes"][1]
+
+
+def test_a_large_cluster_fits_a_screen() -> None:
+    everywhere = [replace(FACTS, host=f"node-{n}", machine=str(n)) for n in range(256) for _ in range(8)]
+    lines = list(checks(everywhere, replace(CPU, device=torch.device("cuda"))))
+    assert len(lines) < 12 and all(len(one.text) < 120 for one in lines)
+    assert "node-0, node-1, node-2, node-3 and 252 more: NVIDIA H200" in lines[1].text
 
 
 def test_the_digest_of_the_code_sees_every_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,6 +116,19 @@ def test_one_machine_is_looked_at(packed: Path, tmp_path: Path) -> None:
     assert done.returncode == 0 and "without a launcher" in done.stdout and "ok    data" in done.stdout, done.stderr
     missing = run_command("doctor", "--data", tmp_path)
     assert missing.returncode == 1 and "WRONG data" in missing.stdout and str(tmp_path) in missing.stdout
+
+
+def test_an_interface_that_is_not_there_is_named() -> None:
+    own = {**environment(), "GLOO_SOCKET_IFNAME": "eth77"}
+    done = subprocess.run(
+        [sys.executable, ROOT / "train/doctor.py"],
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+        env=own,
+        check=False,
+    )
+    assert_sentence(done, "GLOO_SOCKET_IFNAME is eth77", "is not there (there are lo", "it is found without")
 
 
 @pytest.mark.launch
@@ -119,8 +156,8 @@ def test_two_machines_with_other_data_are_told(packed: Path, tmp_path: Path) -> 
         ]  # fmt: skip
         (code, text), (other_code, _) = ended(started)
     assert (code, other_code) == (1, 1), text
-    assert "2 by srun: node-a 1, node-b 1" in text and "interfaces   node-a eth0, node-b eth0" in text
-    assert "WRONG data" in text and "node-b: no packed split" in text and "network" in text
+    assert "2 by srun: node-a 1, node-b 1" in text and "interface    node-a, node-b: eth0" in text
+    assert "WRONG data" in text and "node-b (rank 1): no packed split" in text and "network" in text
 
 
 @pytest.fixture
@@ -146,7 +183,7 @@ def cluster(tmp_path: Path) -> Path:
 def test_a_job_of_slurm_is_queued_again_until_the_run_is_finished(cluster: Path, packed: Path) -> None:
     own = {
         "PATH": f"{cluster / 'bin'}:{os.environ['PATH']}", "SLURM_JOB_ID": "77", "DATA": str(packed),
-        "CONFIG": str(tiny_config(cluster)), "RUN": "run",
+        "SLURM_CPUS_PER_TASK": "2", "CONFIG": str(tiny_config(cluster)), "RUN": "run",
     }  # fmt: skip
     command = ["bash", "scripts/launch/slurm.sbatch"]
     started = subprocess.Popen(

@@ -122,6 +122,8 @@ def test_the_graph_is_what_a_device_likes_unless_a_config_says_otherwise() -> No
         ("bf16.enabled=true", ["bf16", "torch_autocast"]),
         ("simclr.epochs=2.5", ["simclr.epochs is 2.5"]),
         ("simclr.epochs=many", ["simclr.epochs is 'many'"]),
+        ("simclr.batchnorm_group=0", ["simclr.batchnorm_group is 0", "'all' or 'node' or greater than"]),
+        ('simclr.track=["x"]', ["simclr.track is ['x']", "'auto' or 'tensorboard'"]),
         ("simclr.epochs=0", ["simclr.epochs is 0"]),
         ("simclr.temperature=0.001", ["simclr.temperature is 0.001"]),
         ("simclr.encoder.name=resnet20", ["resnet20", "resnet50"]),

@@ -11,8 +11,10 @@ from typing import Any
 import psutil
 import pytest
 
+from simclr_dali.train.config import Config
+from simclr_dali.train.elastic import stand_by_where_left_over
 from tests.conftest import ROOT, TIMEOUT
-from tests.runs import family, free_port, launch, metrics, pretrain, reached, running, tiny_config, wait_until
+from tests.runs import TINY, family, free_port, launch, metrics, pretrain, reached, running, tiny_config, wait_until
 
 pytestmark = pytest.mark.launch
 SCRIPT = ROOT / "train/pretrain.py"
@@ -28,7 +30,8 @@ def test_losses_are_those_of_an_undisturbed_run_after_each_change_of_processes(p
     undisturbed = pretrain(config, packed, tmp_path / "undisturbed", *calm, "--stop-after-steps", 20)
     assert undisturbed.returncode == 0, undisturbed.stderr
     for processes in (4, 2, 1, 4):
-        done = launch(processes, config, packed, tmp_path / "run", *calm, "--stop-after-steps", 5)
+        words = [config, packed, tmp_path / "run", *calm, "--stop-after-steps", 5]
+        done = launch(processes, *words) if processes > 1 else pretrain(*words)
         assert done.returncode == 0, done.stderr
     expected, found = ([line["loss"] for line in metrics(tmp_path / name)] for name in ("undisturbed", "run"))
     assert found == pytest.approx(expected, rel=1e-5) and len(found) == 20
@@ -99,3 +102,31 @@ def test_a_machine_that_stood_by_takes_the_place_of_one_that_is_lost(
     assert any("rank 2 of 3 stands by" in err for _, err in said)
     losses, expected = ([line["loss"] for line in metrics(folder)] for folder in (run, trained))
     assert len(losses) == 120 and losses[: len(expected)] == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("started", "of_machine", "lanes", "group", "usable"),
+    [
+        (8, 4, 16, "all", 8),
+        (7, 7, 16, "all", 4),
+        (18, 6, 16, "node", 4),  # of one machine: groups of six divide no divisor of 16
+        (12, 4, 16, "node", 8),
+        (6, 3, 4, 2, 4),
+        (3, 1, 4, 2, 2),
+    ],
+)
+def test_who_stands_by_is_who_cannot_share_lanes_and_groups(
+    started: int, of_machine: int, lanes: int, group: str | int, usable: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = Config.model_validate(
+        {**TINY, "simclr": {**TINY["simclr"], "data": "unused", "lanes": lanes, "batchnorm_group": group}}
+    )
+    seen = {
+        "TORCHELASTIC_MAX_RESTARTS": "1", "TORCHELASTIC_RUN_ID": "x", "SIMCLR_DALI_STANDING_BY": "0", "RANK": "0",
+        "WORLD_SIZE": str(started), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": str(of_machine), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500",
+    }  # fmt: skip
+    for name, value in seen.items():
+        monkeypatch.setenv(name, value)
+    stand_by_where_left_over(config)
+    assert os.environ["WORLD_SIZE"] == str(usable)
+    assert os.environ["LOCAL_WORLD_SIZE"] == str(min(of_machine, usable))

@@ -130,5 +130,5 @@ def test_other_numbers_of_gpus_are_told_on_paper() -> None:
     grouped = estimate_on(job, 1000, rate, steps, 64)
     assert seconds(grouped, "Ethernet") < seconds(many, "Ethernet")
     job.config = config.model_copy(update={"simclr": config.simclr.model_copy(update={"batchnorm_group": 3})})
-    with pytest.raises(UserError, match="do not divide the 64"):
+    with pytest.raises(UserError, match="groups of 3 processes do not divide the 64"):
         estimate_on(job, 1000, rate, steps, 64)

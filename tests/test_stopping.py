@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,20 @@ def test_sigterm_under_the_launcher_saves_whoever_gets_it(target: str, packed: P
     # The launcher's own exit code is not ours to choose, except where it lived to see the ranks leave.
     assert target != "one rank" or process.returncode == 0
     assert not (run / "finished.json").exists()
+    assert_goes_on(run, config, packed)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGUSR1])
+def test_ranks_do_not_outlive_torchrun(number: signal.Signals, packed: Path, tmp_path: Path) -> None:
+    """SIGUSR1 it does not know, and dies of it."""
+    config, run = tiny_config(tmp_path), tmp_path / "run"
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
+    words = ["--config", config, "--data", packed, "--out", run, *LONG]
+    with running([*start, ROOT / "train/pretrain.py", *words]) as process:
+        wait_until(reached(run, 3), process)
+        ranks = family(process.pid)
+        process.send_signal(number)
+        assert left(ranks, SECONDS_TO_LEAVE)
     assert_goes_on(run, config, packed)
 
 

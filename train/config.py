@@ -14,6 +14,7 @@ from simclr_dali.model.batchnorm import MIN_BATCHNORM_IMAGES, NOISY_BATCHNORM_IM
 from simclr_dali.model.simclr import Architecture
 from simclr_dali.pipeline.cache import Cache
 from simclr_dali.shards.errors import UserError
+from simclr_dali.shards.wording import counted
 from simclr_dali.train.simclr_block import Block, Positive, Simclr
 
 # SimCLR (Chen et al. 2020), section 2.1 and appendix B.1, by name: global batch -> peak learning rate.
@@ -202,8 +203,8 @@ class Config(Block):
         size = named[group] if isinstance(group, str) else group
         if world % size:
             raise UserError(
-                f"simclr.batchnorm_group is {group!r}, {size} processes, which do not divide the {world} that were "
-                "started; give a divisor of them, or start as many processes on each machine"
+                f"simclr.batchnorm_group is {group!r}, and groups of {counted(size, 'process', 'processes')} do not "
+                f"divide the {world} of the run; give a divisor of them, or start as many on each machine"
             )
         if self.micro_batch(world) * size < MIN_BATCHNORM_IMAGES:
             raise UserError(

@@ -195,7 +195,12 @@ def _known_keys(block: type[pydantic.BaseModel], prefix: str = "") -> Iterator[s
 
 
 def _sentence(error: pydantic.ValidationError) -> str:
-    first = error.errors()[0]
+    first, *others = error.errors()
+    key = ".".join(str(part) for part in first["loc"][:-1])
+    if key in set(_known_keys(Config)):  # of several kinds, each of which has an error of its own
+        kinds = [first, *(other for other in others if other["loc"][: len(first["loc"]) - 1] == first["loc"][:-1])]
+        wanted = " or ".join(kind["msg"].removeprefix("Input should be ") for kind in kinds)
+        return f"{key} is {first['input']!r}: input should be {wanted}"
     if first["type"] == "union_tag_invalid":
         return f"optimizer.type is {first['ctx']['tag']!r}; choose one of {first['ctx']['expected_tags']}"
     location = first["loc"]

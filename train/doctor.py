@@ -39,8 +39,8 @@ import resource
 import shutil
 import socket
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from datetime import timedelta
 
 import torch
@@ -57,7 +57,9 @@ from simclr_dali.train import announce
 from simclr_dali.train.plan import SHARED_MEMORY
 
 OK, LOOK, WRONG = "ok", "look", "WRONG"
-_OPEN_FILES = 4096  # of a process that reads remote shards through many windows; NCCL opens sockets per pair of ranks
+_OPEN_FILES, _SPARE_FILES = 4096, 256  # NCCL opens sockets per pair of ranks; what a process has open beside shards
+_NAMED = 4  # machines or ranks of a line
+_HIDDEN = 0.05  # seconds; the backward pass of 256 images takes about as long on an H200
 _LOCKED_MEMORY = 64 << 20  # bytes that InfiniBand registers at least
 _DIGITS = 12  # of a digest
 _CLOCKS = 5.0  # seconds apart
@@ -70,6 +72,8 @@ class Facts:
     """What a process knows of itself and its machine."""
 
     host: str
+    machine: str
+    """What is its machine's alone; hosts may have equal names."""
     launcher: str
     device: str
     gpus: int
@@ -81,8 +85,13 @@ class Facts:
     code: str
     """Digest of the package's files."""
     data: str
-    """Digest of the manifest, or why it cannot be opened; empty where no data is asked about."""
+    """Digest of the manifest; empty where no data is asked about, or it cannot be opened."""
+    trouble: str
+    """Why it cannot be opened."""
     open_files: int
+    """That a process may have at most."""
+    files_needed: int
+    """Shards, each of which a local set has open."""
     locked_memory: int
     """Bytes; -1 is no limit."""
     shared_memory: int
@@ -112,33 +121,40 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 def facts(process: Process, launcher: str, data: str | None) -> Facts:
-    """Of this process; data: what is to be compared."""
-    host = socket.gethostname()
-    if process.world > 1:
-        dist.barrier()  # so that clocks are read together
-    return Facts(
-        host=host,
+    """Of this process; data: what is to be compared. All ranks call it."""
+    towards = interface_towards(os.environ.get("MASTER_ADDR", "127.0.0.1"))
+    digest, trouble, shards = look_at_data(data) if data else ("", "", 0)
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]  # to which the trainer raises its own
+    found = Facts(
+        host=socket.gethostname(),
+        machine=process.peers.machines[process.rank] if process.peers else "",
         launcher=launcher,
         device=process.device_name,
         gpus=torch.cuda.device_count(),
         cores=process.cores,
-        interface=os.environ.get("GLOO_SOCKET_IFNAME") or interface_towards(host) or "none",
-        clock=time.time(),
+        interface=os.environ.get("GLOO_SOCKET_IFNAME") or towards or "unknown",
+        clock=0.0,
         versions=versions(),
         code=digest_of_code(),
-        data=digest_of_data(data) if data else "",
-        open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+        data=digest,
+        trouble=trouble,
+        open_files=sys.maxsize if hard == resource.RLIM_INFINITY else hard,
+        files_needed=shards,
         locked_memory=resource.getrlimit(resource.RLIMIT_MEMLOCK)[0],
         shared_memory=shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else 0,
     )
+    if process.world > 1:
+        dist.barrier()  # so that clocks are read together
+    return replace(found, clock=time.time())
 
 
-def digest_of_data(data: str) -> str:
-    """Of the manifest of train, or why it cannot be opened here."""
+def look_at_data(data: str) -> tuple[str, str, int]:
+    """Digest of the manifest of train, or why it cannot be opened here, and how many shards of it are local."""
     try:
-        return open_split(data, "train", Cache.at("~/.cache/simclr-dali", 200)).shards.fingerprint[:_DIGITS]
+        shards = open_split(data, "train", Cache.at("~/.cache/simclr-dali", 200)).shards
     except UserError as error:
-        return str(error)
+        return "", str(error), 0
+    return shards.fingerprint[:_DIGITS], "", 0 if shards.source else len(shards.shards)
 
 
 def versions() -> dict[str, str]:
@@ -160,67 +176,98 @@ def digest_of_code() -> str:
 
 def checks(everywhere: list[Facts], process: Process) -> Iterator[Finding]:
     """What the facts of all ranks, in order, say."""
-    hosts = dict.fromkeys(one.host for one in everywhere)
-    by_host = {host: [one for one in everywhere if one.host == host] for host in hosts}
+    machines: dict[str, list[Facts]] = {}
+    for one in everywhere:
+        machines.setdefault(one.machine, []).append(one)
     launcher = f"by {everywhere[0].launcher}" if everywhere[0].launcher else "without a launcher"
-    counts = ", ".join(f"{host} {len(ones)}" for host, ones in by_host.items())
+    counts = _listed([f"{ones[0].host} {len(ones)}" for ones in machines.values()])
     yield Finding(OK, "processes", f"{len(everywhere)} {launcher}: {counts}")
-    yield from _devices(by_host)
-    if len(hosts) > 1:
-        names = ", ".join(f"{host} {ones[0].interface}" for host, ones in by_host.items())
-        yield Finding(WRONG if any(one.interface == "none" for one in everywhere) else OK, "interfaces", names)
+    yield from _by_machine("device", machines, _device)
+    if len(machines) > 1:
+        yield from _by_machine("interface", machines, lambda ones: (OK, ones[0].interface))
         apart = max(one.clock for one in everywhere) - min(one.clock for one in everywhere)
         state = OK if apart < _CLOCKS else LOOK
         yield Finding(
             state, "clocks", f"{apart:.1f} s apart" + ("" if state == OK else "; set them by NTP, for logs and tokens")
         )
-    yield _equal("versions", by_host, {one.host: _text(one.versions) for one in everywhere}, "install the same")
-    yield _equal("code", by_host, {one.host: one.code for one in everywhere}, "check out the same commit")
-    if everywhere[0].data:
-        found = _equal("data", by_host, {one.host: one.data for one in everywhere}, "give all the same shards")
-        unreadable = len(everywhere[0].data) != _DIGITS
-        yield Finding(WRONG, "data", everywhere[0].data) if unreadable and found.state == OK else found
-    yield from _limits(by_host, process)
+    yield _equal("versions", everywhere, [_text(one.versions) for one in everywhere], "install the same")
+    yield _equal("code", everywhere, [one.code for one in everywhere], "check out the same commit")
+    if any(one.data or one.trouble for one in everywhere):
+        found = _equal("data", everywhere, [one.data or one.trouble for one in everywhere], "give all the same shards")
+        yield replace(found, state=WRONG) if any(one.trouble for one in everywhere) else found
+    yield from _by_machine("limits", machines, _limits)
+    if process.device.type == "cuda":
+        yield from _by_machine("memory", machines, _memory)
+        if len(machines) > 1:
+            yield from _by_machine("memory", machines, _locked_memory)
 
 
 def _text(found: dict[str, str]) -> str:
     return ", ".join(f"{name} {version}" for name, version in found.items())
 
 
-def _equal(about: str, by_host: dict[str, list[Facts]], found: dict[str, str], advice: str) -> Finding:
-    if len(set(found.values())) == 1:
-        return Finding(OK, about, next(iter(found.values())) + (", everywhere" if len(by_host) > 1 else ""))
-    return Finding(WRONG, about, "; ".join(f"{host}: {value}" for host, value in found.items()) + f"; {advice}")
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
 
 
-def _devices(by_host: dict[str, list[Facts]]) -> Iterator[Finding]:
-    for host, ones in by_host.items():
-        kinds = ", ".join(dict.fromkeys(one.device for one in ones))
-        state, text = OK, f"{host}: {kinds}, {counted(ones[0].cores, 'core')} a process"
-        if ones[0].device == "CPU":
-            state, text = LOOK, f"{text}; no GPU is used"
-        elif len(ones) < ones[0].gpus:
-            state, text = LOOK, f"{text}; {ones[0].gpus} GPUs and {counted(len(ones), 'process', 'processes')}"
-        elif ones[0].cores < announce.CORES_OF_A_GPU // 4:
-            state, text = LOOK, f"{text}; the input may be slow, ask for more cores or raise simclr.engine_share"
-        yield Finding(state, "device", text)
+def _equal(about: str, everywhere: list[Facts], values: list[str], advice: str) -> Finding:
+    """Whether all ranks have the same; each value with who has it, where they have not."""
+    if len(set(values)) == 1:
+        several = len({one.machine for one in everywhere}) > 1
+        return Finding(OK, about, values[0] + (", everywhere" if several else ""))
+    ranks: dict[str, list[str]] = {}
+    for rank, (one, value) in enumerate(zip(everywhere, values, strict=True)):
+        ranks.setdefault(value, []).append(f"{one.host} (rank {rank})")
+    return Finding(
+        WRONG, about, "; ".join(f"{_listed(names)}: {value}" for value, names in ranks.items()) + f"; {advice}"
+    )
 
 
-def _limits(by_host: dict[str, list[Facts]], process: Process) -> Iterator[Finding]:
-    for host, ones in by_host.items():
-        one = ones[0]
-        few = one.open_files < _OPEN_FILES
-        text = f"{host}: {one.open_files:,} open files"
-        yield Finding(LOOK if few else OK, "limits", text + ("; raise them: ulimit -n 65536" if few else ""))
-        if process.device.type != "cuda":
-            continue
-        short = len(ones) > 1 and one.shared_memory < SHARED_MEMORY
-        text = f"{host}: {size_text(one.shared_memory)} free in /dev/shm"
-        advice = "; start the container with --shm-size=8g" if short else ""
-        yield Finding(WRONG if short else OK, "memory", text + advice)
-        if len(by_host) > 1 and 0 <= one.locked_memory < _LOCKED_MEMORY:
-            text = f"{host}: {size_text(one.locked_memory)} may be locked; InfiniBand wants ulimit -l unlimited"
-            yield Finding(LOOK, "memory", text)
+def _by_machine(
+    about: str, machines: dict[str, list[Facts]], look: Callable[[list[Facts]], tuple[str, str]]
+) -> Iterator[Finding]:
+    """A line for all machines of which there is the same to say."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for ones in machines.values():
+        found.setdefault(look(ones), []).append(ones[0].host)
+    for (state, text), hosts in found.items():
+        yield Finding(state, about, f"{_listed(hosts)}: {text}")
+
+
+def _device(ones: list[Facts]) -> tuple[str, str]:
+    cores, gpus = min(one.cores for one in ones), max(one.gpus for one in ones)
+    text = f"{', '.join(dict.fromkeys(one.device for one in ones))}, {counted(cores, 'core')} a process"
+    if any(one.device == "CPU" for one in ones):
+        return LOOK, f"{text}; no GPU is used"
+    if len(ones) < gpus:
+        return LOOK, f"{text}; {gpus} GPUs and {counted(len(ones), 'process', 'processes')}"
+    if cores < announce.CORES_OF_A_GPU // 4:
+        return LOOK, f"{text}; the input may be slow, ask for more cores or raise simclr.engine_share"
+    return OK, text
+
+
+def _limits(ones: list[Facts]) -> tuple[str, str]:
+    limit, needed = min(one.open_files for one in ones), max(one.files_needed for one in ones)
+    text = "open files without a limit" if limit == sys.maxsize else f"up to {limit:,} open files"
+    if limit < needed + _SPARE_FILES:
+        return WRONG, f"{text}, and {needed:,} shards are open at a time; raise it (ulimit -Hn), or pack larger shards"
+    return (LOOK, f"{text}, which is few; raise it (ulimit -Hn)") if limit < _OPEN_FILES else (OK, text)
+
+
+def _memory(ones: list[Facts]) -> tuple[str, str]:
+    free = min(one.shared_memory for one in ones)
+    short = len(ones) > 1 and free < SHARED_MEMORY
+    # In steps, so that equal machines share a line.
+    text = f"{size_text(free)}" if free < SHARED_MEMORY else f"more than {size_text(SHARED_MEMORY)}"
+    advice = "; start the container with --shm-size=8g" if short else ""
+    return WRONG if short else OK, f"{text} free in /dev/shm{advice}"
+
+
+def _locked_memory(ones: list[Facts]) -> tuple[str, str]:
+    least = min((one.locked_memory for one in ones if one.locked_memory >= 0), default=-1)
+    if 0 <= least < _LOCKED_MEMORY:
+        return LOOK, f"{size_text(least)} may be locked; InfiniBand wants ulimit -l unlimited"
+    return OK, "enough memory may be locked"
 
 
 def links(process: Process) -> list[Finding]:
@@ -239,14 +286,14 @@ def links(process: Process) -> list[Finding]:
             _synchronise(process)
             best = min(best, time.perf_counter() - started)
         times[numbers] = best
-    # Of a ring each rank sends and receives about twice the bytes (Patarasu and Yuan 2009).
+    # In a ring all-reduce each rank sends and receives 2 (W - 1) / W of the bytes (Patarasuk and Yuan 2009).
     rate = 2 * (process.world - 1) / process.world * 4 * _LARGE / times[_LARGE]
-    return [
-        Finding(
-            OK, "network", f"{1000 * times[_SMALL]:.2f} ms for one number, {1000 * times[_LARGE]:.0f} ms for "
-            f"{size_text(4 * _LARGE)} of gradients ({size_text(int(rate))}/s each way)",
-        )
-    ]  # fmt: skip
+    hidden = process.device.type != "cuda" or times[_LARGE] < _HIDDEN
+    advice = "" if hidden else "; that will not hide behind a step, look at the links and at NCCL_DEBUG=INFO"
+    small, large = (f"{1000 * times[_SMALL]:.2f} ms", f"{1000 * times[_LARGE]:.0f} ms")
+    of_gradients = f"{size_text(4 * _LARGE)} of gradients ({size_text(int(rate))}/s each way)"
+    text = f"{small} for one number, {large} for {of_gradients}{advice}"
+    return [Finding(OK if hidden else LOOK, "network", text)]
 
 
 def _synchronise(process: Process) -> None:

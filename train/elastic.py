@@ -3,12 +3,14 @@
 import os
 import sys
 import time
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any, NoReturn
 
 import torch.distributed as dist
 
 from simclr_dali.model.process import Process, print_now
+from simclr_dali.shards.errors import UserError
 from simclr_dali.shards.launch import Launch, read_launch
 from simclr_dali.train.config import Config
 
@@ -23,16 +25,16 @@ _PATIENCE_WITHOUT_RANK_0 = 600.0  # seconds
 def stand_by_where_left_over(config: Config) -> None:
     """Under torchrun with --max_restarts: have this process wait for the end of the run, where it is one too many.
 
-    A run needs a number of processes that divides simclr.lanes. After a machine is lost torchrun starts the others
-    again, and may have a number that does not; the last ranks then stand by, and the others are told of the smaller
-    number. They must not end before the run does: torchrun takes the end of all processes of a machine for that of the
-    run, and starts nothing again. Without --max_restarts, or with another launcher, such a number is refused, as a
-    mistake.
+    A run needs a number of processes that divides simclr.lanes, and groups of BatchNorm that divide it. After a machine
+    is lost torchrun starts the others again, and may have a number that does not; the last ranks then stand by, and the
+    others are told of the smaller number. They must not end before the run does: torchrun takes the end of all
+    processes of a machine for that of the run, and starts nothing again. Without --max_restarts, or with another
+    launcher, such a number is refused, as a mistake.
     """
     if not int(os.environ.get(_RESTARTS) or 0):
         return
     launch = read_launch()
-    usable = next(count for count in range(launch.world, 0, -1) if config.simclr.lanes % count == 0)
+    usable = _usable(config, launch)
     if usable == launch.world:
         return
     if launch.rank >= usable:
@@ -49,6 +51,16 @@ def stand_by_where_left_over(config: Config) -> None:
             _STANDING_BY: str(launch.world - usable),
         }
     )
+
+
+def _usable(config: Config, launch: Launch) -> int:
+    """The most processes that can share the run; all of them where none can, which is then refused with its reason."""
+    for count in range(launch.world, 0, -1):
+        if config.simclr.lanes % count == 0:
+            with suppress(UserError):
+                config.batchnorm_processes(count, min(count, launch.local_world))
+                return count
+    return launch.world
 
 
 def let_go_who_stands_by(process: Process) -> None:

@@ -20,6 +20,7 @@ from simclr_dali.shards.nested import flat
 from simclr_dali.train.compilation import Backend, resolved
 from simclr_dali.train.config import Config
 
+_SEEN_BY_BATCHNORM = "the number of images that BatchNorm sees at a time"
 # Fields of the config that may differ between the machines of a run.
 PER_MACHINE = {f"simclr.{key}" for key in ("data", "run", "loader_threads", "cache", "cache_gb")}
 # Fields of the config that may differ between the stopped run and the one that goes on. They change no number of it,
@@ -96,6 +97,9 @@ def computed_by(
         "simclr.graph.conditionals": str(graph["conditionals"]).lower(),
         "simclr.graph.region": str(graph["region"] and not keeps_decoded).lower(),
         "decoded by": "JPEG engine in part" if on_gpu and config.simclr.engine_share else "one decoder",
+        _SEEN_BY_BATCHNORM: str(
+            config.micro_batch(process.world) * config.batchnorm_processes(process.world, process.local_world)
+        ),
     }
 
 
@@ -103,10 +107,10 @@ def tell_other_rounding(state: dict[str, Any], computed: dict[str, str]) -> None
     """Print a line for everything in which ``computed`` (computed_by) is not what it was in the run so far."""
     for key, before in state.get("computed_by", {}).items():
         if before != computed.get(key, before):
-            print_now(
-                f"warning: {key} was {before} until step {state['step']} and is {computed[key]} now; what follows is "
-                "the same up to rounding, not to the bit"
-            )
+            follows = "what follows is the same up to rounding, not to the bit"
+            if key == _SEEN_BY_BATCHNORM:
+                follows = "what follows is normalised by other statistics"
+            print_now(f"warning: {key} was {before} until step {state['step']} and is {computed[key]} now; {follows}")
 
 
 def _read(run: Path, config: Config, shards: ShardSet) -> dict[str, Any] | None:

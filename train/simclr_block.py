@@ -164,8 +164,9 @@ class Simclr(Block):
     """How torch.compile compiles encoder and projector: auto is inductor on a GPU and no on a CPU; the last two are
     inductor's searches for faster kernels, which take minutes once."""
     batchnorm_group: Literal["all", "node"] | Positive = "all"
-    """Over which processes BatchNorm's statistics go: all of them (the paper's), those of a machine, or so many in the
-    order of their ranks. Smaller groups send less; embeddings and gradients go over all in any case."""
+    """Over which processes BatchNorm's statistics go: all of them (the paper's), those of a machine, or groups of so
+    many consecutive ranks. Smaller groups send less; embeddings and gradients go over all in any case. It is part of a
+    run; running statistics are averaged over all at each checkpoint."""
     batchnorm_kernels: bool = False
     """BatchNorm with its ReLU by our own Triton kernels (model/batchnorm_kernels.py); on a GPU, where nobody has
     measured them yet."""
@@ -175,7 +176,8 @@ class Simclr(Block):
     image_size: Annotated[int, Field(ge=16)] = 224
     """Side of a view, in pixels."""
     lanes: Positive = 64
-    """Lanes of the data order; divides the global batch and is divided by the number of processes."""
+    """Lanes of the data order, so the most processes that the run can ever have; divides the global batch, and is
+    divided by the number of processes."""
     shuffle_window: Positive = 8
     """Shards of a lane that are shuffled together."""
     encoder: Encoder = Encoder()

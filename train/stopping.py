@@ -23,8 +23,9 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 class StopRequest:
     """Whether this process was asked to stop: by SIGTERM, SIGINT or SIGUSR1, or because its launcher is gone.
 
-    DeepSpeed's launcher is two processes, the command itself and one that starts the ranks. Neither a SIGTERM to the
-    first nor the death of either reaches the ranks, so both are watched. A second SIGINT ends the process at once.
+    DeepSpeed's launcher is two processes, the command itself and one that starts the ranks; torchrun is one. Neither a
+    SIGTERM to the first of DeepSpeed's nor the death of any reaches the ranks, so all are watched. A second SIGINT ends
+    the process at once.
     """
 
     def __init__(self) -> None:
@@ -55,9 +56,11 @@ class StopRequest:
 
 
 def _launchers() -> list[tuple[int, int]]:
-    """(child, parent) for each process of DeepSpeed's launcher above this one."""
+    """(child, parent) for each process of the launcher above this one."""
     own = os.getpid()
     starter = os.getppid()
+    if read_launch().launcher == "torchrun":
+        return [(own, starter)]
     if "deepspeed.launcher.launch" not in _command(starter):
         return []
     found = [(own, starter)]

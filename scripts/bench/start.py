@@ -27,6 +27,14 @@ sys.path[:1] = [str(ROOT), str(ROOT / ".package")]
 from simclr_dali.shards.command_line import file_to_write, positive_int
 from simclr_dali.shards.errors import UserError, run_main
 
+FEWEST = 32  # samples
+
+
+def existing_folder(text: str) -> Path:
+    if not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is no folder")
+    return Path(text)
+
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -36,9 +44,17 @@ def parse_arguments() -> argparse.Namespace:
     add("--samples-per-shard", type=positive_int, default=10_000, metavar="N", help="default: 10,000")
     add("--processes", type=positive_int, default=2, metavar="N", help="ranks on this machine (default: 2)")
     add("--rounds", type=positive_int, default=3, metavar="N", help="default: 3")
-    add("--folder", type=Path, metavar="DIR", help="where the sets lie meanwhile (default: the system's for such)")
+    add(
+        "--folder",
+        type=existing_folder,
+        metavar="DIR",
+        help="where the sets lie meanwhile (default: the system's for such)",
+    )
     add("--json", type=file_to_write, metavar="FILE", help="write the figures there too")
-    return parser.parse_args()
+    given = parser.parse_args()
+    if min(given.samples) < FEWEST:
+        parser.error(f"--samples: a set of {min(given.samples)} is too small for a step; give at least {FEWEST}")
+    return given
 
 
 if __name__ == "__main__":
