@@ -121,12 +121,11 @@ def test_who_stands_by_is_who_cannot_share_lanes_and_groups(
     config = Config.model_validate(
         {**TINY, "simclr": {**TINY["simclr"], "data": "unused", "lanes": lanes, "batchnorm_group": group}}
     )
-    seen = {
-        "TORCHELASTIC_MAX_RESTARTS": "1", "TORCHELASTIC_RUN_ID": "x", "SIMCLR_DALI_STANDING_BY": "0", "RANK": "0",
-        "WORLD_SIZE": str(started), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": str(of_machine), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500",
-    }  # fmt: skip
+    names = ("TORCHELASTIC_MAX_RESTARTS", "SIMCLR_DALI_STANDING_BY", "RANK", "WORLD_SIZE", "LOCAL_RANK")
+    seen = dict(zip(names, (1, 0, 0, started, 0), strict=True)) | {"LOCAL_WORLD_SIZE": of_machine}
+    seen |= {"TORCHELASTIC_RUN_ID": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29500}
     for name, value in seen.items():
-        monkeypatch.setenv(name, value)
+        monkeypatch.setenv(name, str(value))
     stand_by_where_left_over(config)
     assert os.environ["WORLD_SIZE"] == str(usable)
     assert os.environ["LOCAL_WORLD_SIZE"] == str(min(of_machine, usable))

@@ -14,7 +14,7 @@ from simclr_dali.model import checkpoint
 from simclr_dali.model.process import Process
 from simclr_dali.shards.errors import UserError
 from simclr_dali.train.config_file import load_config
-from simclr_dali.train.plan import checkpoint_bytes, estimate_on, goes_on_from
+from simclr_dali.train.plan import checkpoint_bytes, estimate_on, goes_on_from, refuse_other_count
 from simclr_dali.train.plan_measures import InputRate, Steps
 from tests.conftest import assert_sentence, run_command, tree
 from tests.runs import launch, metrics, pretrain, tiny_config
@@ -131,4 +131,4 @@ def test_other_numbers_of_gpus_are_told_on_paper() -> None:
     assert seconds(grouped, "Ethernet") < seconds(many, "Ethernet")
     job.config = config.model_copy(update={"simclr": config.simclr.model_copy(update={"batchnorm_group": 3})})
     with pytest.raises(UserError, match="groups of 3 processes do not divide the 64"):
-        estimate_on(job, 1000, rate, steps, 64)
+        refuse_other_count(job.config, 64)

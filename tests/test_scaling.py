@@ -101,6 +101,7 @@ def test_one_gpu_is_what_was_measured() -> None:
     assert H200.fixed / (71.0e-3) == pytest.approx(fixed / eager[1], rel=0.02) and slope > 0
     # A batch that does not fit takes passes, each with the fixed part, and a third more computing.
     large = step_of(H200, IB, resnet50(), 1, 4096)
+    assert large.parts["second forward pass"] == pytest.approx(large.parts["compute"] / 3)
     assert large.passes == 4 and large.memory < H200.memory
     assert large.seconds > 4 / 3 * 4096 * H200.per_image
 

@@ -42,6 +42,8 @@ def make_plan(job: Job, watchdog: Watchdog, gpus: int | None = None) -> None:
     Raises UserError for whatever the run would refuse, at its start or later.
     """
     config, process = job.config, job.process
+    if gpus:
+        refuse_other_count(config, gpus)
     refuse_newer_elsewhere(job.run)
     step = on_rank_0(process, lambda: goes_on_from(job.run, config, job.split.shards))
     on_rank_0(process, lambda: refuse_missing(config, step))
@@ -157,18 +159,23 @@ def knn_seconds(job: Job, images_per_s: float) -> float:
     return checks * min(simclr.knn_images, len(job.split.shards)) / (6 * images_per_s)
 
 
+def refuse_other_count(config: Config, gpus: int) -> None:
+    """Raise UserError where so many GPUs could not share the run."""
+    config.micro_batch(gpus)
+    for links in INTERCONNECTS.values():
+        config.batchnorm_processes(gpus, min(gpus, links.per_node))
+
+
 def estimate_on(job: Job, left: int, rate: InputRate, steps: Steps, gpus: int) -> str:
     """The same run on so many GPUs, as an estimate. Raises UserError where they cannot share the batch."""
     config, process = job.config, job.process
     local, micro_batch, passes = config.local_batch(gpus), config.micro_batch(gpus), config.passes(gpus)
-    for links in INTERCONNECTS.values():
-        config.batchnorm_processes(gpus, min(gpus, links.per_node))
     takes = bytes_of_step(
         config.architecture(), config.simclr.image_size, micro_batch, autocast=config.torch_autocast.enabled
     )
     shared = f"{local} images each in {passes} x {micro_batch}, about {size_text(takes)} of memory a GPU"
     if process.device.type != "cuda":
-        return f"{shared}; how fast they are cannot be told from a CPU"
+        return f"{shared}; how fast they are cannot be told from a CPU (scripts/bench/scaling.py has ResNet-50 on H200)"
     own = config.train_batch_size // process.world
     here = replace(
         H200,

@@ -5,7 +5,7 @@ embedding, g = GPUs of a node, m = nodes, C = channels of a BatchNorm.
 
 A step is compute, waited for by the slowest GPU, and what is communicated and not hidden behind it:
 
-    compute      fixed + per_image * b; with b over what fits, one more forward pass (a third of it)
+    compute      fixed + per_image * b; with b over what fits, a second forward pass (a third of it)
     stragglers   compute * STEP_TIME_STD * what the largest of W normal variables is expected to be (Blom 1958)
     embeddings   all-gather of R D numbers of each GPU, and of R for the backward pass (model/ntxent.py)
     loss         three products of R by D by N in float32, and 13 passes of memory over R N similarities
@@ -211,7 +211,9 @@ def step_of(gpu: Gpu, links: Interconnect, traffic: Traffic, gpus: int, batch: i
         raise ValueError(f"a batch of {batch} cannot be shared by {gpus} GPUs")
     own = batch // gpus
     most = int(_LARGEST_SHARE * gpu.memory / gpu.memory_per_image)
-    passes = passes or next(count for count in range(1, own + 1) if own % count == 0 and own // count <= most)
+    passes = passes or next((count for count in range(1, own + 1) if own % count == 0 and own // count <= most), 0)
+    if not passes:
+        raise ValueError(f"{gpu.name} has no memory for one image of this network")
     once = passes * gpu.fixed + own * gpu.per_image
     # Gradient caching (train/micro_batches.py) computes and sends all of the forward pass twice.
     forward_passes = 2 if passes > 1 else 1
@@ -221,7 +223,8 @@ def step_of(gpu: Gpu, links: Interconnect, traffic: Traffic, gpus: int, batch: i
     buckets = [all_reduce(links, gpus, numbers * traffic.gradient_bytes) for numbers in traffic.buckets]
     hidden = _BACKWARD * once / passes  # the last pass's, since gradients add up until then
     parts = {
-        "compute": compute,
+        "compute": once,
+        "second forward pass": compute - once,
         "stragglers": compute * STEP_TIME_STD * _largest_of(gpus),
         "embeddings": sum(all_gather(links, gpus, rows * numbers * FLOAT) for numbers in (traffic.embedding, 1)),
         "loss": _PASSES_OF_LOSS * similarities * FLOAT / gpu.memory_bandwidth

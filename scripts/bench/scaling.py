@@ -97,6 +97,8 @@ def assumptions(traffic: Traffic) -> str:
         f"{1e6 * small.ring[1]:.1f} a hop of a ring of nodes, {1e6 * small.tree[1]:.1f} of a tree (NCCL 2.28); a step "
         f"varies by {STEP_TIME_STD:.1%} from GPU to GPU; gradients hide behind the backward pass, BatchNorm's messages "
         f"behind nothing\n"
+        f"efficiency: against as many GPUs that each train alone at 256 images; presets have 64 lanes, the most "
+        f"processes of their runs, and more are set with simclr.lanes before a run begins\n"
         f"counted: {traffic.gradients:,} gradients in {len(traffic.buckets)} buckets, {len(traffic.batchnorms)} "
         f"BatchNorms"
     )
