@@ -30,8 +30,10 @@ def test_losses_are_those_of_an_undisturbed_run_after_each_change_of_processes(p
     undisturbed = pretrain(config, packed, tmp_path / "undisturbed", *calm, "--stop-after-steps", 20)
     assert undisturbed.returncode == 0, undisturbed.stderr
     for processes in (4, 2, 1, 4):
-        words = [config, packed, tmp_path / "run", *calm, "--stop-after-steps", 5]
-        done = launch(processes, *words) if processes > 1 else pretrain(*words)
+        words = [*calm, "--stop-after-steps", 5]
+        run = tmp_path / "run"
+        alone = processes == 1
+        done = pretrain(config, packed, run, *words) if alone else launch(processes, config, packed, run, *words)
         assert done.returncode == 0, done.stderr
     expected, found = ([line["loss"] for line in metrics(tmp_path / name)] for name in ("undisturbed", "run"))
     assert found == pytest.approx(expected, rel=1e-5) and len(found) == 20
@@ -122,10 +124,11 @@ def test_who_stands_by_is_who_cannot_share_lanes_and_groups(
         {**TINY, "simclr": {**TINY["simclr"], "data": "unused", "lanes": lanes, "batchnorm_group": group}}
     )
     names = ("TORCHELASTIC_MAX_RESTARTS", "SIMCLR_DALI_STANDING_BY", "RANK", "WORLD_SIZE", "LOCAL_RANK")
-    seen = dict(zip(names, (1, 0, 0, started, 0), strict=True)) | {"LOCAL_WORLD_SIZE": of_machine}
-    seen |= {"TORCHELASTIC_RUN_ID": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29500}
-    for name, value in seen.items():
+    for name, value in zip(names, (1, 0, 0, started, 0), strict=True):
         monkeypatch.setenv(name, str(value))
+    more = {"TORCHELASTIC_RUN_ID": "x", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for word, text in {**more, "LOCAL_WORLD_SIZE": str(of_machine)}.items():
+        monkeypatch.setenv(word, text)
     stand_by_where_left_over(config)
     assert os.environ["WORLD_SIZE"] == str(usable)
     assert os.environ["LOCAL_WORLD_SIZE"] == str(min(of_machine, usable))
