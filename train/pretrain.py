@@ -221,9 +221,14 @@ def refuse_damage(shards: ShardSet, process: Process) -> None:
 
     Remote shards are checked whole when they arrive.
     """
-    looks = not shards.source and (process.peers is None or process.peers.is_first_here)
-    for found in filter(None, from_all_ranks(damage_at_start(shards) if looks else None)):
-        raise UserError(f"{found}; look with: simclr-dali verify --full {shards.folder.parent}")
+    found = None
+    if not shards.source and (process.peers is None or process.peers.is_first_here):
+        try:
+            found = damage_at_start(shards)
+        except UserError as error:  # a tar that cannot be opened; the others are to hear of it too
+            found = str(error)
+    if damages := list(filter(None, from_all_ranks(found))):
+        raise UserError(f"{damages[0]}; look with: simclr-dali verify --full {shards.folder.parent}")
 
 
 if __name__ == "__main__":
