@@ -57,7 +57,7 @@ from simclr_dali.train import announce
 from simclr_dali.train.plan import SHARED_MEMORY
 
 OK, LOOK, WRONG = "ok", "look", "WRONG"
-_OPEN_FILES, _SPARE_FILES = 4096, 256  # NCCL opens sockets per pair of ranks; what a process has open beside shards
+_OPEN_FILES, _OTHER_FILES = 4096, 48  # NCCL opens sockets per pair of ranks; at least open beside shards
 _NAMED = 4  # machines or ranks of a line
 _HIDDEN = 0.05  # seconds; the backward pass of 256 images takes about as long on an H200
 _LOCKED_MEMORY = 64 << 20  # bytes that InfiniBand registers at least
@@ -249,7 +249,7 @@ def _device(ones: list[Facts]) -> tuple[str, str]:
 def _limits(ones: list[Facts]) -> tuple[str, str]:
     limit, needed = min(one.open_files for one in ones), max(one.files_needed for one in ones)
     text = "open files without a limit" if limit == sys.maxsize else f"up to {limit:,} open files"
-    if limit < needed + _SPARE_FILES:
+    if limit < needed + _OTHER_FILES:
         return WRONG, f"{text}, and {needed:,} shards are open at a time; raise it (ulimit -Hn), or pack larger shards"
     return (LOOK, f"{text}, which is few; raise it (ulimit -Hn)") if limit < _OPEN_FILES else (OK, text)
 
