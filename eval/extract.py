@@ -68,13 +68,12 @@ if __name__ == "__main__":
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from simclr_dali.eval.evaluation import cache_of, data_of, image_size_of, open_encoder, origin
 from simclr_dali.model.pretrained import Pretrained
-from simclr_dali.model.process import Process, init_distributed, leave, on_rank_0, print_rank_0
+from simclr_dali.model.process import Process, from_all_ranks, init_distributed, leave, on_rank_0, print_rank_0
 from simclr_dali.model.simclr import build_model, build_projector, part_of_projector, projector_weights
 from simclr_dali.pipeline.features import share
 from simclr_dali.pipeline.graph import LoaderConfig
@@ -147,9 +146,7 @@ def main(arguments: argparse.Namespace) -> None:
 def _all_failures(files: ImageFiles | None, own: npt.NDArray[np.int64], process: Process) -> dict[int, str]:
     """Why files could not be used, by their place among all, on all ranks."""
     here = {int(own[place]): reason for place, reason in files.failures.items()} if files else {}
-    everywhere: list[dict[int, str]] = [here] * process.world
-    dist.all_gather_object(everywhere, here)
-    return {place: reason for found in everywhere for place, reason in found.items()}
+    return {place: reason for found in from_all_ranks(here) for place, reason in found.items()}
 
 
 def refuse_existing(out: Path, maps: bool) -> None:
@@ -214,8 +211,7 @@ class Rows:
         own = ({kind: (file.path, file.shape) for kind, file in self._files.items()}, self._places)
         for file in self._files.values():
             file.flush()
-        everywhere: list[Any] = [own] * self._process.world
-        dist.all_gather_object(everywhere, own)
+        everywhere = from_all_ranks(own)
 
         def join() -> None:
             for rank, (files, _) in enumerate(everywhere[1:], 1):

@@ -27,6 +27,7 @@ from simclr_dali.model.checkpoint import CheckpointError
 from simclr_dali.model.encoder import Description
 from simclr_dali.model.resnet import ResNet, resnet_name
 from simclr_dali.model.simclr import Architecture
+from simclr_dali.shards.wording import listed
 
 _STAGES = ("layer1", "layer2", "layer3", "layer4")
 _OURS = re.compile(r"(conv1|bn1|layer[1-4])\.")
@@ -206,9 +207,7 @@ def require_complete(
 
 
 def _some(keys: Iterable[str]) -> str:
-    listed = list(keys)
-    more = f" and {len(listed) - _LISTED} more" if len(listed) > _LISTED else ""
-    return ", ".join(listed[:_LISTED]) + more
+    return listed(list(keys), _LISTED)
 
 
 def _sequential(order: tuple[str, ...]) -> Callable[[str], str]:

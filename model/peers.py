@@ -1,4 +1,4 @@
-"""Notices that another rank of this machine was killed from outside, and says so: its launcher does not."""
+"""What ranks find out about each other: machines, cores, and who was killed from outside, which no launcher says."""
 
 import os
 import re

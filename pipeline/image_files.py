@@ -24,6 +24,7 @@ from simclr_dali.shards.image import RangeError, UnusableError, convert, prepare
 from simclr_dali.shards.left_out import LeftOut
 from simclr_dali.shards.manifest import SAMPLE
 from simclr_dali.shards.walk import pictures_below
+from simclr_dali.shards.wording import listed
 
 _GRAY = b"P5 1 1 255 \x80"  # a picture of one pixel
 
@@ -130,8 +131,7 @@ def refuse_failures(failures: dict[int, str], names: Sequence[object]) -> None:
     """
     if failures:
         named = [f"{names[place]} ({reason})" for place, reason in sorted(failures.items())]
-        more = f" and {len(named) - 5} more" if len(named) > 5 else ""
         raise UserError(
-            f"{len(named)} of {len(names)} pictures could not be used: {'; '.join(named[:5])}{more}; repair "
-            "them or leave them out"
+            f"{len(named)} of {len(names)} pictures could not be used: {listed(named, 5, '; ')}; repair them or leave "
+            "them out"
         )

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -61,17 +61,21 @@ def verify_split(shards: ShardSet, *, full: bool, workers: int = 1, decoder: str
     each tar are sound. full: also the sha256 of each tar, the crc32 of each sample, and whether DALI's ``decoder``
     ("cpu", "gpu" or "none") takes it at its size.
     """
-    rows = np.split(shards.samples, np.cumsum(shards.shard_sizes())[:-1])
-    tasks = [
-        _Task(number, shards.folder / shard.name, shard, rows[number], full, decoder)
-        for number, shard in enumerate(shards.shards)
-    ]
+    tasks = _tasks(shards, full=full, decoder=decoder)
     damages: dict[int, list[str]] = {}
     with tqdm(total=len(shards), desc=f"verify {shards.split}", unit=" images", disable=None, leave=False) as bar:
         for number, found in map_unordered(_check_shard, tasks, workers):
             damages[number] = found
-            bar.update(len(rows[number]))
+            bar.update(shards.shards[number].samples)
     return [damage for number in sorted(damages) for damage in damages[number]]
+
+
+def _tasks(shards: ShardSet, *, full: bool, decoder: str = "cpu") -> list[_Task]:
+    rows = np.split(shards.samples, np.cumsum(shards.shard_sizes())[:-1])
+    return [
+        _Task(number, shards.folder / shard.name, shard, rows[number], full, decoder)
+        for number, shard in enumerate(shards.shards)
+    ]
 
 
 def damage_at_start(shards: ShardSet) -> str | None:
@@ -80,22 +84,19 @@ def damage_at_start(shards: ShardSet) -> str | None:
     Of each tar the headers of the first and the last sample are read, by many threads: a network file system takes
     milliseconds for each. Indexes are not looked at; nothing of ours reads them.
     """
-    ends = np.cumsum(shards.shard_sizes())
-    last = shards.samples[ends - 1]
-    first = shards.samples[np.concatenate([[0], ends[:-1]])]
 
-    def look(number: int) -> str | None:
-        path = shards.folder / shards.shards[number].name
-        with unreadable_named(path), path.open("rb") as tar:
-            for row in (first[number], last[number]):
-                if row["shard"] != number:
-                    return f"{path.parent / TABLE} lists samples of other shards under {path.name}"
-                if member_name(tar, int(row["offset"]), int(row["length"])) is None:
-                    return f"{path}: the header before offset {row['offset']} is damaged"
-        return None
+    def look(task: _Task) -> str | None:
+        rows = task.rows[[0, -1]]
+        if (rows["shard"] != task.number).any():
+            return _other_shards(task.path)
+        try:
+            with unreadable_named(task.path), task.path.open("rb") as tar:
+                return next((damage for _, damage in _headers(tar, task) if damage), None)
+        except UserError as error:
+            return str(error)
 
     with ThreadPoolExecutor(_THREADS) as pool:
-        found = next(filter(None, pool.map(look, range(len(ends)))), None)
+        found = next(filter(None, pool.map(look, _tasks(shards, full=False))), None)
         pool.shutdown(cancel_futures=True)
         return found
 
@@ -107,7 +108,7 @@ def _check_shard(task: _Task) -> tuple[int, list[str]]:
 def _damages(task: _Task) -> Iterator[str]:
     path, rows = task.path, task.rows
     if (rows["shard"] != task.number).any():
-        yield f"{path.parent / 'samples.npy'} lists samples of other shards under {path.name}"
+        yield _other_shards(path)
         return
     if damage := size_damage(path, task.shard):
         yield damage
@@ -115,10 +116,9 @@ def _damages(task: _Task) -> Iterator[str]:
         return
     names = []
     with path.open("rb") as tar:
-        for i in range(len(rows)) if task.full else sorted({0, len(rows) - 1}):
-            name = member_name(tar, int(rows[i]["offset"]), int(rows[i]["length"]))
-            if name is None:
-                yield f"{path}: the header of sample {i}, before offset {rows[i]['offset']}, is damaged"
+        for name, damage in _headers(tar, task):
+            if damage:
+                yield damage
             names.append(name)
     if not task.full:
         yield from _index_damage(path.with_suffix(".idx"), rows, None)
@@ -126,6 +126,19 @@ def _damages(task: _Task) -> Iterator[str]:
     images = _image_names(task, names)
     yield from _index_damage(path.with_suffix(".idx"), rows, images)
     yield from _content_damage(task, names, images)
+
+
+def _other_shards(path: Path) -> str:
+    return f"{path.parent / TABLE} lists samples of other shards under {path.name}"
+
+
+def _headers(tar: BinaryIO, task: _Task) -> Iterator[tuple[str | None, str]]:
+    """Of all samples of a tar, or the first and the last: the name in its header, or None and a sentence."""
+    rows = task.rows
+    for i in range(len(rows)) if task.full else sorted({0, len(rows) - 1}):
+        name = member_name(tar, int(rows[i]["offset"]), int(rows[i]["length"]))
+        at = rows[i]["offset"]
+        yield name, "" if name is not None else f"{task.path}: the header of sample {i}, before offset {at}, is damaged"
 
 
 def _label_at(row: Any) -> int:

@@ -1,9 +1,17 @@
-"""Numbers in sentences: ``1 class``, ``2 classes``, ``35.2 MB``."""
+"""Numbers and names in sentences: ``1 class``, ``2 classes``, ``35.2 MB``, ``a, b and 3 more``."""
+
+from collections.abc import Sequence
 
 
 def counted(number: int, noun: str, plural: str = "") -> str:
     """``1 class``, ``2 classes``."""
     return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
+
+
+def listed(names: Sequence[str], most: int, between: str = ", ") -> str:
+    """``a, b and 3 more``."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return between.join(names[:most]) + more
 
 
 def of_classes(classes: int) -> str:

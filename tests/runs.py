@@ -19,6 +19,7 @@ import psutil
 from tests.conftest import ROOT, TIMEOUT, run_python
 
 TOOLS = Path(sys.executable).parent
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 
 # 15 steps an epoch on the drawn pictures of the tests.
 TINY: dict[str, Any] = {

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import sys
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,22 @@ import pytest
 from simclr_dali.train.config import Config
 from simclr_dali.train.elastic import stand_by_where_left_over
 from tests.conftest import ROOT, TIMEOUT
-from tests.runs import TINY, family, free_port, launch, metrics, pretrain, reached, running, tiny_config, wait_until
+from tests.runs import (
+    TINY,
+    TORCHRUN,
+    family,
+    free_port,
+    launch,
+    metrics,
+    pretrain,
+    reached,
+    running,
+    tiny_config,
+    wait_until,
+)
 
 pytestmark = pytest.mark.launch
 SCRIPT = ROOT / "train/pretrain.py"
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 
 
 def test_losses_are_those_of_an_undisturbed_run_after_each_change_of_processes(packed: Path, tmp_path: Path) -> None:
@@ -49,7 +59,7 @@ def words(packed: Path, tmp_path: Path) -> list[object]:
 
 
 def test_processes_that_cannot_share_the_work_stand_by_where_restarts_are_allowed(packed: Path, tmp_path: Path) -> None:
-    start = [*TORCHRUN, "--nproc_per_node", 3, "--max_restarts"]
+    start = [*TORCHRUN, "--standalone", "--nproc_per_node", 3, "--max_restarts"]
     with running([*start, 1, *words(packed, tmp_path), "--stop-after-steps", 3]) as process:
         out, err = process.communicate(timeout=TIMEOUT)
     assert process.returncode == 0 and "rank 2 of 3 stands by: 2 processes share the 4 lanes" in err, err
@@ -64,7 +74,7 @@ def test_a_rank_that_is_killed_is_started_again_and_the_run_goes_on(
     lost: int, packed: Path, trained: Path, tmp_path: Path
 ) -> None:
     often = ["--set", "simclr.checkpoint_every=2", "--set", "simclr.log_every=1", "--set", "simclr.epochs=4"]
-    command = [*TORCHRUN, "--nproc_per_node", 2, "--max_restarts", 1, *words(packed, tmp_path), *often]
+    command = [*TORCHRUN, "--standalone", "--nproc_per_node", 2, "--max_restarts", 1, *words(packed, tmp_path), *often]
     run, expected = tmp_path / "run", [line["loss"] for line in metrics(trained)]
     with running(command) as process:
         wait_until(reached(run, 4), process)
@@ -81,7 +91,7 @@ def test_a_machine_that_stood_by_takes_the_place_of_one_that_is_lost(
 ) -> None:
     """Three of torchrun's agents, as of three machines with a process each; four lanes are shared by two of them."""
     run, port = tmp_path / "run", free_port()
-    start = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "1:3", "--nproc_per_node", 1]
+    start = [*TORCHRUN, "--nnodes", "1:3", "--nproc_per_node", 1]
     start += ["--max_restarts", 3, "--rdzv_backend", "c10d", "--rdzv_endpoint", f"localhost:{port}"]
     start += ["--rdzv_conf", "last_call_timeout=4,is_host={}", "--local_addr", "localhost"]
     often = ["--set", "simclr.checkpoint_every=2", "--set", "simclr.log_every=1", "--set", "simclr.epochs=8"]

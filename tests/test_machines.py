@@ -14,7 +14,7 @@ import pytest
 from tests import nodes as machines
 from tests.conftest import ROOT
 from tests.nodes import Node, ended, two_nodes
-from tests.runs import TOOLS, metrics, reached, tiny_config, wait_until
+from tests.runs import TOOLS, TORCHRUN, metrics, reached, tiny_config, wait_until
 
 pytestmark = [
     pytest.mark.launch,
@@ -51,7 +51,7 @@ def by_deepspeed(pair: list[Node], words: list[Any]) -> list[subprocess.Popen[st
 def by_torchrun(pair: list[Node], words: list[Any]) -> list[subprocess.Popen[str]]:
     for node in pair:
         node.resolves_to = node.address  # by its own name torchrun knows whether it is to hold the store
-    start = [machines.PYTHON, "-m", "torch.distributed.run", "--nnodes", 2, "--nproc_per_node", 1]
+    start = [*TORCHRUN, "--nnodes", 2, "--nproc_per_node", 1]
     start += ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"{pair[0].address}:{PORT}", "--local_addr"]
     return [node.start(*start, node.address, *of_node(node, words)) for node in pair]
 

@@ -6,7 +6,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from simclr_dali.shards.manifest import ShardSet, load_split
 from tests.conftest import run_python
 from tests.loaders import two_views
 from tests.runs import metrics, pretrain, tiny_config
+from tests.web import served
 
 SETTING = LoaderConfig(size=16, device=torch.device("cpu"))
 PLENTY = 1 << 30
@@ -150,19 +151,8 @@ class Proxy:
 @pytest.fixture
 def web(packed: Path) -> Iterator[str]:
     """A plain web server of ``packed``, which knows no ranges."""
-
-    class Handler(SimpleHTTPRequestHandler):
-        def __init__(self, *words: Any) -> None:
-            super().__init__(*words, directory=str(packed))
-
-        def log_message(self, *words: Any) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
+    with served(packed) as (url, _):
+        yield url
 
 
 def test_s3_gives_the_batches_of_the_disk(

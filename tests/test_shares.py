@@ -1,11 +1,9 @@
 """What a machine reads and fetches: its own lanes' share of the set, counted where the bytes pass."""
 
 import os
-import threading
+from collections import Counter
 from collections.abc import Iterator
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -20,6 +18,7 @@ from simclr_dali.shards.manifest import load_split
 from simclr_dali.shards.pack import pack
 from simclr_dali.shards.plan import Options
 from tests.loaders import two_views
+from tests.web import served
 
 LANES, BATCH = 4, 8
 SETTING = LoaderConfig(size=16, device=torch.device("cpu"))
@@ -34,28 +33,9 @@ def small_shards(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 @pytest.fixture
-def server(small_shards: Path) -> Iterator[tuple[str, dict[str, int]]]:
-    """Its address, and the bytes that it has sent of each tar."""
-    sent: dict[str, int] = {}
-
-    class Handler(SimpleHTTPRequestHandler):
-        def __init__(self, *words: Any) -> None:
-            super().__init__(*words, directory=str(small_shards))
-
-        def copyfile(self, source: Any, output: Any) -> None:
-            data = source.read()
-            output.write(data)
-            if self.path.endswith(".tar"):
-                sent[self.path] = sent.get(self.path, 0) + len(data)
-
-        def log_message(self, *words: Any) -> None:
-            pass
-
-    found = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=found.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{found.server_port}", sent
-    found.shutdown()
-    found.server_close()
+def server(small_shards: Path) -> Iterator[tuple[str, Counter[str]]]:
+    with served(small_shards) as found:
+        yield found
 
 
 def order_of(split: Split) -> Order:
@@ -86,7 +66,7 @@ def test_a_machine_reads_the_samples_of_its_lanes_and_no_other_byte(
 
 @pytest.mark.parametrize("machines", [1, 2, 4])
 def test_a_machine_fetches_the_shards_of_its_lanes_once(
-    machines: int, server: tuple[str, dict[str, int]], small_shards: Path, tmp_path: Path
+    machines: int, server: tuple[str, Counter[str]], small_shards: Path, tmp_path: Path
 ) -> None:
     url, sent = server
     sizes = {f"/train/{shard.name}": shard.bytes for shard in load_split(small_shards, "train").shards}
@@ -96,9 +76,10 @@ def test_a_machine_fetches_the_shards_of_its_lanes_once(
         split = open_split(url, "train", Cache(tmp_path / f"machine-{rank}", 1 << 30))
         batches = list(two_views(split, order_of(split), Recipe(), SETTING, epochs=1, rank=rank, world=machines))
         assert len(batches) == 240 // BATCH
-        assert all(sent[path] == sizes[path] for path in sent)
+        tars = {path: size for path, size in sent.items() if path.endswith(".tar")}
+        assert all(size == sizes[path] for path, size in tars.items())
         # A border between two lanes may cut a shard, which both then read.
-        assert len(sent) <= len(sizes) / machines + 1
-        assert sum(sent.values()) == pytest.approx(sum(sizes.values()) / machines, rel=0.1)
-        seen |= set(sent)
+        assert len(tars) <= len(sizes) / machines + 1
+        assert sum(tars.values()) == pytest.approx(sum(sizes.values()) / machines, rel=0.1)
+        seen |= set(tars)
     assert seen == set(sizes)

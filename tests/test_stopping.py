@@ -3,7 +3,6 @@
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import pytest
 from simclr_dali.model import checkpoint
 from tests.conftest import ROOT, assert_sentence
 from tests.runs import (
+    TORCHRUN,
     environment,
     family,
     launch,
@@ -118,7 +118,7 @@ def test_sigterm_under_the_launcher_saves_whoever_gets_it(target: str, packed: P
 def test_ranks_do_not_outlive_torchrun(number: signal.Signals, packed: Path, tmp_path: Path) -> None:
     """SIGUSR1 it does not know, and dies of it."""
     config, run = tiny_config(tmp_path), tmp_path / "run"
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
+    start = [*TORCHRUN, "--standalone", "--nproc_per_node", 2]
     words = ["--config", config, "--data", packed, "--out", run, *LONG]
     with running([*start, ROOT / "train/pretrain.py", *words]) as process:
         wait_until(reached(run, 3), process)

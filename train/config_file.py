@@ -200,7 +200,7 @@ def _sentence(error: pydantic.ValidationError) -> str:
     if key in set(_known_keys(Config)):  # of several kinds, each of which has an error of its own
         kinds = [first, *(other for other in others if other["loc"][: len(first["loc"]) - 1] == first["loc"][:-1])]
         wanted = " or ".join(kind["msg"].removeprefix("Input should be ") for kind in kinds)
-        return f"{key} is {first['input']!r}: input should be {wanted}"
+        return wrong_value(key, {**first, "msg": f"Input should be {wanted}"})
     if first["type"] == "union_tag_invalid":
         return f"optimizer.type is {first['ctx']['tag']!r}; choose one of {first['ctx']['expected_tags']}"
     location = first["loc"]

@@ -50,9 +50,8 @@ import simclr_dali
 from simclr_dali.model.process import Process, from_all_ranks, init_distributed, leave, print_rank_0
 from simclr_dali.pipeline.cache import Cache
 from simclr_dali.pipeline.remote import open_split
-from simclr_dali.shards.interface import interface_towards
 from simclr_dali.shards.launch import read_launch
-from simclr_dali.shards.wording import counted, size_text
+from simclr_dali.shards.wording import counted, listed, size_text
 from simclr_dali.train import announce
 from simclr_dali.train.plan import SHARED_MEMORY
 
@@ -122,7 +121,6 @@ def main(arguments: argparse.Namespace) -> None:
 
 def facts(process: Process, launcher: str, data: str | None) -> Facts:
     """Of this process; data: what is to be compared. All ranks call it."""
-    towards = interface_towards(os.environ.get("MASTER_ADDR", "127.0.0.1"))
     digest, trouble, shards = look_at_data(data) if data else ("", "", 0)
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]  # to which the trainer raises its own
     found = Facts(
@@ -132,7 +130,7 @@ def facts(process: Process, launcher: str, data: str | None) -> Facts:
         device=process.device_name,
         gpus=torch.cuda.device_count(),
         cores=process.cores,
-        interface=os.environ.get("GLOO_SOCKET_IFNAME") or towards or "unknown",
+        interface=os.environ.get("GLOO_SOCKET_IFNAME", "unknown"),  # init_distributed says it where it is known
         clock=0.0,
         versions=versions(),
         code=digest_of_code(),
@@ -180,7 +178,7 @@ def checks(everywhere: list[Facts], process: Process) -> Iterator[Finding]:
     for one in everywhere:
         machines.setdefault(one.machine, []).append(one)
     launcher = f"by {everywhere[0].launcher}" if everywhere[0].launcher else "without a launcher"
-    counts = _listed([f"{ones[0].host} {len(ones)}" for ones in machines.values()])
+    counts = listed([f"{ones[0].host} {len(ones)}" for ones in machines.values()], _NAMED)
     yield Finding(OK, "processes", f"{len(everywhere)} {launcher}: {counts}")
     yield from _by_machine("device", machines, _device)
     if len(machines) > 1:
@@ -206,10 +204,6 @@ def _text(found: dict[str, str]) -> str:
     return ", ".join(f"{name} {version}" for name, version in found.items())
 
 
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
-
-
 def _equal(about: str, everywhere: list[Facts], values: list[str], advice: str) -> Finding:
     """Whether all ranks have the same; each value with who has it, where they have not."""
     if len(set(values)) == 1:
@@ -219,7 +213,7 @@ def _equal(about: str, everywhere: list[Facts], values: list[str], advice: str) 
     for rank, (one, value) in enumerate(zip(everywhere, values, strict=True)):
         ranks.setdefault(value, []).append(f"{one.host} (rank {rank})")
     return Finding(
-        WRONG, about, "; ".join(f"{_listed(names)}: {value}" for value, names in ranks.items()) + f"; {advice}"
+        WRONG, about, "; ".join(f"{listed(names, _NAMED)}: {value}" for value, names in ranks.items()) + f"; {advice}"
     )
 
 
@@ -231,7 +225,7 @@ def _by_machine(
     for ones in machines.values():
         found.setdefault(look(ones), []).append(ones[0].host)
     for (state, text), hosts in found.items():
-        yield Finding(state, about, f"{_listed(hosts)}: {text}")
+        yield Finding(state, about, f"{listed(hosts, _NAMED)}: {text}")
 
 
 def _device(ones: list[Facts]) -> tuple[str, str]:

@@ -16,6 +16,7 @@ from simclr_dali.model.lars import LARS, parameter_groups
 from simclr_dali.model.process import Process, init_distributed, on_gpu
 from simclr_dali.model.simclr import SimCLR
 from simclr_dali.shards.errors import UserError
+from simclr_dali.shards.wording import listed
 from simclr_dali.train.compilation import compile_network, resolved
 from simclr_dali.train.config import CONSTANTS, AdamWBlock, Config, LARSBlock
 from simclr_dali.train.reduction import GradientReduction
@@ -89,10 +90,9 @@ def _processes_of_batchnorm(config: Config, process: Process) -> int:
     """
     if config.simclr.batchnorm_group == "node" and process.peers:
         peers = process.peers
-        machines = [len(list(ranks)) for _, ranks in groupby(peers.machines)]
-        if len(machines) > len(set(peers.machines)) or len(set(machines)) > 1:
-            runs = [(host, len(list(ranks))) for host, ranks in groupby(peers.hosts)]
-            named = ", ".join(f"{count} on {host}" for host, count in runs[:8]) + (", ..." if len(runs) > 8 else "")
+        runs = [(host, len(list(ranks))) for (_, host), ranks in groupby(zip(peers.machines, peers.hosts, strict=True))]
+        if len(runs) > len(set(peers.machines)) or len({count for _, count in runs}) > 1:
+            named = listed([f"{count} on {host}" for host, count in runs], 8)
             raise UserError(
                 "simclr.batchnorm_group is 'node', which needs as many processes on each machine, with ranks that "
                 f"follow each other (they are, in order, {named}); with srun: --distribution=block"

@@ -8,15 +8,15 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from simclr_dali.model.process import Process, print_now
+from simclr_dali.model.process import Process, from_all_ranks, print_now
 from simclr_dali.shards.durable import refusals_named, write_durably
 from simclr_dali.shards.errors import UserError
+from simclr_dali.shards.wording import listed
 from simclr_dali.train.progress import Progress
 from simclr_dali.train.step import StepResult
 from simclr_dali.train.step_times import StepTimes, no_mark
@@ -116,8 +116,7 @@ class Reporter:
 
     def _refuse_numbers(self, step: int, own: dict[str, float], last_checkpoint: Callable[[], str]) -> None:
         """Blame the ranks whose loss is not finite, or all if only the gradient is."""
-        losses: list[Any] = [None] * self._process.world
-        dist.all_gather_object(losses, own["loss"])
+        losses = from_all_ranks(own["loss"])
         blamed = [rank for rank, loss in enumerate(losses) if not math.isfinite(loss)]
         what = f"loss is {losses[blamed[0]]}" if blamed else f"gradient is {own['gradient_norm']}"
         self.refuse(step, what, last_checkpoint, blamed)
@@ -134,8 +133,7 @@ class Reporter:
                 kept = (self._keep_batch(step, what), "")
             except UserError as error:
                 kept = ([], f"; its batch could not be kept: {error}")
-        of_ranks: list[Any] = [None] * process.world
-        dist.all_gather_object(of_ranks, (*kept, last_checkpoint() if process.rank == 0 else ""))
+        of_ranks = from_all_ranks((*kept, last_checkpoint() if process.rank == 0 else ""))
         ids, failure, _ = of_ranks[blamed[0]]
         file = batch_file(self._run, step, blamed[0])
         raise UserError(
@@ -224,11 +222,10 @@ def _step_of(line: str) -> int:
         return -1
 
 
-def _some(numbers: Sequence[int], most: int = 8) -> str:
-    shown = ", ".join(map(str, numbers[:most]))
-    return f"{shown} and {len(numbers) - most} more" if len(numbers) > most else shown
-
-
 def batch_file(run: Path, step: int, rank: int) -> Path:
     """Where a rank keeps a batch that was bad."""
     return run / f"bad-step-{step:08d}-rank-{rank}.json"
+
+
+def _some(numbers: Sequence[int]) -> str:
+    return listed([str(number) for number in numbers], 8)

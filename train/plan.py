@@ -170,9 +170,8 @@ def estimate_on(job: Job, left: int, rate: InputRate, steps: Steps, gpus: int) -
     """The same run on so many GPUs, as an estimate. Raises UserError where they cannot share the batch."""
     config, process = job.config, job.process
     local, micro_batch, passes = config.local_batch(gpus), config.micro_batch(gpus), config.passes(gpus)
-    takes = bytes_of_step(
-        config.architecture(), config.simclr.image_size, micro_batch, autocast=config.torch_autocast.enabled
-    )
+    architecture = config.architecture()
+    takes = bytes_of_step(architecture, config.simclr.image_size, micro_batch, autocast=config.torch_autocast.enabled)
     shared = f"{local} images each in {passes} x {micro_batch}, about {size_text(takes)} of memory a GPU"
     if process.device.type != "cuda":
         return f"{shared}; how fast they are cannot be told from a CPU (scripts/bench/scaling.py has ResNet-50 on H200)"
@@ -185,7 +184,6 @@ def estimate_on(job: Job, left: int, rate: InputRate, steps: Steps, gpus: int) -
         / (own * (4 / 3 if config.passes(process.world) > 1 else 1)),
         input_rate=rate.images_per_s,
     )
-    architecture = config.architecture()
     traffic = replace(
         traffic_of(build_model(architecture, 0), architecture.projector[-1]),
         batchnorm_group=config.simclr.batchnorm_group,

@@ -221,13 +221,8 @@ def refuse_damage(shards: ShardSet, process: Process) -> None:
 
     Remote shards are checked whole when they arrive.
     """
-    found = None
-    if not shards.source and (process.peers is None or process.peers.is_first_here):
-        try:
-            found = damage_at_start(shards)
-        except UserError as error:  # a tar that cannot be opened; the others are to hear of it too
-            found = str(error)
-    if damages := list(filter(None, from_all_ranks(found))):
+    looks = not shards.source and (process.peers is None or process.peers.is_first_here)
+    if damages := list(filter(None, from_all_ranks(damage_at_start(shards) if looks else None))):
         raise UserError(f"{damages[0]}; look with: simclr-dali verify --full {shards.folder.parent}")
 
 

@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,7 @@ def make_set(data: Path, samples: int, per_shard: int) -> int:
         rows = table[at : at + per_shard]
         shard, (row,) = write_shard(folder / f"train-{number:06d}.tar", number, [image])
         rows[:] = row
-        shards.append(type(shard)(shard.name, len(rows), shard.bytes, shard.sha256))
+        shards.append(replace(shard, samples=len(rows)))
     write_split(folder, "train", [], shards, table, {})
     return len(shards)
 
